@@ -1,0 +1,41 @@
+"""The ConvNet of the course report: three convolutions, three dense layers."""
+
+from torch import Tensor, nn
+
+
+def _stage(conv: nn.Conv2d) -> nn.Sequential:
+    """Convolve, normalise, rectify, halve: [B, in, H, W] -> [B, out, H/2, W/2]."""
+    return nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU(), nn.MaxPool2d(2))
+
+
+class ConvNet(nn.Module):
+    """Three convolutions and three dense layers, 78,658 parameters.
+
+    | layer                                     | output          |
+    | ----------------------------------------- | --------------- |
+    | conv 5x5, batch norm, ReLU, max pool 2x2  | [B, 6, 16, 16]  |
+    | conv 3x3, batch norm, ReLU, max pool 2x2  | [B, 16, 8, 8]   |
+    | conv 3x3, batch norm, ReLU, max pool 2x2  | [B, 32, 4, 4]   |
+    | dense, ReLU                               | [B, 120]        |
+    | dense, ReLU                               | [B, dense_units] |
+    | dense                                     | [B, 10]         |
+
+    Args:
+        dense_units: Width of the second dense layer. The assignment asks for 84, the report's code
+            has 80 (78,134 parameters).
+    """
+
+    def __init__(self, dense_units: int = 84) -> None:
+        super().__init__()
+        self.conv1 = _stage(nn.Conv2d(3, 6, 5, padding=2, padding_mode="reflect"))
+        self.conv2 = _stage(nn.Conv2d(6, 16, 3, padding=1))
+        self.conv3 = _stage(nn.Conv2d(16, 32, 3, padding=1))
+        self.flatten = nn.Flatten()
+        self.dense1 = nn.Sequential(nn.Linear(32 * 4 * 4, 120), nn.ReLU())
+        self.dense2 = nn.Sequential(nn.Linear(120, dense_units), nn.ReLU())
+        self.dense3 = nn.Linear(dense_units, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map float images [B, 3, 32, 32] in [0, 1] to logits [B, 10]."""
+        features = self.flatten(self.conv3(self.conv2(self.conv1(images))))
+        return self.dense3(self.dense2(self.dense1(features)))
