@@ -1,9 +1,252 @@
-"""minimal"""
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningCLI
+"""The door: one YAML file is one experiment.
+
+    python train.py fit --config configs/base.yaml
+    python train.py fit --config configs/base.yaml --data.batch_size 64 --seed_everything 1
+    python train.py fit --ckpt_path runs/base/version_0/checkpoints/last.ckpt     # goes on with it
+    python train.py test --ckpt_path runs/base/version_0/checkpoints/last.ckpt
+    tensorboard --logdir runs
+
+A run lies in runs/<name>/version_<n>/. A checkpoint carries the settings of its run, so `--ckpt_path`
+alone is enough; what is typed wins over it.
+"""
+
+import contextlib
+import csv
+import io
+import json
+import logging
+import os
+import shlex
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from callbacks import History, LayerTable
+from cifar10.archive import CLASSES, CIFAR10Error
 from datamodule import CIFAR10DataModule
 from lightning_module import ImageClassifier
+from runs import (
+    RUN_SETTINGS,
+    claim,
+    is_newest,
+    read_checkpoint,
+    run_of,
+    with_checkpoint_settings,
+    write_whole,
+)
+
+
+class Parser(LightningArgumentParser):
+    """Says what is wrong in one line, where jsonargparse prints the usage first."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the message and exit with 2."""
+        print("RAW", repr(message), file=sys.stderr)
+        self.exit(2, f"error: {' '.join(message.split())}\n")
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves the run's settings: all in `config.yaml`, and in each checkpoint those that Lightning
+    does not put there, of the run and its trainer."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save `config.yaml`."""
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+            settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+            self.run_settings = {key: settings[key] for key in RUN_SETTINGS}
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add the run's settings."""
+        checkpoint["run"] = self.run_settings
+
+
 class CLI(LightningCLI):
-    def add_arguments_to_parser(self, parser):
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-CLI(ImageClassifier, CIFAR10DataModule, auto_configure_optimizers=False, seed_everything_default=0)
+    """LightningCLI with a folder for every run, and checkpoints that carry their settings."""
+
+    def __init__(self, args: list[str]) -> None:
+        super().__init__(
+            ImageClassifier,
+            CIFAR10DataModule,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True},  # a resumed run may have other settings
+            trainer_defaults={"default_root_dir": "runs", "num_sanity_val_steps": 0},
+            seed_everything_default=0,
+            parser_class=Parser,
+            auto_configure_optimizers=False,
+            args=args,
+        )
+
+    # ---------------------------------------------------------------------------- the settings
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the run's name and its ModelCheckpoint, and set defaults."""
+        parser.add_argument(
+            "--name",
+            type=str | None,
+            default=None,
+            help="The run lies in runs/<name>/version_<n>/ (default: the config file's name).",
+        )
+        parser.add_class_arguments(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "model.network": {"class_path": "networks.ConvNet"},
+                "checkpoint.monitor": "val/acc",
+                "checkpoint.mode": "max",
+                "checkpoint.save_top_k": -1,
+                "checkpoint.save_last": True,
+                "checkpoint.filename": "epoch_{epoch:02d}",
+                "checkpoint.auto_insert_metric_name": False,
+            }
+        )
+
+    def _prepare_subcommand_parser(self, *args: Any, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(*args, **kwargs)
+        parser.set_defaults({"weights_only": True})  # a checkpoint is data: it runs no code
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the command line on top of the settings of the checkpoint that it names."""
+        super().parse_arguments(parser, with_checkpoint_settings(args, self.subcommands()))
+
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing: Lightning would let the model's settings in the checkpoint win over what is
+        typed, and leave out those of the data."""
+
+    def before_instantiate_classes(self) -> None:
+        """Complete the settings before they are used and saved."""
+        config = self.config[self.subcommand]
+        if self.subcommand != "fit" and not config.ckpt_path:
+            raise MisconfigurationException(
+                f"{self.subcommand} needs --ckpt_path: the checkpoint to use"
+            )
+        if config.name is None:
+            files = [Path(str(file)) for file in config.config or [] if file]
+            config.name = files[-1].stem if files else "default"
+        if config.data.val_size == 0 and str(config.checkpoint.monitor).startswith("val/"):
+            config.checkpoint.monitor = None  # there is nothing to choose by
+
+    # ----------------------------------------------------------------------------- the trainer
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Return a trainer that writes into the run's folder, with the callbacks of every run."""
+        config = self.config_init[self.subcommand]
+        options, is_fit = config.trainer, self.subcommand == "fit"
+        self.run_folder = self._run_folder()
+        loggers = _listed(options.logger)
+        if is_fit and options.logger is not False:
+            loggers.insert(0, TensorBoardLogger(self.run_folder, "", "", default_hp_metric=False))
+
+        self.history = History()
+        callbacks = [*_listed(options.callbacks), self.history]
+        has_bar = options.enable_progress_bar is not False and sys.stdout.isatty()
+        if has_bar and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(RichProgressBar(refresh_rate=10))
+        if options.enable_model_summary is not False:
+            callbacks.append(LayerTable())
+        saves = is_fit and options.enable_checkpointing is not False
+        if saves and not any(isinstance(c, Checkpoint) for c in callbacks):
+            callbacks.append(config.checkpoint)
+        return super().instantiate_trainer(
+            default_root_dir=self.run_folder,
+            logger=loggers or False,
+            callbacks=callbacks,
+            enable_progress_bar=has_bar,
+            enable_checkpointing=saves,
+            **kwargs,
+        )
+
+    def _run_folder(self) -> Path:
+        """Return the folder of the checkpoint's run, or a new one for what `fit` begins."""
+        config = self.config[self.subcommand]
+        parent = Path(config.trainer.default_root_dir) / config.name
+        if config.ckpt_path:
+            folder = run_of(Path(config.ckpt_path))
+            if self.subcommand != "fit":
+                return folder
+            if folder.parent.name == parent.name and is_newest(Path(config.ckpt_path)):
+                return folder
+        is_mine = rank_zero_only.rank == 0 and not config.trainer.fast_dev_run
+        return claim(parent) if is_mine else parent
+
+    # -------------------------------------------------------------------------- the subcommands
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train; afterwards write the weights, and say how it went and what can be done next."""
+        try:
+            self.trainer.fit(**kwargs)
+        finally:
+            if self.trainer.is_global_zero:
+                with contextlib.suppress(OSError):
+                    self.run_folder.rmdir()  # if nothing came to be written
+        if not self.trainer.is_global_zero or self.trainer.fast_dev_run:
+            return
+        weights = io.BytesIO()
+        torch.save(self.model.network.state_dict(), weights)
+        write_whole(self.run_folder / "model.pth", weights.getvalue())
+        print(f"\n{self._summary()}")
+
+    def _summary(self) -> str:
+        lines = []
+        checkpoint = self.trainer.checkpoint_callback
+        if isinstance(checkpoint, ModelCheckpoint):
+            path = checkpoint.best_model_path or checkpoint.last_model_path
+            if checkpoint.best_model_score is not None:
+                epoch = read_checkpoint(path)["epoch"]
+                lines += [f"best  epoch {epoch}, {checkpoint.monitor} {checkpoint.best_model_score:.4f}"]
+            lines += [f"test  python train.py test --ckpt_path {shlex.quote(path)}"]
+        root = self.config[self.subcommand].trainer.default_root_dir
+        lines += [f"view  tensorboard --logdir {shlex.quote(str(root))}", f"run   {self.run_folder}"]
+        return "\n".join(lines)
+
+    def test(self, **kwargs: Any) -> None:
+        """Test; write the results to the folder of the checkpoint's run."""
+        results = self.trainer.test(**kwargs)[0]
+        if self.trainer.is_global_zero:
+            report = {"checkpoint": Path(kwargs["ckpt_path"]).name, **results}
+            write_whole(self.run_folder / "test.json", json.dumps(report, indent=2).encode())
+            print(f"written to {self.run_folder / 'test.json'}")
+
+    def predict(self, **kwargs: Any) -> None:
+        """Predict the test images; write class and probability of each to the run's folder."""
+        probabilities = torch.cat(self.trainer.predict(**kwargs))
+        table = io.StringIO()
+        writer = csv.writer(table, lineterminator="\n")
+        writer.writerow(["image", "class", "probability"])
+        for image, (probability, label) in enumerate(zip(*probabilities.max(dim=1), strict=True)):
+            writer.writerow([image, CLASSES[label], f"{probability:.4f}"])
+        write_whole(self.run_folder / "predictions.csv", table.getvalue().encode())
+        print(f"written to {self.run_folder / 'predictions.csv'}")
+
+
+def _listed(value: Any) -> list[Any]:
+    """Return what the trainer takes as one object, a list, a switch or nothing, as a list."""
+    if value is None or isinstance(value, bool):
+        return []
+    return list(value) if isinstance(value, list) else [value]
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; a user's mistake gives one line and an exit code that is not 0."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    try:
+        CLI(sys.argv[1:] if args is None else args)
+    except (MisconfigurationException, CIFAR10Error, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""The network, layer by layer, as the report shows it: at the start of `fit`."""
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelSummary
+from lightning.pytorch.utilities.model_summary import summarize
+from rich.console import Console
+from rich.table import Table
+
+
+class LayerTable(ModelSummary):
+    """Prints name, type, output shape for the module's example batch, and parameters of each layer
+    of its `network`; Lightning's own summary also lists containers and metrics."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the table."""
+        summary = summarize(pl_module, max_depth=-1)
+        if not trainer.is_global_zero:
+            return
+        modules = dict(pl_module.named_modules())
+        total = sum(p.numel() for p in modules["network"].parameters())
+        table = Table("layer", "type", "output", show_footer=True)
+        table.add_column("parameters", f"{total:,}", justify="right")
+        rows = zip(
+            summary.layer_names, summary.layer_types, summary.out_sizes, summary.param_nums,
+            strict=True,
+        )  # fmt: skip
+        for name, kind, shape, parameters in rows:
+            is_leaf = not any(True for _ in modules[name].children())
+            if name.startswith("network.") and is_leaf:
+                name = name.removeprefix("network.")
+                table.add_row(name, kind, str(shape), f"{parameters:,}")
+        Console().print(table)

@@ -1,0 +1,137 @@
+"""Where a run lies, and what its checkpoints say.
+
+A run is a folder runs/<name>/version_<n>/ with `config.yaml`, TensorBoard events, `metrics.csv`,
+figures, `model.pth` and `checkpoints/`.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+RUN_SETTINGS = ("seed_everything", "name", "trainer", "checkpoint")
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is never seen half-written."""
+    scratch = path.with_name(f".{path.name}.tmp")
+    try:
+        scratch.write_bytes(content)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def claim(parent: Path) -> Path:
+    """Create and return the next free `version_<n>` of a folder, for this process alone."""
+    taken = [int(p.name[8:]) for p in parent.glob("version_*") if p.name[8:].isdecimal()]
+    version = max(taken, default=-1) + 1
+    while True:
+        try:
+            (parent / f"version_{version}").mkdir(parents=True)
+            return parent / f"version_{version}"
+        except FileExistsError:  # another process was faster
+            version += 1
+
+
+def run_of(checkpoint: Path) -> Path:
+    """Return the folder of the run that wrote a checkpoint; its own, if it was moved away."""
+    folder = checkpoint.parent
+    return folder.parent if folder.name == "checkpoints" else folder
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a Lightning checkpoint as plain data: whatever the file holds, no code of it is run.
+
+    Raises:
+        MisconfigurationException: No such file, or not a checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MisconfigurationException(f"no checkpoint {path}{_nearby(path)}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["state_dict"], checkpoint["epoch"], checkpoint["global_step"]
+    except Exception as error:  # a file that is no checkpoint can fail in any way
+        raise MisconfigurationException(
+            f"{path} is not a checkpoint of this laboratory, or it is damaged; it was not loaded "
+            f"({type(error).__name__})"
+        ) from error
+    return checkpoint
+
+
+def _nearby(path: Path) -> str:
+    found = sorted(p.name for p in path.parent.glob("*.ckpt"))
+    return f": {path.parent} has {found[0]} to {found[-1]}" if found else ""
+
+
+def is_newest(path: Path) -> bool:
+    """Whether no checkpoint beside this one is of a later step."""
+    step = read_checkpoint(path)["global_step"]
+    return all(read_checkpoint(p)["global_step"] <= step for p in path.parent.glob("*.ckpt"))
+
+
+def with_checkpoint_settings(args: list[str], subcommands: Collection[str]) -> list[str]:
+    """Put the settings of the checkpoint that a command line names before all that is typed.
+
+    `fit` goes on with all of them; the others take network, data and precision. `--ckpt_path last`
+    and `--ckpt_path best` mean the newest run of the recipe.
+
+    Raises:
+        MisconfigurationException: No such checkpoint, or not a checkpoint.
+    """
+    if not args or args[0] not in subcommands:
+        return args
+    subcommand, *rest = args
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--ckpt_path", nargs="?")
+    parser.add_argument("--config", "-c", nargs="?", action="append", default=[])
+    parser.add_argument("--name", nargs="?")
+    parser.add_argument("--trainer.default_root_dir", nargs="?", dest="root")
+    typed = parser.parse_known_args(rest)[0]
+    ckpt_path = typed.ckpt_path or _configured(typed.config)
+    if ckpt_path is None:
+        return args
+    if ckpt_path in ("last", "best"):
+        name = typed.name or (Path(typed.config[-1]).stem if typed.config else "default")
+        ckpt_path = _newest_run(Path(typed.root or "runs") / name, ckpt_path)
+    checkpoint = read_checkpoint(ckpt_path)
+    settings = dict(checkpoint.get("run", {}))
+    if subcommand != "fit":
+        precision = settings.get("trainer", {}).get("precision")
+        settings = {"name": settings.get("name"), "trainer": {"precision": precision}}
+    for key, part in (("hyper_parameters", "model"), ("datamodule_hyper_parameters", "data")):
+        settings[part] = {k: v for k, v in checkpoint.get(key, {}).items() if k[0] != "_"}
+    return [subcommand, "--config", json.dumps(settings), *rest, "--ckpt_path", str(ckpt_path)]
+
+
+def _configured(files: list[str]) -> str | None:
+    """Return the `ckpt_path` that a config file names, if one does."""
+    for file in reversed(files):
+        try:
+            settings = yaml.safe_load(Path(file).read_text())
+        except (OSError, ValueError, TypeError, yaml.YAMLError):
+            continue  # the parser will say what is wrong with it
+        if isinstance(settings, dict) and settings.get("ckpt_path"):
+            return str(settings["ckpt_path"])
+    return None
+
+
+def _newest_run(parent: Path, which: str) -> Path:
+    """Return the last or the best checkpoint of the newest run that has one."""
+    found = list(parent.glob("version_*/checkpoints/last.ckpt"))
+    if not found:
+        raise MisconfigurationException(f"--ckpt_path {which}: no run in {parent} has a checkpoint")
+    last = max(found, key=lambda path: int(path.parts[-3][8:]))
+    if which == "last":
+        return last
+    for state in read_checkpoint(last)["callbacks"].values():
+        if path := state.get("best_model_path"):
+            return last.with_name(Path(path).name)
+    raise MisconfigurationException(f"--ckpt_path best: {run_of(last)} chose no best checkpoint")
