@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric, MetricCollection
@@ -39,7 +40,7 @@ class ImageClassifier(LightningModule):
             slip in the report's code, kept to measure what it costs.
 
     Raises:
-        ValueError: The network does not map [B, 3, 32, 32] to [B, 10].
+        MisconfigurationException: The network does not map [B, 3, 32, 32] to [B, 10].
     """
 
     def __init__(
@@ -144,13 +145,13 @@ def _check(network: nn.Module) -> None:
         logits = network.eval()(torch.zeros(2, 3, 32, 32))
         shape = list(logits.shape)
     except Exception as error:
-        raise ValueError(
+        raise MisconfigurationException(
             f"model.network {type(network).__name__} does not take images [B, 3, 32, 32]: {error}"
         ) from error
     finally:
         network.train(was_training)
     if shape != expected:
-        raise ValueError(
+        raise MisconfigurationException(
             f"model.network {type(network).__name__} returns {shape} for 2 images, "
             f"expected logits {expected}"
         )

@@ -12,10 +12,11 @@ alone is enough; what is typed wins over it.
 
 import contextlib
 import csv
+import difflib
 import io
 import json
 import logging
-import os
+import re
 import shlex
 import sys
 import warnings
@@ -29,6 +30,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from callbacks import History, LayerTable
@@ -50,9 +52,14 @@ class Parser(LightningArgumentParser):
     """Says what is wrong in one line, where jsonargparse prints the usage first."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the message and exit with 2."""
-        print("RAW", repr(message), file=sys.stderr)
-        self.exit(2, f"error: {' '.join(message.split())}\n")
+        """Print the message, with the nearest right key for an unknown one, and exit with 2."""
+        unknown = re.search(r"option '(\S+)'|unrecognized arguments: --([^\s=]+)", message, re.I)
+        if unknown:
+            key = unknown[1] or unknown[2]
+            parser = getattr(ex, "subcommand_parser", None) or self
+            near = difflib.get_close_matches(key, [a.dest for a in parser._actions], n=1)
+            message = f"unknown option {key}" + (f": did you mean {near[0]}?" if near else "")
+        self.exit(2, f"error: {_one_line(message)}\n")
 
 
 class SaveConfig(SaveConfigCallback):
@@ -114,12 +121,13 @@ class CLI(LightningCLI):
 
     def _prepare_subcommand_parser(self, *args: Any, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(*args, **kwargs)
-        parser.set_defaults({"weights_only": True})  # a checkpoint is data: it runs no code
+        defaults = {"weights_only": True, "verbose": False}  # a checkpoint is data: it runs no code
+        parser.set_defaults({key: value for key, value in defaults.items() if key in parser.get_defaults()})
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the command line on top of the settings of the checkpoint that it names."""
-        super().parse_arguments(parser, with_checkpoint_settings(args, self.subcommands()))
+        self.config = parser.parse_args(with_checkpoint_settings(args, self.subcommands()))
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would let the model's settings in the checkpoint win over what is
@@ -211,13 +219,26 @@ class CLI(LightningCLI):
         lines += [f"view  tensorboard --logdir {shlex.quote(str(root))}", f"run   {self.run_folder}"]
         return "\n".join(lines)
 
+    def validate(self, **kwargs: Any) -> None:
+        """Evaluate the checkpoint on the validation set."""
+        self._evaluated(self.trainer.validate(**kwargs))
+
     def test(self, **kwargs: Any) -> None:
-        """Test; write the results to the folder of the checkpoint's run."""
-        results = self.trainer.test(**kwargs)[0]
+        """Evaluate the checkpoint on the test set; write the results to its run's folder."""
+        results = self._evaluated(self.trainer.test(**kwargs))
         if self.trainer.is_global_zero:
-            report = {"checkpoint": Path(kwargs["ckpt_path"]).name, **results}
-            write_whole(self.run_folder / "test.json", json.dumps(report, indent=2).encode())
-            print(f"written to {self.run_folder / 'test.json'}")
+            file = self.run_folder / "test.json"
+            write_whole(file, json.dumps(results, indent=2).encode())
+            print(f"written to {file}")
+
+    def _evaluated(self, metrics: Any) -> dict[str, Any]:
+        path = self.config[self.subcommand].ckpt_path
+        row = {"epoch": read_checkpoint(path)["epoch"]}
+        row |= {name: round(value, 6) for results in metrics for name, value in results.items()}
+        if self.trainer.is_global_zero:
+            words = (f"{name} {value:.4f}" for name, value in row.items() if name != "epoch")
+            print(f"epoch {row['epoch']}:", *words)
+        return {"checkpoint": Path(path).name, **row}
 
     def predict(self, **kwargs: Any) -> None:
         """Predict the test images; write class and probability of each to the run's folder."""
@@ -238,14 +259,42 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list) else [value]
 
 
+def _one_line(message: str) -> str:
+    """Put a message of jsonargparse or Lightning on one line, without the inner workings."""
+    message = re.sub(r"<class '([\w.]+)'>", r"\1", message).replace("NoneType", "null")
+    if "Union subtypes" in message:
+        types = " or ".join(re.findall(r"Subtypes: \[(.*)\]", message)[0].split(", "))
+        value = re.findall(r"Given value: (.*)", message, re.S)[0]
+        message = f"{message.splitlines()[0]} expected {types}, got {value}"
+    message = re.sub(r"(?s):\n.* dot import path string: (\S+)$", r": there is no class \1", message)
+    message = re.sub(r'^Parser key "([^"]+)":', r"\1:", message)
+    return " ".join(message.split())
+
+
+def _quieten() -> None:
+    """Keep tips of the framework, and what it does not know of this project, off the terminal."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if sys.warnoptions:  # python -W default train.py ... shows all
+        return
+    for category in (DeprecationWarning, FutureWarning, PossibleUserWarning):
+        warnings.simplefilter("ignore", category)
+    for message in (
+        r".*callbacks used to create the checkpoint need to be provided",  # to test without them
+        r"Checkpoint directory .* exists and is not empty",  # a resumed run's
+        r"Total length of `DataLoader` across ranks is zero",  # val_size 0
+        r"`?isinstance\(treespec, LeafSpec\)`? is deprecated",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line; a user's mistake gives one line and an exit code that is not 0."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    _quieten()
     try:
         CLI(sys.argv[1:] if args is None else args)
     except (MisconfigurationException, CIFAR10Error, OSError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        sys.exit(f"error: {_one_line(str(error))}")
 
 
 if __name__ == "__main__":

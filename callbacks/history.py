@@ -21,6 +21,7 @@ class History(Callback):
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
+        self.has_header = False
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rows for the checkpoint."""
@@ -50,10 +51,13 @@ class History(Callback):
         for stage in COLORS:
             for name in QUANTITIES:
                 if (value := trainer.callback_metrics.get(f"{stage}/{name}")) is not None:
-                    row[f"{stage}/{name}"] = float(value)
-        row["seconds"] = time.perf_counter() - self.started
+                    row[f"{stage}/{name}"] = round(float(value), 6)
+        row["seconds"] = round(time.perf_counter() - self.started, 2)
         self.rows.append(row)
         if trainer.is_global_zero:
+            if not self.has_header:
+                print("epoch", *(f"{stage:>7} loss     acc " for stage in _stages(row)), " seconds")
+                self.has_header = True
             print(_line(row, is_best=row is _best(self.rows)), flush=True)
         if (folder := trainer.log_dir) and trainer.is_global_zero and not trainer.fast_dev_run:
             write_whole(Path(folder) / "metrics.csv", _csv(self.rows))
@@ -71,14 +75,17 @@ def _best(rows: list[dict[str, float]]) -> dict[str, float] | None:
     return max(rows, key=lambda row: row["val/acc"]) if rows else None
 
 
+def _stages(row: dict[str, float]) -> list[str]:
+    return [stage for stage in COLORS if f"{stage}/loss" in row]
+
+
 def _line(row: dict[str, float], is_best: bool) -> str:
     """One epoch on one line; a star where validation accuracy is the best so far."""
-    parts = [f"epoch {row['epoch']:3.0f}"]
-    for stage in COLORS:
-        if f"{stage}/loss" in row:
-            star = "*" if stage == "val" and is_best else " "
-            parts.append(f"{stage} {row[f'{stage}/loss']:.4f} {row[f'{stage}/acc']:7.2%}{star}")
-    return "  ".join([*parts, f"{row['seconds']:.1f} s"])
+    parts = [f"{row['epoch']:5.0f}"]
+    for stage in _stages(row):
+        star = "*" if stage == "val" and is_best else " "
+        parts.append(f"{row[f'{stage}/loss']:12.4f} {row[f'{stage}/acc']:7.2%}{star}")
+    return " ".join([*parts, f"{row['seconds']:8.1f}"])
 
 
 def _csv(rows: list[dict[str, float]]) -> bytes:

@@ -51,12 +51,12 @@ def train_loader(
     sampler: DistributedSampler[Batch] = DistributedSampler(
         dataset, num_replicas=world_size, rank=rank, shuffle=True, seed=spread_seed
     )
-    return DataLoader(dataset, batch_size, sampler=sampler, collate_fn=_as_is)
+    return DataLoader(dataset, batch_size=batch_size, sampler=sampler, collate_fn=_as_is)
 
 
 def eval_loader(dataset: TensorImages) -> DataLoader[Batch]:
     """Return a loader in the official order."""
-    return DataLoader(dataset, EVAL_BATCH_SIZE, collate_fn=_as_is)
+    return DataLoader(dataset, batch_size=EVAL_BATCH_SIZE, collate_fn=_as_is)
 
 
 def split(size: int, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
