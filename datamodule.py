@@ -29,6 +29,7 @@ class CIFAR10DataModule(LightningDataModule):
         split_seed: The seed that picks them.
         augment: Augmentations of a training batch [B, 3, 32, 32] on its device, in order.
         test_curve: Evaluate the test set after every epoch too, for drawing only.
+
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class CIFAR10DataModule(LightningDataModule):
 
         Raises:
             CIFAR10Error: `val_size` leaves no training image.
+
         """
         data = self._load()
         size = len(data.train_labels)

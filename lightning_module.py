@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric, MetricCollection
@@ -41,6 +41,7 @@ class ImageClassifier(LightningModule):
 
     Raises:
         MisconfigurationException: The network does not map [B, 3, 32, 32] to [B, 10].
+
     """
 
     def __init__(
@@ -67,11 +68,18 @@ class ImageClassifier(LightningModule):
         return self.network(images)
 
     def configure_optimizers(self) -> Any:
-        """Return the optimizer, with its scheduler if there is one."""
-        optimizer = self.make_optimizer(self.parameters())
-        if self.make_lr_scheduler is None:
+        """Return the optimizer, with its scheduler if there is one.
+
+        Raises:
+            MisconfigurationException: Values that the optimizer or the scheduler refuses.
+        """
+        try:
+            optimizer = self.make_optimizer(self.parameters())
+            scheduler = self.make_lr_scheduler(optimizer) if self.make_lr_scheduler else None
+        except (TypeError, ValueError) as error:
+            raise MisconfigurationException(f"model.optimizer or lr_scheduler: {error}") from error
+        if scheduler is None:
             return optimizer
-        scheduler = self.make_lr_scheduler(optimizer)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {

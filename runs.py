@@ -5,15 +5,16 @@ figures, `model.pth` and `checkpoints/`.
 """
 
 import argparse
+import contextlib
 import json
-import os
+import shutil
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 RUN_SETTINGS = ("seed_everything", "name", "trainer", "checkpoint")
 
@@ -23,7 +24,7 @@ def write_whole(path: Path, content: bytes) -> None:
     scratch = path.with_name(f".{path.name}.tmp")
     try:
         scratch.write_bytes(content)
-        os.replace(scratch, path)
+        scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
 
@@ -40,6 +41,29 @@ def claim(parent: Path) -> Path:
             version += 1
 
 
+def forget(folder: Path) -> None:
+    """Remove the folder of a run that failed before it had anything to show, and the folders around
+    it that this leaves empty."""
+    if not any((folder / name).exists() for name in ("checkpoints", "metrics.csv")):
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.parent.rmdir()
+            folder.parent.parent.rmdir()
+
+
+def relocate_state(state: dict[str, Any], folder: str) -> None:
+    """Change the paths in the state of a ModelCheckpoint to `folder`, if its files lie there."""
+
+    def moved(path: str) -> str:
+        return str(Path(folder, Path(path).name)) if path else path
+
+    if Path(moved(state["best_model_path"])).is_file():
+        state["dirpath"] = folder
+        for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            state[key] = moved(state[key])
+        state["best_k_models"] = {moved(p): score for p, score in state["best_k_models"].items()}
+
+
 def run_of(checkpoint: Path) -> Path:
     """Return the folder of the run that wrote a checkpoint; its own, if it was moved away."""
     folder = checkpoint.parent
@@ -51,6 +75,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises:
         MisconfigurationException: No such file, or not a checkpoint.
+
     """
     path = Path(path)
     if not path.is_file():
@@ -85,6 +110,7 @@ def with_checkpoint_settings(args: list[str], subcommands: Collection[str]) -> l
 
     Raises:
         MisconfigurationException: No such checkpoint, or not a checkpoint.
+
     """
     if not args or args[0] not in subcommands:
         return args

@@ -6,11 +6,10 @@
     python train.py test --ckpt_path runs/base/version_0/checkpoints/last.ckpt
     tensorboard --logdir runs
 
-A run lies in runs/<name>/version_<n>/. A checkpoint carries the settings of its run, so `--ckpt_path`
-alone is enough; what is typed wins over it.
+A run lies in runs/<name>/version_<n>/. A checkpoint carries the settings of its run, so
+`--ckpt_path` alone is enough; what is typed wins over it.
 """
 
-import contextlib
 import csv
 import difflib
 import io
@@ -25,13 +24,13 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.fabric.utilities.warnings import PossibleUserWarning
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from callbacks import History, LayerTable
 from cifar10.archive import CLASSES, CIFAR10Error
@@ -40,8 +39,10 @@ from lightning_module import ImageClassifier
 from runs import (
     RUN_SETTINGS,
     claim,
+    forget,
     is_newest,
     read_checkpoint,
+    relocate_state,
     run_of,
     with_checkpoint_settings,
     write_whole,
@@ -69,6 +70,8 @@ class SaveConfig(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save `config.yaml`."""
         if stage == "fit":
+            self.config = self.config.clone()
+            self.config.ckpt_path = None  # `--config config.yaml` repeats the run from its start
             super().setup(trainer, pl_module, stage)
             settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
             self.run_settings = {key: settings[key] for key in RUN_SETTINGS}
@@ -79,22 +82,44 @@ class SaveConfig(SaveConfigCallback):
         """Add the run's settings."""
         checkpoint["run"] = self.run_settings
 
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Tell ModelCheckpoint where its files lie now: if the run's folder was moved, or is named
+        by another path, it would forget which epoch was best."""
+        callback = trainer.checkpoint_callback
+        for state in checkpoint["callbacks"].values():
+            if isinstance(callback, ModelCheckpoint) and "best_model_path" in state:
+                relocate_state(state, str(callback.dirpath))
+
 
 class CLI(LightningCLI):
     """LightningCLI with a folder for every run, and checkpoints that carry their settings."""
 
     def __init__(self, args: list[str]) -> None:
-        super().__init__(
-            ImageClassifier,
-            CIFAR10DataModule,
-            save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True},  # a resumed run may have other settings
-            trainer_defaults={"default_root_dir": "runs", "num_sanity_val_steps": 0},
-            seed_everything_default=0,
-            parser_class=Parser,
-            auto_configure_optimizers=False,
-            args=args,
-        )
+        self.claimed: Path | None = None
+        try:
+            super().__init__(
+                ImageClassifier,
+                CIFAR10DataModule,
+                save_config_callback=SaveConfig,
+                save_config_kwargs={"overwrite": True},  # a resumed run may have other settings
+                trainer_defaults={"default_root_dir": "runs", "num_sanity_val_steps": 0},
+                seed_everything_default=0,
+                parser_class=Parser,
+                auto_configure_optimizers=False,
+                args=args,
+            )
+        except BaseException:
+            if self.claimed is not None:
+                forget(self.claimed)
+            raise
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Take Lightning's, without the arguments that have one right value here."""
+        fixed = {"weights_only", "verbose", "return_predictions"}
+        return {name: skip | fixed for name, skip in LightningCLI.subcommands().items()}
 
     # ---------------------------------------------------------------------------- the settings
 
@@ -118,12 +143,6 @@ class CLI(LightningCLI):
                 "checkpoint.auto_insert_metric_name": False,
             }
         )
-
-    def _prepare_subcommand_parser(self, *args: Any, **kwargs: Any) -> LightningArgumentParser:
-        parser = super()._prepare_subcommand_parser(*args, **kwargs)
-        defaults = {"weights_only": True, "verbose": False}  # a checkpoint is data: it runs no code
-        parser.set_defaults({key: value for key, value in defaults.items() if key in parser.get_defaults()})
-        return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the command line on top of the settings of the checkpoint that it names."""
@@ -157,8 +176,7 @@ class CLI(LightningCLI):
         if is_fit and options.logger is not False:
             loggers.insert(0, TensorBoardLogger(self.run_folder, "", "", default_hp_metric=False))
 
-        self.history = History()
-        callbacks = [*_listed(options.callbacks), self.history]
+        callbacks = [*_listed(options.callbacks), History(writes=not options.fast_dev_run)]
         has_bar = options.enable_progress_bar is not False and sys.stdout.isatty()
         if has_bar and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(RichProgressBar(refresh_rate=10))
@@ -186,20 +204,23 @@ class CLI(LightningCLI):
                 return folder
             if folder.parent.name == parent.name and is_newest(Path(config.ckpt_path)):
                 return folder
-        is_mine = rank_zero_only.rank == 0 and not config.trainer.fast_dev_run
-        return claim(parent) if is_mine else parent
+        is_first_rank = getattr(rank_zero_only, "rank", 0) == 0  # the others are told the folder
+        if is_first_rank and not config.trainer.fast_dev_run:
+            self.claimed = claim(parent)
+        return self.claimed or parent
 
     # -------------------------------------------------------------------------- the subcommands
 
     def fit(self, **kwargs: Any) -> None:
         """Train; afterwards write the weights, and say how it went and what can be done next."""
         try:
-            self.trainer.fit(**kwargs)
-        finally:
-            if self.trainer.is_global_zero:
-                with contextlib.suppress(OSError):
-                    self.run_folder.rmdir()  # if nothing came to be written
-        if not self.trainer.is_global_zero or self.trainer.fast_dev_run:
+            self.trainer.fit(**kwargs, weights_only=True)  # a checkpoint is data: it runs no code
+        except SystemExit:  # by which Lightning ends after Ctrl-C or SIGTERM
+            last = self.run_folder / "checkpoints" / "last.ckpt"
+            if last.exists() and self.trainer.is_global_zero:
+                print(f"\nstopped; to go on: python train.py fit --ckpt_path {last}")
+            raise
+        if not self.trainer.is_global_zero or self.config.fit.trainer.fast_dev_run:
             return
         weights = io.BytesIO()
         torch.save(self.model.network.state_dict(), weights)
@@ -213,19 +234,24 @@ class CLI(LightningCLI):
             path = checkpoint.best_model_path or checkpoint.last_model_path
             if checkpoint.best_model_score is not None:
                 epoch = read_checkpoint(path)["epoch"]
-                lines += [f"best  epoch {epoch}, {checkpoint.monitor} {checkpoint.best_model_score:.4f}"]
+                lines += [
+                    f"best  epoch {epoch}, {checkpoint.monitor} {checkpoint.best_model_score:.4f}"
+                ]
             lines += [f"test  python train.py test --ckpt_path {shlex.quote(path)}"]
         root = self.config[self.subcommand].trainer.default_root_dir
-        lines += [f"view  tensorboard --logdir {shlex.quote(str(root))}", f"run   {self.run_folder}"]
+        lines += [
+            f"view  tensorboard --logdir {shlex.quote(str(root))}",
+            f"run   {self.run_folder}",
+        ]
         return "\n".join(lines)
 
     def validate(self, **kwargs: Any) -> None:
         """Evaluate the checkpoint on the validation set."""
-        self._evaluated(self.trainer.validate(**kwargs))
+        self._evaluated(self.trainer.validate(**kwargs, weights_only=True, verbose=False))
 
     def test(self, **kwargs: Any) -> None:
         """Evaluate the checkpoint on the test set; write the results to its run's folder."""
-        results = self._evaluated(self.trainer.test(**kwargs))
+        results = self._evaluated(self.trainer.test(**kwargs, weights_only=True, verbose=False))
         if self.trainer.is_global_zero:
             file = self.run_folder / "test.json"
             write_whole(file, json.dumps(results, indent=2).encode())
@@ -242,7 +268,8 @@ class CLI(LightningCLI):
 
     def predict(self, **kwargs: Any) -> None:
         """Predict the test images; write class and probability of each to the run's folder."""
-        probabilities = torch.cat(self.trainer.predict(**kwargs))
+        batches: Any = self.trainer.predict(**kwargs, weights_only=True)
+        probabilities = torch.cat(batches)
         table = io.StringIO()
         writer = csv.writer(table, lineterminator="\n")
         writer.writerow(["image", "class", "probability"])
@@ -266,7 +293,9 @@ def _one_line(message: str) -> str:
         types = " or ".join(re.findall(r"Subtypes: \[(.*)\]", message)[0].split(", "))
         value = re.findall(r"Given value: (.*)", message, re.S)[0]
         message = f"{message.splitlines()[0]} expected {types}, got {value}"
-    message = re.sub(r"(?s):\n.* dot import path string: (\S+)$", r": there is no class \1", message)
+    message = re.sub(
+        r"(?s):\n.* dot import path string: (\S+)$", r": there is no class \1", message
+    )
     message = re.sub(r'^Parser key "([^"]+)":', r"\1:", message)
     return " ".join(message.split())
 
@@ -295,6 +324,13 @@ def main(args: list[str] | None = None) -> None:
         CLI(sys.argv[1:] if args is None else args)
     except (MisconfigurationException, CIFAR10Error, OSError) as error:
         sys.exit(f"error: {_one_line(str(error))}")
+    except RuntimeError as error:
+        if "loading state_dict" not in str(error):
+            raise
+        mismatch = str(error).splitlines()[1].strip()
+        sys.exit(f"error: the checkpoint does not fit the network of the settings: {mismatch}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
 
 
 if __name__ == "__main__":

@@ -17,9 +17,15 @@ QUANTITIES = {"loss": "loss", "acc": "accuracy"}
 
 
 class History(Callback):
-    """Keeps the metrics of every epoch, in the checkpoint too: a resumed run has whole curves."""
+    """Keeps the metrics of every epoch, in the checkpoint too: a resumed run has whole curves.
 
-    def __init__(self) -> None:
+    Args:
+        writes: Write `metrics.csv` and `curves.png` into the run's folder.
+
+    """
+
+    def __init__(self, writes: bool = True) -> None:
+        self.writes = writes
         self.rows: list[dict[str, float]] = []
         self.has_header = False
 
@@ -59,13 +65,12 @@ class History(Callback):
                 print("epoch", *(f"{stage:>7} loss     acc " for stage in _stages(row)), " seconds")
                 self.has_header = True
             print(_line(row, is_best=row is _best(self.rows)), flush=True)
-        if (folder := trainer.log_dir) and trainer.is_global_zero and not trainer.fast_dev_run:
+        if self.writes and (folder := trainer.log_dir) and trainer.is_global_zero:
             write_whole(Path(folder) / "metrics.csv", _csv(self.rows))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the curves."""
-        folder = trainer.log_dir  # asked by every rank: it is broadcast
-        if folder and self.rows and trainer.is_global_zero and not trainer.fast_dev_run:
+        if self.writes and (folder := trainer.log_dir) and self.rows and trainer.is_global_zero:
             write_whole(Path(folder) / "curves.png", _curves(self.rows))
 
 
@@ -103,7 +108,9 @@ def _curves(rows: list[dict[str, float]]) -> bytes:
     best = _best(rows)
     for axes, (name, title) in zip(figure.subplots(1, 2), QUANTITIES.items(), strict=True):
         for stage, color in COLORS.items():
-            points = [(row["epoch"], row[f"{stage}/{name}"]) for row in rows if f"{stage}/{name}" in row]
+            points = [
+                (row["epoch"], row[f"{stage}/{name}"]) for row in rows if f"{stage}/{name}" in row
+            ]
             if points:
                 label, style = (f"{stage} (not used)", "--") if stage == "test" else (stage, "-")
                 axes.plot(*zip(*points, strict=True), style, color=color, label=label, marker=".")

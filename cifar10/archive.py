@@ -12,6 +12,7 @@ import io
 import json
 import os
 import pickle
+import platform
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import time
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, NoReturn
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -101,37 +102,60 @@ def load(
     Raises:
         CIFAR10Error: Nothing to read and no source to fetch from, or not CIFAR-10.
         OSError: `root` cannot be written (a full disk, say).
+
     """
     root = Path(root)
     folder = root / FOLDER
     if folder.is_dir():
         return _open(folder, verify)
-    if not os.access(root, os.W_OK) and (arrays := _read_official(root)):
+    is_read_only = root.is_dir() and not os.access(root, os.W_OK)
+    if is_read_only and (arrays := _read_official(root)) is not None:
         return _tensors(_checked(arrays, verify, f"the data set in {root}"))
 
     root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / ".lock"):
-        if not folder.is_dir():  # else another process was faster
-            for leftover in root.glob(".fetching-*"):  # of a killed process: the lock is ours
-                shutil.rmtree(leftover, ignore_errors=True)
-            with tempfile.TemporaryDirectory(prefix=".fetching-", dir=root) as scratch:
-                if arrays := _read_official(root):
-                    arrays = _checked(arrays, verify, f"the data set in {root}")
-                elif download:
-                    arrays = _fetch(sources, Path(scratch), verify, stall_seconds)
-                else:
-                    raise CIFAR10Error(
-                        f"no CIFAR-10 in {root}: put {ARCHIVE} there, or pass --data.download true"
-                    )
-                _save(arrays, Path(scratch) / FOLDER)
-                os.replace(Path(scratch) / FOLDER, folder)
+    try:
+        with FileLock(_lock_file(root)):
+            if not folder.is_dir():  # else another process was faster
+                _make(folder, download, sources, verify, stall_seconds)
+    finally:
+        with contextlib.suppress(OSError):
+            root.rmdir()  # if nothing came to be there
     return _open(folder, verify)
 
 
-def _save(arrays: dict[str, np.ndarray], folder: Path) -> None:
-    folder.mkdir()
-    for name, array in arrays.items():
-        np.save(folder / f"{name}.npy", array, allow_pickle=False)
+def _lock_file(root: Path) -> Path:
+    """Return this user's lock on a data folder: not in it, where a failure would leave it."""
+    owner = f"{root.resolve()} {getattr(os, 'getuid', int)()}"
+    name = hashlib.sha256(owner.encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"cifar10-{name}.lock"
+
+
+def _make(
+    folder: Path, download: bool, sources: Sequence[str], verify: bool, stall_seconds: float
+) -> None:
+    """Put the arrays into `folder`, all or none: they appear by renaming a whole folder."""
+    root = folder.parent
+    prefix = f".fetching-{platform.node()}-"  # another machine may share the folder, not the lock
+    for leftover in root.glob(f"{prefix}*"):  # of a killed process, since the lock is ours
+        shutil.rmtree(leftover, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=root) as scratch:
+        if (arrays := _read_official(root)) is not None:
+            arrays = _checked(arrays, verify, f"the data set in {root}")
+        elif download:
+            arrays = _fetch(sources, Path(scratch), verify, stall_seconds)
+        else:
+            raise CIFAR10Error(
+                f"no CIFAR-10 in {root}: put {ARCHIVE} there, or pass --data.download true"
+            )
+        whole = Path(scratch) / FOLDER
+        whole.mkdir()
+        for name, array in arrays.items():
+            np.save(whole / f"{name}.npy", array, allow_pickle=False)
+        try:
+            whole.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another machine was faster
+                raise
 
 
 def _open(folder: Path, verify: bool) -> CIFAR10:
@@ -170,7 +194,7 @@ def _checked(arrays: dict[str, np.ndarray], verify: bool, origin: str) -> dict[s
             raise CIFAR10Error(f"{origin}: {part} labels reach {labels.max()}, expected 0 to 9")
     if verify:
         for name, expected in SHA256.items():
-            if hashlib.sha256(np.ascontiguousarray(arrays[name])).hexdigest() != expected:
+            if hashlib.sha256(np.ascontiguousarray(arrays[name]).data).hexdigest() != expected:
                 raise CIFAR10Error(
                     f"{origin}: {name} are not CIFAR-10's (their SHA-256 differs); delete it to "
                     "fetch them again, or pass --data.verify false to use an altered version"
@@ -184,10 +208,10 @@ def _checked(arrays: dict[str, np.ndarray], verify: bool, origin: str) -> dict[s
 class _PlainUnpickler(pickle.Unpickler):
     """Reads NumPy arrays and plain types. Nothing else is ever imported or called."""
 
-    _ADMITTED = {
+    _ADMITTED: ClassVar[dict[str, Any]] = {
         "_reconstruct": lambda _subtype, _shape, _dtype: np.empty(0, np.uint8),  # state follows
-        "_frombuffer": lambda data, dtype, shape, order: (
-            np.frombuffer(data, dtype).reshape(shape, order=order)
+        "_frombuffer": lambda data, dtype, shape, order: np.frombuffer(data, dtype).reshape(
+            shape, order=order
         ),
         "ndarray": np.ndarray,
         "dtype": np.dtype,
@@ -300,7 +324,7 @@ def _fetch(
     )
 
 
-def _bar(total: int) -> tqdm:
+def _bar(total: int) -> "tqdm[NoReturn]":
     """A progress bar in bytes, which stays out of logs (`disable=None`: only on a terminal)."""
     return tqdm(total=total, unit="B", unit_scale=True, leave=False, disable=None)
 
@@ -360,7 +384,7 @@ def _size(folder: Path) -> int:
     for parent, _, names in os.walk(folder):
         for name in names:
             with contextlib.suppress(FileNotFoundError):  # it may have gone meanwhile
-                size += os.path.getsize(os.path.join(parent, name))
+                size += Path(parent, name).stat().st_size
     return size
 
 

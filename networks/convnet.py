@@ -23,6 +23,7 @@ class ConvNet(nn.Module):
     Args:
         dense_units: Width of the second dense layer. The assignment asks for 84, the report's code
             has 80 (78,134 parameters).
+
     """
 
     def __init__(self, dense_units: int = 84) -> None:
