@@ -45,7 +45,6 @@ class CIFAR10DataModule(LightningDataModule):
         test_curve: bool = False,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
         self.root = root
         self.download = download
         self.sources = sources

@@ -52,7 +52,6 @@ class ImageClassifier(LightningModule):
         softmax_before_loss: bool = False,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
         self.network = network
         self.make_optimizer = optimizer
         self.make_lr_scheduler = lr_scheduler
@@ -104,9 +103,9 @@ class ImageClassifier(LightningModule):
         logits = self.network(images)
         scores = logits.softmax(dim=1) if self.softmax_before_loss else logits
         loss = F.cross_entropy(scores, labels)
-        metrics.update(
-            value=loss.detach(), weight=len(labels), preds=logits.detach(), target=labels
-        )
+        # One value an image: torchmetrics 1.9 drops `weight` where the check for NaN is disabled.
+        losses = loss.detach().expand(len(labels))
+        metrics.update(value=losses, preds=logits.detach(), target=labels)
         return loss
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:

@@ -64,8 +64,7 @@ class Parser(LightningArgumentParser):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves the run's settings: all in `config.yaml`, and in each checkpoint those that Lightning
-    does not put there, of the run and its trainer."""
+    """Saves the run's settings: in `config.yaml`, and in every checkpoint."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save `config.yaml`."""
@@ -73,14 +72,13 @@ class SaveConfig(SaveConfigCallback):
             self.config = self.config.clone()
             self.config.ckpt_path = None  # `--config config.yaml` repeats the run from its start
             super().setup(trainer, pl_module, stage)
-            settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
-            self.run_settings = {key: settings[key] for key in RUN_SETTINGS}
+            self.settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Add the run's settings."""
-        checkpoint["run"] = self.run_settings
+        """Add those settings that Lightning does not: of the run and its trainer."""
+        checkpoint["run"] = {key: self.settings[key] for key in RUN_SETTINGS}
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -108,6 +106,7 @@ class CLI(LightningCLI):
                 seed_everything_default=0,
                 parser_class=Parser,
                 auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,  # see `after_instantiate_classes`
                 args=args,
             )
         except BaseException:
@@ -165,6 +164,17 @@ class CLI(LightningCLI):
         if config.data.val_size == 0 and str(config.checkpoint.monitor).startswith("val/"):
             config.checkpoint.monitor = None  # there is nothing to choose by
 
+    def after_instantiate_classes(self) -> None:
+        """Have Lightning put the settings of model and data into loggers and checkpoints.
+
+        Here and not in their constructors, which see live objects where a checkpoint needs names.
+        """
+        settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))[self.subcommand]
+        for part, key in ((self.model, "model"), (self.datamodule, "data")):
+            # the second is how `load_from_checkpoint` builds objects from their class paths
+            by_name = {"_instantiator": "lightning.pytorch.cli.instantiate_module"}
+            part.save_hyperparameters({**settings[key], **by_name})
+
     # ----------------------------------------------------------------------------- the trainer
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -182,7 +192,7 @@ class CLI(LightningCLI):
             callbacks.append(RichProgressBar(refresh_rate=10))
         if options.enable_model_summary is not False:
             callbacks.append(LayerTable())
-        saves = is_fit and options.enable_checkpointing is not False
+        saves = is_fit and options.enable_checkpointing is not False and not options.fast_dev_run
         if saves and not any(isinstance(c, Checkpoint) for c in callbacks):
             callbacks.append(config.checkpoint)
         return super().instantiate_trainer(

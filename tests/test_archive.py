@@ -1,0 +1,352 @@
+"""Fetching, checking and keeping the images."""
+
+import errno
+import hashlib
+import http.server
+import json
+import os
+import pickle
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cifar10 import archive
+from tests.conftest import TEST_SIZE, TRAIN_SIZE, tar
+
+Answer = Callable[[http.server.BaseHTTPRequestHandler], None]
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Answers a path by the function given for it, and counts the requests."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, Answer] = {}
+        self.asked: list[str] = []
+        self.stopping = threading.Event()
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(handler) -> None:  # noqa: N805
+                self.asked.append(handler.path)
+                self.answers.get(handler.path, not_found)(handler)
+
+            def log_message(handler, *args: object) -> None:  # noqa: N805
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+
+    def serves(self, path: str, answer: Answer) -> str:
+        """Answer a path so, and return its address."""
+        self.answers[path] = answer
+        return f"http://127.0.0.1:{self.server_address[1]}{path}"
+
+    def stall(self, handler: http.server.BaseHTTPRequestHandler) -> None:
+        """Promise a file, send its beginning and nothing more."""
+        handler.send_response(200)
+        handler.send_header("Content-Length", "1000000")
+        handler.end_headers()
+        handler.wfile.write(b"beginning")
+        handler.wfile.flush()
+        self.stopping.wait(30)
+
+
+def sends(content: bytes, delay: float = 0) -> Answer:
+    def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
+        time.sleep(delay)
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(content)))
+        handler.end_headers()
+        handler.wfile.write(content)
+
+    return answer
+
+
+def not_found(handler: http.server.BaseHTTPRequestHandler) -> None:
+    handler.send_error(404)
+
+
+def unavailable(handler: http.server.BaseHTTPRequestHandler) -> None:
+    handler.send_error(503)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.stopping.set()
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def expected(batches: dict[str, bytes]) -> dict[str, torch.Tensor]:
+    """What the official files hold, read by the plainest means."""
+    parts = [pickle.loads(batches[name], encoding="bytes") for name in archive.BATCHES]
+    images = [torch.from_numpy(part[b"data"]).view(-1, 3, 32, 32) for part in parts]
+    labels = [torch.tensor(part[b"labels"], dtype=torch.uint8) for part in parts]
+    return {
+        "train_images": torch.cat(images[:5]),
+        "train_labels": torch.cat(labels[:5]),
+        "test_images": images[5],
+        "test_labels": labels[5],
+    }
+
+
+@pytest.fixture
+def sums(expected: dict[str, torch.Tensor], tarball: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the small data set the one whose checksums are asked for."""
+    for name, tensor in expected.items():
+        digest = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+        monkeypatch.setitem(archive.SHA256, name, digest)
+    monkeypatch.setattr(archive, "ARCHIVE_MD5", hashlib.md5(tarball).hexdigest())
+
+
+def is_same(data: archive.CIFAR10, expected: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(getattr(data, name), tensor) for name, tensor in expected.items())
+
+
+# ------------------------------------------------------------------------- what is in the folder
+
+
+def test_official_folder_archive_and_arrays_give_the_same_tensors(
+    folder: Path, tmp_path: Path, tarball: bytes, expected: dict[str, torch.Tensor]
+) -> None:
+    (tmp_path / archive.ARCHIVE).write_bytes(tarball)
+    for root in (folder, tmp_path):
+        assert is_same(archive.load(root, verify=False, download=False), expected)
+        shutil.rmtree(root / "cifar-10-batches-py", ignore_errors=True)
+        (root / archive.ARCHIVE).unlink(missing_ok=True)
+        assert is_same(archive.load(root, verify=False, download=False), expected)
+
+
+@pytest.mark.usefixtures("sums")
+def test_verify_accepts_the_right_images_and_refuses_one_changed_label(
+    folder: Path, expected: dict[str, torch.Tensor]
+) -> None:
+    assert is_same(archive.load(folder), expected)
+    labels = folder / archive.FOLDER / "train_labels.npy"
+    content = bytearray(labels.read_bytes())
+    content[-1] = (content[-1] + 1) % 10
+    labels.write_bytes(content)
+    with pytest.raises(archive.CIFAR10Error, match=r"train_labels are not CIFAR-10's.*verify false"):
+        archive.load(folder)
+    altered = archive.load(folder, verify=False)
+    assert (altered.train_labels != expected["train_labels"]).sum() == 1
+
+
+def test_images_that_are_not_cifar10_leave_no_arrays(folder: Path) -> None:
+    with pytest.raises(archive.CIFAR10Error, match="train_images are not CIFAR-10's"):
+        archive.load(folder)
+    assert [p.name for p in folder.iterdir()] == ["cifar-10-batches-py"]
+
+
+def test_a_damaged_array_is_named(folder: Path) -> None:
+    archive.load(folder, verify=False)
+    images = folder / archive.FOLDER / "test_images.npy"
+    images.write_bytes(images.read_bytes()[:1000])
+    with pytest.raises(archive.CIFAR10Error, match="is damaged.*delete it"):
+        archive.load(folder, verify=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda batch: batch.pop(b"labels"),
+        lambda batch: batch.update({b"labels": [300] * 200}),
+        lambda batch: batch.update({b"labels": [10] * 200}),
+        lambda batch: batch.update({b"labels": [1] * 199}),
+        lambda batch: batch.update({b"data": batch[b"data"].astype(np.float32)}),
+        lambda batch: batch.update({b"data": batch[b"data"][:, :100]}),
+    ],
+)
+def test_batches_of_another_form_are_refused_even_without_verify(
+    folder: Path, change: Callable[[dict[bytes, object]], None]
+) -> None:
+    path = folder / "cifar-10-batches-py" / "data_batch_3"
+    batch = pickle.loads(path.read_bytes(), encoding="bytes")
+    change(batch)
+    path.write_bytes(pickle.dumps(batch))
+    with pytest.raises(archive.CIFAR10Error):
+        archive.load(folder, verify=False)
+    assert not (folder / archive.FOLDER).exists()
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_pickles_of_every_protocol_are_read(
+    folder: Path, protocol: int, expected: dict[str, torch.Tensor]
+) -> None:
+    for path in (folder / "cifar-10-batches-py").iterdir():
+        batch = pickle.loads(path.read_bytes(), encoding="bytes")
+        path.write_bytes(pickle.dumps(batch, protocol=protocol))
+    assert is_same(archive.load(folder, verify=False), expected)
+
+
+class Evil:
+    """Unpickled by a plain `pickle.load`, it makes a file."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.proof),)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(
+    folder: Path, batches: dict[str, bytes], tmp_path: Path, packed: bool
+) -> None:
+    proof = tmp_path / "proof"
+    evil = pickle.dumps({b"data": Evil(proof), b"labels": [0]})
+    (folder / "cifar-10-batches-py" / "data_batch_1").write_bytes(evil)
+    if packed:
+        shutil.rmtree(folder / "cifar-10-batches-py")
+        files = {**batches, "data_batch_1": evil}
+        (folder / archive.ARCHIVE).write_bytes(tar({f"c/{k}": v for k, v in files.items()}))
+    with pytest.raises(archive.CIFAR10Error, match="data_batch_1 is refused: .*mkdir"):
+        archive.load(folder, verify=False)
+    assert not proof.exists()
+    pickle.loads(evil)
+    assert proof.exists(), "the pickle does run code where it is let"
+
+
+def test_what_a_killed_process_left_is_removed(folder: Path) -> None:
+    leftover = folder / f".fetching-{platform.node()}-killed"
+    leftover.mkdir()
+    archive.load(folder, verify=False)
+    assert not leftover.exists()
+
+
+def test_a_full_disk_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, *args: object, **kwargs: object) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(archive.np, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        archive.load(folder, verify=False)
+    assert [p.name for p in folder.iterdir()] == ["cifar-10-batches-py"]
+
+
+# -------------------------------------------------------------------------------------- fetching
+
+
+@pytest.mark.usefixtures("sums")
+def test_the_first_source_that_delivers_is_taken_and_the_others_are_told(
+    server: Server,
+    tarball: bytes,
+    tmp_path: Path,
+    expected: dict[str, torch.Tensor],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sources = [
+        server.serves("/unavailable", unavailable),
+        server.serves("/stalls", server.stall),
+        server.serves("/truncated", sends(tarball[: len(tarball) // 2])),
+        server.serves("/right", sends(tarball)),
+        server.serves("/never", unavailable),
+    ]
+    assert is_same(archive.load(tmp_path / "data", sources=sources, stall_seconds=1), expected)
+    assert server.asked == ["/unavailable", "/stalls", "/truncated", "/right"]
+    told = capsys.readouterr().err
+    assert "answered 503" in told
+    assert "no byte for 1 s" in told
+    assert "truncated or altered" in told
+    assert [p.name for p in (tmp_path / "data").iterdir()] == [archive.FOLDER]
+
+
+def test_with_no_source_that_delivers_it_fails_in_one_line_and_leaves_nothing(
+    server: Server, tarball: bytes, tmp_path: Path
+) -> None:
+    sources = [
+        server.serves("/unavailable", unavailable),
+        server.serves("/truncated", sends(tarball[:5000])),
+        "http://127.0.0.1:9/closed",
+        "npm:",
+        "no address",
+    ]
+    with pytest.raises(archive.CIFAR10Error, match="no source gave CIFAR-10") as failure:
+        archive.load(tmp_path / "data", sources=sources, verify=False)
+    assert "\n" not in str(failure.value)
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_source_of_other_images_is_left(
+    server: Server, tarball: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archive, "ARCHIVE_MD5", hashlib.md5(tarball).hexdigest())
+    with pytest.raises(archive.CIFAR10Error, match="train_images are not CIFAR-10's"):
+        archive.load(tmp_path / "data", sources=[server.serves("/other", sends(tarball))])
+    assert not (tmp_path / "data").exists()
+
+
+def test_processes_that_start_together_fetch_once(
+    server: Server, tarball: bytes, tmp_path: Path
+) -> None:
+    source = server.serves("/slow", sends(tarball, delay=1))
+    program = (
+        "import sys; from cifar10 import archive; "
+        "data = archive.load(sys.argv[1], sources=[sys.argv[2]], verify=False); "
+        "print(len(data.train_labels), len(data.test_labels))"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "data"), source]
+    root = Path(archive.__file__).parents[1]
+    processes = [
+        subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    outputs = [process.communicate(timeout=120)[0].split() for process in processes]
+    assert outputs == [[str(TRAIN_SIZE), str(TEST_SIZE)]] * 3
+    assert server.asked == ["/slow"]
+
+
+@pytest.mark.skipif(shutil.which("npm") is None, reason="the npm command is not installed")
+@pytest.mark.usefixtures("sums")
+def test_npm_package_gives_the_same_tensors(
+    server: Server,
+    expected: dict[str, torch.Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def png(images: torch.Tensor) -> bytes:
+        path = tmp_path / "sheet.png"
+        Image.fromarray(images.permute(0, 2, 3, 1).reshape(-1, 1024, 3).numpy()).save(path)
+        return path.read_bytes()
+
+    sheets = [*expected["train_images"].split(200), expected["test_images"]]
+    names = [f"data_batch_{i}.png" for i in range(1, 6)] + ["test_batch.png"]
+    files = {f"package/{name}": png(sheet) for name, sheet in zip(names, sheets, strict=True)}
+    files["package/train_lables.json"] = json.dumps(expected["train_labels"].tolist()).encode()
+    files["package/test_lables.json"] = json.dumps(expected["test_labels"].tolist()).encode()
+    scripts = {"prepack": "touch ran", "prepare": "touch ran"}
+    manifest = {"name": "sheets", "version": "1.0.0", "scripts": scripts}
+    files["package/package.json"] = json.dumps(manifest).encode()
+    package = server.serves("/sheets.tgz", sends(tar(files)))
+    versions = {"1.0.0": {**manifest, "dist": {"tarball": package}}}
+    registry = {"name": "sheets", "dist-tags": {"latest": "1.0.0"}, "versions": versions}
+    address = server.serves("/sheets", sends(json.dumps(registry).encode()))
+    monkeypatch.setenv("npm_config_registry", address.removesuffix("sheets"))
+    data = archive.load(tmp_path / "data", sources=["npm:nowhere@1.0.0", "npm:sheets@1.0.0"])
+    assert is_same(data, expected)
+    assert [p.name for p in (tmp_path / "data").iterdir()] == [archive.FOLDER]
+
+
+@pytest.mark.skipif(shutil.which("npm") is None, reason="the npm command is not installed")
+def test_npm_that_stalls_is_stopped(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = server.serves("/sheets", server.stall)
+    monkeypatch.setenv("npm_config_registry", address.removesuffix("sheets"))
+    with pytest.raises(archive.CIFAR10Error, match="no byte for 2 s"):
+        archive.load(tmp_path / "data", sources=["npm:sheets@1.0.0"], stall_seconds=2)
+    assert not (tmp_path / "data").exists()
