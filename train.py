@@ -195,14 +195,17 @@ class CLI(LightningCLI):
         saves = is_fit and options.enable_checkpointing is not False and not options.fast_dev_run
         if saves and not any(isinstance(c, Checkpoint) for c in callbacks):
             callbacks.append(config.checkpoint)
-        return super().instantiate_trainer(
-            default_root_dir=self.run_folder,
-            logger=loggers or False,
-            callbacks=callbacks,
-            enable_progress_bar=has_bar,
-            enable_checkpointing=saves,
-            **kwargs,
-        )
+        try:
+            return super().instantiate_trainer(
+                default_root_dir=self.run_folder,
+                logger=loggers or False,
+                callbacks=callbacks,
+                enable_progress_bar=has_bar,
+                enable_checkpointing=saves,
+                **kwargs,
+            )
+        except (TypeError, ValueError) as error:
+            raise MisconfigurationException(f"trainer: {error}") from error
 
     def _run_folder(self) -> Path:
         """Return the folder of the checkpoint's run, or a new one for what `fit` begins."""

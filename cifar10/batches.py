@@ -53,7 +53,15 @@ def train_loader(
     sampler: DistributedSampler[Batch] = DistributedSampler(
         dataset, num_replicas=world_size, rank=rank, shuffle=True, seed=spread_seed
     )
-    return DataLoader(dataset, batch_size=batch_size, sampler=sampler, collate_fn=_as_is)
+    # With a generator of its own, making an iterator draws nothing from the run's random numbers:
+    # Lightning makes the first one before an epoch starts and the others after.
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        collate_fn=_as_is,
+        generator=torch.Generator(),
+    )
 
 
 def eval_loader(dataset: TensorImages) -> DataLoader[Batch]:

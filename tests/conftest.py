@@ -83,9 +83,12 @@ def run(
     def run(*args: object, data: Path = arrays) -> str:
         words = [str(arg) for arg in args]
         if words[0] == "fit" and "--ckpt_path" not in words:
-            words[1:1] = ["--data.root", str(data), "--data.verify", "false"]
-            words[1:1] = ["--data.val_size", "200", "--data.batch_size", "50"]
-            words[1:1] = ["--trainer.max_epochs", "2", "--model.optimizer.lr", "0.002"]
+            after_config = words.index("--config") + 2 if "--config" in words else 1
+            words[after_config:after_config] = [
+                *("--data.root", str(data), "--data.verify", "false", "--data.val_size", "200"),
+                *("--data.batch_size", "50", "--model.optimizer.lr", "0.002"),
+                *("--trainer.max_epochs", "2", "--trainer.accelerator", "cpu"),
+            ]
         capsys.readouterr()
         train.main(words)
         return capsys.readouterr().out

@@ -35,11 +35,11 @@ class Server(http.server.ThreadingHTTPServer):
         self.stopping = threading.Event()
 
         class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(handler) -> None:  # noqa: N805
+            def do_GET(handler) -> None:
                 self.asked.append(handler.path)
                 self.answers.get(handler.path, not_found)(handler)
 
-            def log_message(handler, *args: object) -> None:  # noqa: N805
+            def log_message(handler, *args: object) -> None:
                 pass
 
         super().__init__(("127.0.0.1", 0), Handler)
@@ -105,7 +105,9 @@ def expected(batches: dict[str, bytes]) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def sums(expected: dict[str, torch.Tensor], tarball: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def sums(
+    expected: dict[str, torch.Tensor], tarball: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Make the small data set the one whose checksums are asked for."""
     for name, tensor in expected.items():
         digest = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
@@ -140,7 +142,9 @@ def test_verify_accepts_the_right_images_and_refuses_one_changed_label(
     content = bytearray(labels.read_bytes())
     content[-1] = (content[-1] + 1) % 10
     labels.write_bytes(content)
-    with pytest.raises(archive.CIFAR10Error, match=r"train_labels are not CIFAR-10's.*verify false"):
+    with pytest.raises(
+        archive.CIFAR10Error, match=r"train_labels are not CIFAR-10's.*verify false"
+    ):
         archive.load(folder)
     altered = archive.load(folder, verify=False)
     assert (altered.train_labels != expected["train_labels"]).sum() == 1
@@ -323,7 +327,7 @@ def test_npm_package_gives_the_same_tensors(
         Image.fromarray(images.permute(0, 2, 3, 1).reshape(-1, 1024, 3).numpy()).save(path)
         return path.read_bytes()
 
-    sheets = [*expected["train_images"].split(200), expected["test_images"]]
+    sheets = [*expected["train_images"].view(5, 200, 3, 32, 32), expected["test_images"]]
     names = [f"data_batch_{i}.png" for i in range(1, 6)] + ["test_batch.png"]
     files = {f"package/{name}": png(sheet) for name, sheet in zip(names, sheets, strict=True)}
     files["package/train_lables.json"] = json.dumps(expected["train_labels"].tolist()).encode()

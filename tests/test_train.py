@@ -1,0 +1,382 @@
+"""The command line: runs, checkpoints, and what a wrong input gets."""
+
+import csv
+import errno
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+
+import train
+from cifar10 import archive
+from lightning_module import ImageClassifier
+from networks import ConvNet
+from tests.conftest import Run
+
+ROOT = Path(__file__).parents[1]
+BASE = ROOT / "configs" / "base.yaml"
+RUN_0 = Path("runs/base/version_0")
+
+
+def rows(run_folder: Path) -> list[dict[str, float]]:
+    with (run_folder / "metrics.csv").open() as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = torch.load(checkpoint, weights_only=True)["state_dict"]
+    return state
+
+
+def is_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+# ------------------------------------------------------------------------------------- recipes
+
+
+@pytest.mark.parametrize(
+    ("recipe", "dense_units", "softmax_before_loss"), [("base", 84, False), ("report", 80, True)]
+)
+def test_recipes_say_what_the_report_says(
+    capsys: pytest.CaptureFixture[str], recipe: str, dense_units: int, softmax_before_loss: bool
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["fit", "--config", str(ROOT / "configs" / f"{recipe}.yaml"), "--print_config"])
+    settings = yaml.safe_load(capsys.readouterr().out)
+    assert not stopped.value.code
+    assert settings["model"]["network"]["init_args"] == {"dense_units": dense_units}
+    assert settings["model"]["softmax_before_loss"] == softmax_before_loss
+    assert settings["model"]["optimizer"]["class_path"] == "torch.optim.Adam"
+    assert settings["model"]["optimizer"]["init_args"]["lr"] == 0.0005
+    assert settings["data"]["batch_size"] == 128
+    assert settings["data"]["val_size"] == 10_000
+    assert settings["trainer"]["max_epochs"] == 30
+    assert settings["checkpoint"]["save_top_k"] == -1
+    assert settings["checkpoint"]["monitor"] == "val/acc"
+
+
+# ---------------------------------------------------------------------------------------- runs
+
+
+def test_fit_leaves_a_whole_run_and_says_how_to_go_on(run: Run) -> None:
+    out = run("fit", "--config", BASE, "--trainer.max_epochs", "3")
+    assert sorted(p.name for p in RUN_0.iterdir() if not p.name.startswith("events")) == [
+        "checkpoints", "config.yaml", "curves.png", "hparams.yaml", "metrics.csv", "model.pth",
+    ]  # fmt: skip
+    names = sorted(p.name for p in (RUN_0 / "checkpoints").iterdir())
+    assert names == ["epoch_00.ckpt", "epoch_01.ckpt", "epoch_02.ckpt", "last.ckpt"]
+    assert [row["epoch"] for row in rows(RUN_0)] == [0, 1, 2]
+    best = max(rows(RUN_0), key=lambda row: row["val/acc"])
+    assert best["val/acc"] > 0.5, "three epochs learn the small data set"
+    assert f"best  epoch {best['epoch']:.0f}, val/acc {best['val/acc']:.4f}" in out
+    assert f"test --ckpt_path {RUN_0}/checkpoints/epoch_{best['epoch']:02.0f}.ckpt" in out
+    assert "tensorboard --logdir runs" in out
+    assert "[128, 6, 16, 16]" in out
+    assert "78,658" in out
+
+
+def test_model_pth_needs_nothing_but_pytorch(run: Run) -> None:
+    run("fit", "--config", BASE)
+    state = torch.load(RUN_0 / "model.pth", weights_only=True)
+    network = ConvNet()
+    network.load_state_dict(state)
+    last = weights(RUN_0 / "checkpoints" / "epoch_01.ckpt")
+    assert is_same({f"network.{name}": tensor for name, tensor in state.items()}, last)
+
+
+def test_tensorboard_has_train_and_validation_on_one_chart(run: Run) -> None:
+    run("fit", "--config", BASE)
+    events = EventAccumulator(str(RUN_0)).Reload()
+    for name in ("loss", "acc"):
+        for stage in ("train", "val"):
+            values = [round(event.value, 6) for event in events.Scalars(f"{stage}/{name}")]
+            assert values == [row[f"{stage}/{name}"] for row in rows(RUN_0)]
+    content = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    charts = layout_pb2.Layout.FromString(content).category[0].chart
+    assert [chart.title for chart in charts] == ["loss", "accuracy"]
+    assert list(charts[0].multiline.tag)[:2] == ["^train/loss$", "^val/loss$"]
+    assert list(charts[1].multiline.tag)[:2] == ["^train/acc$", "^val/acc$"]
+
+
+def test_same_command_same_weights_and_another_seed_others(run: Run) -> None:
+    for seed in (0, 0, 1):
+        run("fit", "--config", BASE, "--seed_everything", seed)
+    first, second, third = (
+        weights(Path(f"runs/base/version_{i}/checkpoints/last.ckpt")) for i in range(3)
+    )
+    assert is_same(first, second)
+    assert not is_same(first, third)
+
+
+def test_test_set_chooses_nothing(run: Run) -> None:
+    run("fit", "--config", BASE)
+    run("fit", "--config", BASE, "--data.test_curve", "true")
+    without, with_test = (Path(f"runs/base/version_{i}") for i in range(2))
+    assert is_same(*(weights(folder / "checkpoints/last.ckpt") for folder in (without, with_test)))
+    assert "test/acc" not in rows(without)[0]
+    assert [row["val/acc"] for row in rows(without)] == [row["val/acc"] for row in rows(with_test)]
+
+
+def test_without_validation_images_every_epoch_is_kept(run: Run) -> None:
+    out = run("fit", "--config", BASE, "--data.val_size", "0", "--data.test_curve", "true")
+    assert (RUN_0 / "checkpoints" / "epoch_01.ckpt").exists()
+    assert "best" not in out
+    assert set(rows(RUN_0)[0]) == {
+        "epoch", "train/loss", "train/acc", "test/loss", "test/acc", "seconds",
+    }  # fmt: skip
+
+
+# --------------------------------------------------------------- a checkpoint is enough to go on
+
+
+def test_checkpoint_alone_repeats_the_test_curve_exactly(run: Run) -> None:
+    changed = ["--data.split_seed", "5", "--data.val_size", "300", "--data.batch_size", "40"]
+    network = ["--model.network.dense_units", "33", "--model.softmax_before_loss", "true"]
+    run("fit", "--config", BASE, *changed, *network, "--data.test_curve", "true")
+    for row in rows(RUN_0):
+        checkpoint = f"epoch_{row['epoch']:02.0f}.ckpt"
+        run("test", "--ckpt_path", RUN_0 / "checkpoints" / checkpoint)
+        result = json.loads((RUN_0 / "test.json").read_text())
+        assert result["checkpoint"] == checkpoint
+        assert result["test/acc"] == row["test/acc"]
+        assert result["test/loss"] == row["test/loss"]
+        out = run("validate", "--ckpt_path", RUN_0 / "checkpoints" / checkpoint)
+        assert f"val/acc {row['val/acc']:.4f}" in out
+    assert [p.name for p in Path("runs/base").iterdir()] == ["version_0"]
+
+
+def test_what_is_typed_wins_over_the_checkpoint(run: Run, fails: Run, tmp_path: Path) -> None:
+    run("fit", "--config", BASE)
+    last = RUN_0 / "checkpoints" / "last.ckpt"
+    first = run("validate", "--ckpt_path", last)
+    assert first == run("validate", "--ckpt_path", last)
+    assert first != run("validate", "--ckpt_path", last, "--data.split_seed", "7")
+    config = tmp_path / "other.yaml"
+    config.write_text("data:\n  split_seed: 7\n")
+    assert first != run("validate", "--config", config, "--ckpt_path", last)
+    assert "does not fit the network" in fails(
+        "test", "--ckpt_path", last, "--model.network.dense_units", "80"
+    )
+
+
+def test_checkpoint_builds_the_model_in_python_too(run: Run) -> None:
+    run("fit", "--config", BASE, "--model.network.dense_units", "33")
+    path = RUN_0 / "checkpoints" / "last.ckpt"
+    model = ImageClassifier.load_from_checkpoint(path, weights_only=True)
+    assert is_same(model.state_dict(), weights(path))
+
+
+class Noise(torch.nn.Module):
+    """Draws random numbers, as augmentations and dropout do."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images + 0.1 * torch.rand_like(images)
+
+
+def test_a_stopped_run_goes_on_exactly_in_its_own_folder(run: Run, tmp_path: Path) -> None:
+    config = tmp_path / "noisy.yaml"
+    scheduler = {"class_path": "StepLR", "init_args": {"step_size": 1, "gamma": 0.5}}
+    augment = [{"class_path": "tests.test_train.Noise"}]
+    config.write_text(
+        yaml.safe_dump({"model": {"lr_scheduler": scheduler}, "data": {"augment": augment}})
+    )
+    run("fit", "--config", config, "--trainer.max_epochs", "4", "--name", "whole")
+    run("fit", "--config", config, "--trainer.max_epochs", "2", "--name", "stopped")
+    stopped = Path("runs/stopped/version_0")
+    out = run("fit", "--ckpt_path", stopped / "checkpoints/last.ckpt", "--trainer.max_epochs", "4")
+    whole = Path("runs/whole/version_0")
+    assert is_same(*(weights(folder / "checkpoints/last.ckpt") for folder in (whole, stopped)))
+    assert [{**row, "seconds": 0} for row in rows(stopped)] == [
+        {**row, "seconds": 0} for row in rows(whole)
+    ]
+    assert f"run   {stopped}" in out
+    assert [p.name for p in Path("runs/stopped").iterdir()] == ["version_0"]
+    best = max(rows(whole), key=lambda row: row["val/acc"])
+    assert f"best  epoch {best['epoch']:.0f}, " in out
+
+
+def test_going_on_from_an_earlier_epoch_keeps_the_later_ones(run: Run) -> None:
+    run("fit", "--config", BASE, "--trainer.max_epochs", "3")
+    before = {p: p.read_bytes() for p in RUN_0.rglob("*") if p.is_file()}
+    run("fit", "--ckpt_path", RUN_0 / "checkpoints/epoch_00.ckpt", "--model.optimizer.lr", "0.1")
+    assert {p: p.read_bytes() for p in RUN_0.rglob("*") if p.is_file()} == before
+    assert [row["epoch"] for row in rows(Path("runs/base/version_1"))] == [0, 1, 2]
+
+
+def test_last_and_best_mean_the_newest_run_of_the_recipe(run: Run) -> None:
+    run("fit", "--config", BASE)
+    run("fit", "--config", BASE, "--trainer.max_epochs", "3")
+    folder = Path("runs/base/version_1")
+    best = max(rows(folder), key=lambda row: row["val/acc"])
+    for word, name in (("last", "last.ckpt"), ("best", f"epoch_{best['epoch']:02.0f}.ckpt")):
+        run("test", "--name", "base", "--ckpt_path", word)
+        assert json.loads((folder / "test.json").read_text())["checkpoint"] == name
+    out = run("fit", "--name", "base", "--ckpt_path", "last", "--trainer.max_epochs", "4")
+    assert f"run   {folder}" in out
+
+
+def test_a_moved_run_goes_on_and_remembers_its_best_epoch(run: Run) -> None:
+    run("fit", "--config", BASE, "--trainer.max_epochs", "2")
+    Path("elsewhere").mkdir()
+    Path("runs/base").rename("elsewhere/base")
+    folder = Path("elsewhere/base/version_0").resolve()
+    options = ["--trainer.max_epochs", "3", "--model.optimizer.lr", "0"]
+    out = run("fit", "--ckpt_path", folder / "checkpoints/last.ckpt", *options)
+    best = max(rows(folder)[:2], key=lambda row: row["val/acc"])
+    assert f"--ckpt_path {folder}/checkpoints/epoch_{best['epoch']:02.0f}.ckpt" in out
+
+
+def test_config_of_a_resumed_run_repeats_it_from_the_start(run: Run) -> None:
+    run("fit", "--config", BASE)
+    last = RUN_0 / "checkpoints/last.ckpt"
+    run("fit", "--ckpt_path", last, "--trainer.max_epochs", "3")
+    settings = yaml.safe_load((RUN_0 / "config.yaml").read_text())
+    assert settings["ckpt_path"] is None
+    train.main(["fit", "--config", str(RUN_0 / "config.yaml")])
+    again = Path("runs/base/version_1/checkpoints/last.ckpt")
+    assert is_same(weights(last), weights(again))
+
+
+def test_predict_writes_a_class_for_every_test_image(run: Run) -> None:
+    run("fit", "--config", BASE, "--data.test_curve", "true")
+    run("predict", "--ckpt_path", RUN_0 / "checkpoints/last.ckpt")
+    with (RUN_0 / "predictions.csv").open() as file:
+        predictions = [row["class"] for row in csv.DictReader(file)]
+    root = yaml.safe_load((RUN_0 / "config.yaml").read_text())["data"]["root"]
+    labels = archive.load(root, verify=False).test_labels
+    right = sum(
+        archive.CLASSES.index(p) == label for p, label in zip(predictions, labels, strict=True)
+    )
+    assert right / len(labels) == pytest.approx(rows(RUN_0)[-1]["test/acc"])
+
+
+# ------------------------------------------------------------------------ what a wrong input gets
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("trainer:\n  max_epoch: 3\n", "did you mean trainer.max_epochs?"),
+        ("model:\n  netwrok: ConvNet\n", "did you mean model.network?"),
+        ("data:\n  bath_size: 3\n", "did you mean data.batch_size?"),
+        (
+            "model:\n  network:\n    class_path: ConvNet\n    init_args:\n      dense_unit: 3\n",
+            "did you mean dense_units?",
+        ),
+        ("model:\n  network:\n    class_path: networks.Nope\n", "networks.Nope"),
+        ("model:\n  optimizer:\n    class_path: torch.optim.Adma\n", "torch.optim.Adma"),
+        ("data: [1\n", "while parsing"),
+        ("trainer:\n  max_epochs: many\n", "trainer.max_epochs: expected int or null, got many"),
+    ],
+)
+def test_a_wrong_yaml_is_refused(fails: Run, tmp_path: Path, text: str, message: str) -> None:
+    config = tmp_path / "wrong.yaml"
+    config.write_text(text)
+    assert message in fails("fit", "--config", config)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--data.batch_size", "0"], "data.batch_size"),
+        (["--data.batch_size", "many"], "data.batch_size"),
+        (["--data.bath_size", "3"], "did you mean data.batch_size?"),
+        (["--data.val_size", "1000"], "leaves no training image of 1000: choose at most 999"),
+        (["--data.val_size", "-1"], "data.val_size"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--model.optimizer.lr", "-1"], "Invalid learning rate"),
+        (["--model.network", "torch.nn.Flatten"], "expected logits [2, 10]"),
+        (["--trainer.accelerator", "no_such_thing"], "no_such_thing"),
+        (["--data.verify", "true"], "train_images are not CIFAR-10's"),
+        (["--data.root", "empty", "--data.download", "false"], "no CIFAR-10 in empty"),
+        (["--data.root", "empty", "--data.sources", "[http://127.0.0.1:9/x]"], "no connection"),
+        (["--ckpt_path", "nowhere.ckpt"], "no checkpoint nowhere.ckpt"),
+        (["--ckpt_path", "last"], "no run in runs/default has a checkpoint"),
+    ],
+)
+def test_a_wrong_argument_is_refused_and_leaves_nothing(
+    fails: Run, args: list[str], message: str
+) -> None:
+    assert message in fails("fit", *args)
+    assert not Path("runs").exists()
+    assert not Path("empty").exists()
+
+
+@pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
+def test_evaluation_needs_a_checkpoint(fails: Run, subcommand: str) -> None:
+    assert "needs --ckpt_path" in fails(subcommand)
+
+
+class Evil:
+    """Unpickled by a plain `pickle.load`, it makes a folder."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, ("proof",)
+
+
+@pytest.mark.parametrize("subcommand", ["fit", "test"])
+def test_a_checkpoint_that_would_run_code_is_refused_and_does_not_run(
+    run: Run, fails: Run, subcommand: str
+) -> None:
+    run("fit", "--config", BASE, "--trainer.max_epochs", "1")
+    path = RUN_0 / "checkpoints" / "last.ckpt"
+    checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
+    torch.save({**checkpoint, "hyper_parameters": Evil()}, "zipped.ckpt")
+    Path("plain.ckpt").write_bytes(pickle.dumps(Evil()))
+    for name in ("zipped.ckpt", "plain.ckpt"):
+        assert "is not a checkpoint" in fails(subcommand, "--ckpt_path", name)
+        assert not Path("proof").exists()
+    torch.load("zipped.ckpt", weights_only=False)
+    assert Path("proof").exists(), "the checkpoint does run code where it is let"
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no zip", b"text"])
+def test_a_file_that_is_no_checkpoint_is_refused(fails: Run, content: bytes) -> None:
+    Path("no.ckpt").write_bytes(content)
+    assert "no.ckpt is not a checkpoint" in fails("test", "--ckpt_path", "no.ckpt")
+
+
+def test_a_full_disk_is_one_line(run: Run, fails: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_args: object, **_kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("lightning.fabric.plugins.io.torch_io._atomic_save", full)
+    assert "No space left on device" in fails("fit", "--config", BASE)
+
+
+def test_the_terminal_shows_the_run_and_nothing_else(arrays: Path, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    command = [sys.executable, str(ROOT / "train.py"), "fit", "--config", "configs/base.yaml"]
+    command += ["--data.root", str(arrays), "--data.verify", "false", "--data.val_size", "200"]
+    command += ["--trainer.max_epochs", "2"]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert process.returncode == 0
+    assert process.stderr == ""
+    table, header, *epochs, blank, best, test, view, folder = process.stdout.splitlines()[-9:]
+    assert header.split() == ["epoch", "train", "loss", "acc", "val", "loss", "acc", "seconds"]
+    assert [line.split()[0] for line in epochs] == ["0", "1"]
+    assert [line.split()[0] for line in (best, test, view, folder)] == [
+        "best",
+        "test",
+        "view",
+        "run",
+    ]
+    again = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *test.split()[3:]],
+        cwd=tmp_path, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert again.returncode == 0
+    assert again.stderr == ""
+    assert again.stdout.startswith("epoch 1: test/")
