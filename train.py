@@ -220,6 +220,8 @@ class CLI(LightningCLI):
         is_first_rank = getattr(rank_zero_only, "rank", 0) == 0  # the others are told the folder
         if is_first_rank and not config.trainer.fast_dev_run:
             self.claimed = claim(parent)
+            if config.ckpt_path:
+                print(f"{config.ckpt_path} is not the newest of its run: on in {self.claimed}")
         return self.claimed or parent
 
     # -------------------------------------------------------------------------- the subcommands
@@ -324,6 +326,7 @@ def _quieten() -> None:
     for message in (
         r".*callbacks used to create the checkpoint need to be provided",  # to test without them
         r"Checkpoint directory .* exists and is not empty",  # a resumed run's
+        r"The dirpath has changed",  # for a run that goes on from an earlier epoch of another
         r"Total length of `DataLoader` across ranks is zero",  # val_size 0
         r"`?isinstance\(treespec, LeafSpec\)`? is deprecated",
     ):
