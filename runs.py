@@ -6,6 +6,7 @@ figures, `model.pth` and `checkpoints/`.
 
 import argparse
 import contextlib
+import io
 import json
 import shutil
 from collections.abc import Collection
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 RUN_SETTINGS = ("seed_everything", "name", "trainer", "checkpoint")
 
@@ -27,6 +29,20 @@ def write_whole(path: Path, content: bytes) -> None:
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Saves a checkpoint that is never seen half-written. Lightning's own is written elsewhere and
+    moved, which is a copy, and can end halfway, if the run lies on another disk than /tmp."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Save the checkpoint to a local path."""
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(Path(path), content.getvalue())
 
 
 def claim(parent: Path) -> Path:
@@ -97,9 +113,15 @@ def _nearby(path: Path) -> str:
 
 
 def is_newest(path: Path) -> bool:
-    """Whether no checkpoint beside this one is of a later step."""
-    step = read_checkpoint(path)["global_step"]
-    return all(read_checkpoint(p)["global_step"] <= step for p in path.parent.glob("*.ckpt"))
+    """Whether no checkpoint beside this one is of a later step; damaged ones do not count."""
+
+    def step(path: Path) -> int:
+        try:
+            return read_checkpoint(path)["global_step"]
+        except MisconfigurationException:
+            return -1
+
+    return all(step(other) <= step(path) for other in path.parent.glob("*.ckpt"))
 
 
 def with_checkpoint_settings(args: list[str], subcommands: Collection[str]) -> list[str]:

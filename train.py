@@ -12,6 +12,7 @@ A run lies in runs/<name>/version_<n>/. A checkpoint carries the settings of its
 
 import csv
 import difflib
+import errno
 import io
 import json
 import logging
@@ -30,6 +31,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
 from callbacks import History, LayerTable
@@ -38,6 +40,7 @@ from datamodule import CIFAR10DataModule
 from lightning_module import ImageClassifier
 from runs import (
     RUN_SETTINGS,
+    WholeCheckpointIO,
     claim,
     forget,
     is_newest,
@@ -195,11 +198,15 @@ class CLI(LightningCLI):
         saves = is_fit and options.enable_checkpointing is not False and not options.fast_dev_run
         if saves and not any(isinstance(c, Checkpoint) for c in callbacks):
             callbacks.append(config.checkpoint)
+        plugins = _listed(options.plugins)
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(WholeCheckpointIO())
         try:
             return super().instantiate_trainer(
                 default_root_dir=self.run_folder,
                 logger=loggers or False,
                 callbacks=callbacks,
+                plugins=plugins,
                 enable_progress_bar=has_bar,
                 enable_checkpointing=saves,
                 **kwargs,
@@ -339,7 +346,8 @@ def main(args: list[str] | None = None) -> None:
     try:
         CLI(sys.argv[1:] if args is None else args)
     except (MisconfigurationException, CIFAR10Error, OSError) as error:
-        sys.exit(f"error: {_one_line(str(error))}")
+        mend = getattr(error, "errno", None) == errno.ENOSPC
+        sys.exit(f"error: {_one_line(str(error))}{': free some space' if mend else ''}")
     except RuntimeError as error:
         if "loading state_dict" not in str(error):
             raise

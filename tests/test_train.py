@@ -348,12 +348,24 @@ def test_a_file_that_is_no_checkpoint_is_refused(fails: Run, content: bytes) -> 
     assert "no.ckpt is not a checkpoint" in fails("test", "--ckpt_path", "no.ckpt")
 
 
-def test_a_full_disk_is_one_line(run: Run, fails: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_args: object, **_kwargs: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+def test_a_disk_that_fills_up_leaves_whole_checkpoints(
+    fails: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_bytes = Path.write_bytes
 
-    monkeypatch.setattr("lightning.fabric.plugins.io.torch_io._atomic_save", full)
-    assert "No space left on device" in fails("fit", "--config", BASE)
+    def full(path: Path, content: bytes) -> int:
+        if "epoch_01" not in path.name:
+            return write_bytes(path, content)
+        write_bytes(path, content[:1000])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    message = fails("fit", "--config", BASE)
+    assert "No space left on device" in message
+    assert "free some space" in message
+    checkpoints = list((RUN_0 / "checkpoints").iterdir())
+    assert sorted(path.name for path in checkpoints) == ["epoch_00.ckpt", "last.ckpt"]
+    assert all(torch.load(path, weights_only=True)["epoch"] == 0 for path in checkpoints)
 
 
 def test_the_terminal_shows_the_run_and_nothing_else(arrays: Path, tmp_path: Path) -> None:
