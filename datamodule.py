@@ -40,7 +40,7 @@ class CIFAR10DataModule(LightningDataModule):
         verify: bool = True,
         batch_size: PositiveInt = 128,
         val_size: NonNegativeInt = 10_000,
-        split_seed: int = 0,
+        split_seed: NonNegativeInt = 0,
         augment: Sequence[nn.Module] = (),
         test_curve: bool = False,
     ) -> None:

@@ -7,7 +7,7 @@ figures, `model.pth` and `checkpoints/`.
 import argparse
 import contextlib
 import io
-import json
+import os
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -23,7 +23,7 @@ RUN_SETTINGS = ("seed_everything", "name", "trainer", "checkpoint")
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file that is never seen half-written."""
-    scratch = path.with_name(f".{path.name}.tmp")
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         scratch.write_bytes(content)
         scratch.replace(path)
@@ -98,7 +98,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise MisconfigurationException(f"no checkpoint {path}{_nearby(path)}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["state_dict"], checkpoint["epoch"], checkpoint["global_step"]
+        for key in ("state_dict", "epoch", "global_step", "pytorch-lightning_version"):
+            checkpoint[key]
     except Exception as error:  # a file that is no checkpoint can fail in any way
         raise MisconfigurationException(
             f"{path} is not a checkpoint of this laboratory, or it is damaged; it was not loaded "
@@ -131,44 +132,58 @@ def with_checkpoint_settings(args: list[str], subcommands: Collection[str]) -> l
     and `--ckpt_path best` mean the newest run of the recipe.
 
     Raises:
-        MisconfigurationException: No such checkpoint, or not a checkpoint.
-
+        MisconfigurationException: No such checkpoint, not a checkpoint, or to `fit` one of weights
+            only.
     """
     if not args or args[0] not in subcommands:
+        if any(arg in subcommands for arg in args[1:]):
+            raise MisconfigurationException(
+                f"name the subcommand first: {' or '.join(subcommands)}"
+            )
         return args
     subcommand, *rest = args
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--ckpt_path", nargs="?")
     parser.add_argument("--config", "-c", nargs="?", action="append", default=[])
-    parser.add_argument("--name", nargs="?")
-    parser.add_argument("--trainer.default_root_dir", nargs="?", dest="root")
-    typed = parser.parse_known_args(rest)[0]
-    ckpt_path = typed.ckpt_path or _configured(typed.config)
-    if ckpt_path is None:
+    for flag in ("ckpt_path", "name", "trainer.default_root_dir"):
+        parser.add_argument(f"--{flag}", nargs="?", dest=flag)
+    typed = vars(parser.parse_known_args(rest)[0])
+    files = [file for file in typed.pop("config") if file]
+    settings = _configured(files) | {flag: value for flag, value in typed.items() if value}
+    path = settings.get("ckpt_path")
+    if path is None:
         return args
-    if ckpt_path in ("last", "best"):
-        name = typed.name or (Path(typed.config[-1]).stem if typed.config else "default")
-        ckpt_path = _newest_run(Path(typed.root or "runs") / name, ckpt_path)
-    checkpoint = read_checkpoint(ckpt_path)
-    settings = dict(checkpoint.get("run", {}))
+    if path in ("last", "best"):
+        name = settings.get("name") or (Path(files[-1]).stem if files else "default")
+        path = _newest_run(Path(settings.get("trainer.default_root_dir", "runs"), name), path)
+    checkpoint = read_checkpoint(path)
+    if subcommand == "fit" and "optimizer_states" not in checkpoint:
+        raise MisconfigurationException(
+            f"{path} holds weights only: it can be tested, not gone on with"
+        )
+    restored = dict(checkpoint.get("run", {}))
     if subcommand != "fit":
-        precision = settings.get("trainer", {}).get("precision")
-        settings = {"name": settings.get("name"), "trainer": {"precision": precision}}
+        precision = restored.get("trainer", {}).get("precision")
+        restored = {"name": restored.get("name"), "trainer": {"precision": precision}}
     for key, part in (("hyper_parameters", "model"), ("datamodule_hyper_parameters", "data")):
-        settings[part] = {k: v for k, v in checkpoint.get(key, {}).items() if k[0] != "_"}
-    return [subcommand, "--config", json.dumps(settings), *rest, "--ckpt_path", str(ckpt_path)]
+        restored[part] = {k: v for k, v in checkpoint.get(key, {}).items() if k != "_instantiator"}
+    return [subcommand, "--config", yaml.safe_dump(restored), *rest, "--ckpt_path", str(path)]
 
 
-def _configured(files: list[str]) -> str | None:
-    """Return the `ckpt_path` that a config file names, if one does."""
-    for file in reversed(files):
+def _configured(files: list[str]) -> dict[str, str]:
+    """Return what config files say of the checkpoint to use and of where runs lie."""
+    found: dict[str, str] = {}
+    for file in files:
         try:
             settings = yaml.safe_load(Path(file).read_text())
-        except (OSError, ValueError, TypeError, yaml.YAMLError):
+        except (OSError, ValueError, yaml.YAMLError):
             continue  # the parser will say what is wrong with it
-        if isinstance(settings, dict) and settings.get("ckpt_path"):
-            return str(settings["ckpt_path"])
-    return None
+        if isinstance(settings, dict):
+            trainer = settings.get("trainer")
+            root = trainer.get("default_root_dir") if isinstance(trainer, dict) else None
+            said = {**settings, "trainer.default_root_dir": root}
+            keys = ("ckpt_path", "name", "trainer.default_root_dir")
+            found |= {key: str(said[key]) for key in keys if said.get(key)}
+    return found
 
 
 def _newest_run(parent: Path, which: str) -> Path:

@@ -19,6 +19,7 @@ import logging
 import re
 import shlex
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any, NoReturn
@@ -51,6 +52,9 @@ from runs import (
     write_whole,
 )
 
+KNOWN_ERRORS = (MisconfigurationException, CIFAR10Error, OSError)
+METRICS = [f"{stage}/{name}" for stage in ("train", "val") for name in ("loss", "acc")]
+
 
 class Parser(LightningArgumentParser):
     """Says what is wrong in one line, where jsonargparse prints the usage first."""
@@ -70,12 +74,14 @@ class SaveConfig(SaveConfigCallback):
     """Saves the run's settings: in `config.yaml`, and in every checkpoint."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Do nothing yet: a checkpoint that does not fit must leave its run as it was."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save `config.yaml`."""
-        if stage == "fit":
-            self.config = self.config.clone()
-            self.config.ckpt_path = None  # `--config config.yaml` repeats the run from its start
-            super().setup(trainer, pl_module, stage)
-            self.settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        self.config = self.config.clone()
+        self.config.ckpt_path = None  # `--config config.yaml` repeats the run from its start
+        super().setup(trainer, pl_module, "fit")
+        self.settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -86,8 +92,12 @@ class SaveConfig(SaveConfigCallback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Tell ModelCheckpoint where its files lie now: if the run's folder was moved, or is named
-        by another path, it would forget which epoch was best."""
+        """Let what is typed win over what the checkpoint would restore, and tell ModelCheckpoint
+        where its files lie now: where the run's folder was moved, or is named by another path, it
+        would forget which epoch was best."""
+        before, now = checkpoint.get("hyper_parameters", {}), pl_module.hparams
+        if any(before.get(key) != now.get(key) for key in ("optimizer", "lr_scheduler")):
+            checkpoint["optimizer_states"] = checkpoint["lr_schedulers"] = []
         callback = trainer.checkpoint_callback
         for state in checkpoint["callbacks"].values():
             if isinstance(callback, ModelCheckpoint) and "best_model_path" in state:
@@ -99,6 +109,7 @@ class CLI(LightningCLI):
 
     def __init__(self, args: list[str]) -> None:
         self.claimed: Path | None = None
+        self.is_running = False
         try:
             super().__init__(
                 ImageClassifier,
@@ -112,10 +123,20 @@ class CLI(LightningCLI):
                 load_from_checkpoint_support=False,  # see `after_instantiate_classes`
                 args=args,
             )
-        except BaseException:
+        except BaseException as error:
             if self.claimed is not None:
                 forget(self.claimed)
-            raise
+            if (
+                isinstance(error, KNOWN_ERRORS)
+                or self.is_running
+                or not isinstance(error, Exception)
+            ):
+                raise
+            # Settings can be wrong in any way that a class refuses them.
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            raise MisconfigurationException(
+                f"{type(error).__name__}: {error} (at {where.filename}, line {where.lineno})"
+            ) from error
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -133,7 +154,7 @@ class CLI(LightningCLI):
             default=None,
             help="The run lies in runs/<name>/version_<n>/ (default: the config file's name).",
         )
-        parser.add_class_arguments(ModelCheckpoint, "checkpoint")
+        parser.add_class_arguments(ModelCheckpoint, "checkpoint", skip={"dirpath"})
         parser.set_defaults(
             {
                 "model.network": {"class_path": "networks.ConvNet"},
@@ -161,11 +182,16 @@ class CLI(LightningCLI):
             raise MisconfigurationException(
                 f"{self.subcommand} needs --ckpt_path: the checkpoint to use"
             )
-        if config.name is None:
+        config.trainer.default_root_dir = config.trainer.default_root_dir or "runs"
+        if not config.name:
             files = [Path(str(file)) for file in config.config or [] if file]
             config.name = files[-1].stem if files else "default"
         if config.data.val_size == 0 and str(config.checkpoint.monitor).startswith("val/"):
             config.checkpoint.monitor = None  # there is nothing to choose by
+        if config.checkpoint.monitor not in (None, *METRICS):
+            raise MisconfigurationException(
+                f"checkpoint.monitor is {config.checkpoint.monitor}: choose by {', '.join(METRICS)}"
+            )
 
     def after_instantiate_classes(self) -> None:
         """Have Lightning put the settings of model and data into loggers and checkpoints.
@@ -177,6 +203,7 @@ class CLI(LightningCLI):
             # the second is how `load_from_checkpoint` builds objects from their class paths
             by_name = {"_instantiator": "lightning.pytorch.cli.instantiate_module"}
             part.save_hyperparameters({**settings[key], **by_name})
+        self.is_running = True
 
     # ----------------------------------------------------------------------------- the trainer
 
@@ -218,17 +245,22 @@ class CLI(LightningCLI):
         """Return the folder of the checkpoint's run, or a new one for what `fit` begins."""
         config = self.config[self.subcommand]
         parent = Path(config.trainer.default_root_dir) / config.name
-        if config.ckpt_path:
-            folder = run_of(Path(config.ckpt_path))
-            if self.subcommand != "fit":
-                return folder
-            if folder.parent.name == parent.name and is_newest(Path(config.ckpt_path)):
-                return folder
         is_first_rank = getattr(rank_zero_only, "rank", 0) == 0  # the others are told the folder
+        if config.ckpt_path:
+            path = Path(config.ckpt_path)
+            run = read_checkpoint(path).get("run")
+            if self.subcommand != "fit" or (
+                run
+                and path.parent.name == "checkpoints"
+                and (run["name"], run["trainer"]["default_root_dir"])
+                == (config.name, config.trainer.default_root_dir)
+                and is_newest(path)
+            ):
+                return run_of(path)
         if is_first_rank and not config.trainer.fast_dev_run:
             self.claimed = claim(parent)
             if config.ckpt_path:
-                print(f"{config.ckpt_path} is not the newest of its run: on in {self.claimed}")
+                print(f"goes on from {config.ckpt_path} in {self.claimed}")
         return self.claimed or parent
 
     # -------------------------------------------------------------------------- the subcommands
@@ -254,12 +286,13 @@ class CLI(LightningCLI):
         checkpoint = self.trainer.checkpoint_callback
         if isinstance(checkpoint, ModelCheckpoint):
             path = checkpoint.best_model_path or checkpoint.last_model_path
-            if checkpoint.best_model_score is not None:
+            if path and checkpoint.best_model_score is not None:
                 epoch = read_checkpoint(path)["epoch"]
                 lines += [
                     f"best  epoch {epoch}, {checkpoint.monitor} {checkpoint.best_model_score:.4f}"
                 ]
-            lines += [f"test  python train.py test --ckpt_path {shlex.quote(path)}"]
+            if path:
+                lines += [f"test  python train.py test --ckpt_path {shlex.quote(path)}"]
         root = self.config[self.subcommand].trainer.default_root_dir
         lines += [
             f"view  tensorboard --logdir {shlex.quote(str(root))}",
@@ -274,7 +307,7 @@ class CLI(LightningCLI):
     def test(self, **kwargs: Any) -> None:
         """Evaluate the checkpoint on the test set; write the results to its run's folder."""
         results = self._evaluated(self.trainer.test(**kwargs, weights_only=True, verbose=False))
-        if self.trainer.is_global_zero:
+        if self.trainer.is_global_zero and not self.config.test.trainer.fast_dev_run:
             file = self.run_folder / "test.json"
             write_whole(file, json.dumps(results, indent=2).encode())
             print(f"written to {file}")
@@ -291,6 +324,8 @@ class CLI(LightningCLI):
     def predict(self, **kwargs: Any) -> None:
         """Predict the test images; write class and probability of each to the run's folder."""
         batches: Any = self.trainer.predict(**kwargs, weights_only=True)
+        if not self.trainer.is_global_zero:
+            return
         probabilities = torch.cat(batches)
         table = io.StringIO()
         writer = csv.writer(table, lineterminator="\n")
@@ -345,7 +380,7 @@ def main(args: list[str] | None = None) -> None:
     _quieten()
     try:
         CLI(sys.argv[1:] if args is None else args)
-    except (MisconfigurationException, CIFAR10Error, OSError) as error:
+    except KNOWN_ERRORS as error:
         mend = getattr(error, "errno", None) == errno.ENOSPC
         sys.exit(f"error: {_one_line(str(error))}{': free some space' if mend else ''}")
     except RuntimeError as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 
@@ -14,6 +15,8 @@ from runs import write_whole
 
 COLORS = {"train": "tab:blue", "val": "tab:orange", "test": "tab:green"}
 QUANTITIES = {"loss": "loss", "acc": "accuracy"}
+
+Row = dict[str, float]
 
 
 class History(Callback):
@@ -26,8 +29,9 @@ class History(Callback):
 
     def __init__(self, writes: bool = True) -> None:
         self.writes = writes
-        self.rows: list[dict[str, float]] = []
-        self.has_header = False
+        self.rows: list[Row] = []
+        self.evaluated: Row = {}
+        self.header: list[str] = []
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rows for the checkpoint."""
@@ -37,8 +41,9 @@ class History(Callback):
         """Go on with the rows of the checkpoint."""
         self.rows = list(state_dict["rows"])
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Have TensorBoard draw train and validation on one chart."""
+        self.started = time.perf_counter()
         layout = {
             title: ["Multiline", [f"^{stage}/{name}$" for stage in COLORS]]
             for name, title in QUANTITIES.items()
@@ -51,49 +56,59 @@ class History(Callback):
         """Start the clock."""
         self.started = time.perf_counter()
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep what was measured, until the epoch ends."""
+        self.evaluated = _measured(trainer, "val", "test")
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep and print the epoch's metrics."""
-        row: dict[str, float] = {"epoch": trainer.current_epoch}
-        for stage in COLORS:
-            for name in QUANTITIES:
-                if (value := trainer.callback_metrics.get(f"{stage}/{name}")) is not None:
-                    row[f"{stage}/{name}"] = round(float(value), 6)
-        row["seconds"] = round(time.perf_counter() - self.started, 2)
-        self.rows.append(row)
+        # Lightning goes on offering those of earlier epochs, which are not this one's.
+        measured = (_measured(trainer, "train") if trainer.is_last_batch else {}) | self.evaluated
+        self.evaluated = {}
+        if not measured:
+            return
+        seconds = round(time.perf_counter() - self.started, 2)
+        self.rows.append({"epoch": trainer.current_epoch, **measured, "seconds": seconds})
         if trainer.is_global_zero:
-            if not self.has_header:
-                print("epoch", *(f"{stage:>7} loss     acc " for stage in _stages(row)), " seconds")
-                self.has_header = True
-            print(_line(row, is_best=row is _best(self.rows)), flush=True)
+            self._print(is_best=self.rows[-1] is _best(self.rows, trainer))
         if self.writes and (folder := trainer.log_dir) and trainer.is_global_zero:
             write_whole(Path(folder) / "metrics.csv", _csv(self.rows))
+
+    def _print(self, is_best: bool) -> None:
+        """Print the last epoch on one line; a star where it is the best so far."""
+        row = self.rows[-1]
+        stages = [stage for stage in COLORS if f"{stage}/loss" in row]
+        if stages != self.header:
+            print("epoch", *(f"{stage:>7} loss     acc " for stage in stages), " seconds")
+            self.header = stages
+        columns = [f"{row['epoch']:5.0f}"]
+        for stage in stages:
+            star = "*" if stage == "val" and is_best else " "
+            columns.append(f"{row[f'{stage}/loss']:12.4f} {row[f'{stage}/acc']:7.2%}{star}")
+        print(*columns, f"{row['seconds']:8.1f}", flush=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the curves."""
         if self.writes and (folder := trainer.log_dir) and self.rows and trainer.is_global_zero:
-            write_whole(Path(folder) / "curves.png", _curves(self.rows))
+            write_whole(Path(folder) / "curves.png", _curves(self.rows, _best(self.rows, trainer)))
 
 
-def _best(rows: list[dict[str, float]]) -> dict[str, float] | None:
-    """The first epoch of the highest validation accuracy, if there was validation."""
-    rows = [row for row in rows if "val/acc" in row]
-    return max(rows, key=lambda row: row["val/acc"]) if rows else None
+def _measured(trainer: Trainer, *stages: str) -> Row:
+    metrics = trainer.callback_metrics
+    keys = [f"{stage}/{name}" for stage in stages for name in QUANTITIES]
+    return {key: round(float(metrics[key]), 6) for key in keys if key in metrics}
 
 
-def _stages(row: dict[str, float]) -> list[str]:
-    return [stage for stage in COLORS if f"{stage}/loss" in row]
+def _best(rows: list[Row], trainer: Trainer) -> Row | None:
+    """Return the first epoch of the best value that the run's ModelCheckpoint watches."""
+    callback = trainer.checkpoint_callback
+    if not isinstance(callback, ModelCheckpoint) or callback.monitor is None:
+        return None
+    key, choose = callback.monitor, max if callback.mode == "max" else min
+    return choose((row for row in rows if key in row), key=lambda row: row[key], default=None)
 
 
-def _line(row: dict[str, float], is_best: bool) -> str:
-    """One epoch on one line; a star where validation accuracy is the best so far."""
-    parts = [f"{row['epoch']:5.0f}"]
-    for stage in _stages(row):
-        star = "*" if stage == "val" and is_best else " "
-        parts.append(f"{row[f'{stage}/loss']:12.4f} {row[f'{stage}/acc']:7.2%}{star}")
-    return " ".join([*parts, f"{row['seconds']:8.1f}"])
-
-
-def _csv(rows: list[dict[str, float]]) -> bytes:
+def _csv(rows: list[Row]) -> bytes:
     text = io.StringIO()
     keys = list(dict.fromkeys(key for row in rows for key in row))
     writer = csv.DictWriter(text, keys, lineterminator="\n")
@@ -102,10 +117,9 @@ def _csv(rows: list[dict[str, float]]) -> bytes:
     return text.getvalue().encode()
 
 
-def _curves(rows: list[dict[str, float]]) -> bytes:
+def _curves(rows: list[Row], best: Row | None) -> bytes:
     """Draw loss and accuracy side by side, as a PNG."""
     figure = Figure(figsize=(10, 4), layout="constrained")
-    best = _best(rows)
     for axes, (name, title) in zip(figure.subplots(1, 2), QUANTITIES.items(), strict=True):
         for stage, color in COLORS.items():
             points = [
@@ -115,7 +129,7 @@ def _curves(rows: list[dict[str, float]]) -> bytes:
                 label, style = (f"{stage} (not used)", "--") if stage == "test" else (stage, "-")
                 axes.plot(*zip(*points, strict=True), style, color=color, label=label, marker=".")
         if best is not None:
-            label = f"best val/acc: epoch {best['epoch']:.0f}, {best['val/acc']:.1%}"
+            label = f"chosen: epoch {best['epoch']:.0f}"
             axes.axvline(best["epoch"], color="grey", linewidth=1, linestyle=":", label=label)
         axes.set(title=title, xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)

