@@ -11,23 +11,17 @@ A run lies in runs/<name>/version_<n>/. A checkpoint carries the settings of its
 """
 
 import csv
-import difflib
-import errno
 import io
 import json
-import logging
-import re
 import shlex
 import sys
 import traceback
-import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -36,7 +30,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
 from callbacks import History, LayerTable
-from cifar10.archive import CLASSES, CIFAR10Error
+from cifar10.archive import CLASSES
 from datamodule import CIFAR10DataModule
 from lightning_module import ImageClassifier
 from runs import (
@@ -51,23 +45,9 @@ from runs import (
     with_checkpoint_settings,
     write_whole,
 )
+from terminal import KNOWN_ERRORS, OneLineParser, errors_in_one_line, quieten
 
-KNOWN_ERRORS = (MisconfigurationException, CIFAR10Error, OSError)
 METRICS = [f"{stage}/{name}" for stage in ("train", "val") for name in ("loss", "acc")]
-
-
-class Parser(LightningArgumentParser):
-    """Says what is wrong in one line, where jsonargparse prints the usage first."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the message, with the nearest right key for an unknown one, and exit with 2."""
-        unknown = re.search(r"option '(\S+)'|unrecognized arguments: --([^\s=]+)", message, re.I)
-        if unknown:
-            key = unknown[1] or unknown[2]
-            parser = getattr(ex, "subcommand_parser", None) or self
-            near = difflib.get_close_matches(key, [a.dest for a in parser._actions], n=1)
-            message = f"unknown option {key}" + (f": did you mean {near[0]}?" if near else "")
-        self.exit(2, f"error: {_one_line(message)}\n")
 
 
 class SaveConfig(SaveConfigCallback):
@@ -118,7 +98,7 @@ class CLI(LightningCLI):
                 save_config_kwargs={"overwrite": True},  # a resumed run may have other settings
                 trainer_defaults={"default_root_dir": "runs", "num_sanity_val_steps": 0},
                 seed_everything_default=0,
-                parser_class=Parser,
+                parser_class=OneLineParser,
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,  # see `after_instantiate_classes`
                 args=args,
@@ -343,53 +323,11 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list) else [value]
 
 
-def _one_line(message: str) -> str:
-    """Put a message of jsonargparse or Lightning on one line, without the inner workings."""
-    message = re.sub(r"<class '([\w.]+)'>", r"\1", message).replace("NoneType", "null")
-    if "Union subtypes" in message:
-        types = " or ".join(re.findall(r"Subtypes: \[(.*)\]", message)[0].split(", "))
-        value = re.findall(r"Given value: (.*)", message, re.S)[0]
-        message = f"{message.splitlines()[0]} expected {types}, got {value}"
-    message = re.sub(
-        r"(?s):\n.* dot import path string: (\S+)$", r": there is no class \1", message
-    )
-    message = re.sub(r'^Parser key "([^"]+)":', r"\1:", message)
-    return " ".join(message.split())
-
-
-def _quieten() -> None:
-    """Keep tips of the framework, and what it does not know of this project, off the terminal."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    if sys.warnoptions:  # python -W default train.py ... shows all
-        return
-    for category in (DeprecationWarning, FutureWarning, PossibleUserWarning):
-        warnings.simplefilter("ignore", category)
-    for message in (
-        r".*callbacks used to create the checkpoint need to be provided",  # to test without them
-        r"Checkpoint directory .* exists and is not empty",  # a resumed run's
-        r"The dirpath has changed",  # for a run that goes on from an earlier epoch of another
-        r"Total length of `DataLoader` across ranks is zero",  # val_size 0
-        r"`?isinstance\(treespec, LeafSpec\)`? is deprecated",
-    ):
-        warnings.filterwarnings("ignore", message)
-
-
 def main(args: list[str] | None = None) -> None:
     """Run the command line; a user's mistake gives one line and an exit code that is not 0."""
-    _quieten()
-    try:
+    quieten()
+    with errors_in_one_line():
         CLI(sys.argv[1:] if args is None else args)
-    except KNOWN_ERRORS as error:
-        mend = getattr(error, "errno", None) == errno.ENOSPC
-        sys.exit(f"error: {_one_line(str(error))}{': free some space' if mend else ''}")
-    except RuntimeError as error:
-        if "loading state_dict" not in str(error):
-            raise
-        mismatch = str(error).splitlines()[1].strip()
-        sys.exit(f"error: the checkpoint does not fit the network of the settings: {mismatch}")
-    except KeyboardInterrupt:
-        sys.exit("stopped")
 
 
 if __name__ == "__main__":

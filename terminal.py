@@ -1,0 +1,82 @@
+"""What the person at the terminal sees: mistakes in one line, and no noise of the frameworks."""
+
+import contextlib
+import difflib
+import errno
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import NoReturn
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch.cli import LightningArgumentParser
+
+from cifar10.archive import CIFAR10Error
+
+KNOWN_ERRORS = (MisconfigurationException, CIFAR10Error, OSError)
+
+
+class OneLineParser(LightningArgumentParser):
+    """Says what is wrong in one line, where jsonargparse prints the usage first."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the message, with the nearest right key for an unknown one, and exit with 2."""
+        unknown = re.search(r"option '(\S+)'|unrecognized arguments: --([^\s=]+)", message, re.I)
+        if unknown:
+            key = unknown[1] or unknown[2]
+            parser = getattr(ex, "subcommand_parser", None) or self
+            near = difflib.get_close_matches(key, [a.dest for a in parser._actions], n=1)
+            message = f"unknown option {key}" + (f": did you mean {near[0]}?" if near else "")
+        self.exit(2, f"error: {_one_line(message)}\n")
+
+
+@contextlib.contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Turn a user's mistake into one line and an exit code that is not 0."""
+    try:
+        yield
+    except KNOWN_ERRORS as error:
+        is_full = getattr(error, "errno", None) == errno.ENOSPC
+        sys.exit(f"error: {_one_line(str(error))}{': free some space' if is_full else ''}")
+    except RuntimeError as error:
+        if "loading state_dict" not in str(error):
+            raise
+        mismatch = str(error).splitlines()[1].strip()
+        sys.exit(f"error: the checkpoint does not fit the network of the settings: {mismatch}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+
+
+def _one_line(message: str) -> str:
+    """Put a message of jsonargparse or Lightning on one line, without the inner workings."""
+    message = re.sub(r"<class '([\w.]+)'>", r"\1", message).replace("NoneType", "null")
+    if "Union subtypes" in message:
+        types = " or ".join(re.findall(r"Subtypes: \[(.*)\]", message)[0].split(", "))
+        value = re.findall(r"Given value: (.*)", message, re.S)[0]
+        message = f"{message.splitlines()[0]} expected {types}, got {value}"
+    message = re.sub(
+        r"(?s):\n.* dot import path string: (\S+)$", r": there is no class \1", message
+    )
+    message = re.sub(r'^Parser key "([^"]+)":', r"\1:", message)
+    return " ".join(message.split())
+
+
+def quieten() -> None:
+    """Keep tips of the framework, and what it does not know of this project, off the terminal."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if sys.warnoptions:  # python -W default train.py ... shows all
+        return
+    for category in (DeprecationWarning, FutureWarning, PossibleUserWarning):
+        warnings.simplefilter("ignore", category)
+    for message in (
+        r".*callbacks used to create the checkpoint need to be provided",  # to test without them
+        r"Checkpoint directory .* exists and is not empty",  # a resumed run's
+        r"The dirpath has changed",  # for a run that goes on from an earlier epoch of another
+        r"Total length of `DataLoader` across ranks is zero",  # val_size 0
+        r"`?isinstance\(treespec, LeafSpec\)`? is deprecated",
+    ):
+        warnings.filterwarnings("ignore", message)
