@@ -14,6 +14,7 @@ import csv
 import io
 import json
 import shlex
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -249,11 +250,12 @@ class CLI(LightningCLI):
         """Train; afterwards write the weights, and say how it went and what can be done next."""
         try:
             self.trainer.fit(**kwargs, weights_only=True)  # a checkpoint is data: it runs no code
-        except SystemExit:  # by which Lightning ends after Ctrl-C or SIGTERM
+        except SystemExit as stop:  # by which Lightning ends after Ctrl-C or SIGTERM
             last = self.run_folder / "checkpoints" / "last.ckpt"
-            if last.exists() and self.trainer.is_global_zero:
-                print(f"\nstopped; to go on: python train.py fit --ckpt_path {last}")
-            raise
+            go_on = f"python train.py fit --ckpt_path {shlex.quote(str(last))}"
+            if self.trainer.is_global_zero:
+                print(f"\nstopped; {f'to go on: {go_on}' if last.exists() else 'nothing is kept'}")
+            raise SystemExit(stop.code or 128 + signal.SIGTERM) from None
         if not self.trainer.is_global_zero or self.config.fit.trainer.fast_dev_run:
             return
         weights = io.BytesIO()

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
@@ -227,6 +229,42 @@ def test_a_stopped_run_goes_on_exactly_in_its_own_folder(run: Run, tmp_path: Pat
     assert [p.name for p in Path("runs/stopped").iterdir()] == ["version_0"]
     best = max(rows(whole), key=lambda row: row["val/acc"])
     assert f"best  epoch {best['epoch']:.0f}, " in out
+
+
+class Stop(Callback):
+    """Sends this process a signal in the middle of an epoch."""
+
+    def __init__(self, number: int, epoch: int) -> None:
+        self.number, self.epoch = number, epoch
+
+    def on_train_batch_end(self, trainer: Trainer, *_args: object) -> None:
+        if trainer.current_epoch == self.epoch:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_signal_stops_a_run_that_can_go_on(
+    run: Run, capsys: pytest.CaptureFixture[str], number: signal.Signals, epoch: int
+) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    stop = {
+        "class_path": "tests.test_train.Stop",
+        "init_args": {"number": number.value, "epoch": epoch},
+    }
+    with pytest.raises(SystemExit) as stopped:
+        run("fit", "--config", BASE, "--trainer.callbacks", json.dumps([stop]))
+    signal.signal(signal.SIGINT, handler)
+    assert isinstance(stopped.value.code, int)
+    assert stopped.value.code > 0
+    out = capsys.readouterr().out
+    if epoch == 0:
+        assert "nothing is kept" in out
+        assert not Path("runs").exists()
+    else:
+        last = RUN_0 / "checkpoints/last.ckpt"
+        assert f"to go on: python train.py fit --ckpt_path {last}" in out
+        assert torch.load(last, weights_only=True)["epoch"] == 0
 
 
 @pytest.mark.parametrize(
