@@ -449,6 +449,8 @@ def _reason(error: Exception, stall_seconds: float) -> str:
             return f"no byte for {stall_seconds:g} s"
         case requests.ConnectionError():
             return "no connection"
+        case requests.exceptions.ChunkedEncodingError():
+            return "the connection broke off"
         case ValueError() if "hash" in str(error):
             return "sent a truncated or altered file (its MD5 differs)"
     return _line(error)

@@ -58,11 +58,11 @@ class Server(http.server.ThreadingHTTPServer):
         self.stopping.wait(30)
 
 
-def sends(content: bytes, delay: float = 0) -> Answer:
+def sends(content: bytes, delay: float = 0, missing: int = 0) -> Answer:
     def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
         time.sleep(delay)
         handler.send_response(200)
-        handler.send_header("Content-Length", str(len(content)))
+        handler.send_header("Content-Length", str(len(content) + missing))
         handler.end_headers()
         handler.wfile.write(content)
 
@@ -278,15 +278,17 @@ def test_the_first_source_that_delivers_is_taken_and_the_others_are_told(
         server.serves("/unavailable", unavailable),
         server.serves("/stalls", server.stall),
         server.serves("/truncated", sends(tarball[: len(tarball) // 2])),
+        server.serves("/broken", sends(tarball[:1000], missing=1000)),
         server.serves("/right", sends(tarball)),
         server.serves("/never", unavailable),
     ]
     assert is_same(archive.load(tmp_path / "data", sources=sources, stall_seconds=1), expected)
-    assert server.asked == ["/unavailable", "/stalls", "/truncated", "/right"]
+    assert server.asked == ["/unavailable", "/stalls", "/truncated", "/broken", "/right"]
     told = capsys.readouterr().err
     assert "answered 503" in told
     assert "no byte for 1 s" in told
     assert "truncated or altered" in told
+    assert "broke off" in told
     assert [p.name for p in (tmp_path / "data").iterdir()] == [archive.FOLDER]
 
 
