@@ -97,7 +97,11 @@ class CLI(LightningCLI):
                 CIFAR10DataModule,
                 save_config_callback=SaveConfig,
                 save_config_kwargs={"overwrite": True},  # a resumed run may have other settings
-                trainer_defaults={"default_root_dir": "runs", "num_sanity_val_steps": 0},
+                trainer_defaults={
+                    "default_root_dir": "runs",
+                    "max_epochs": 30,  # Lightning's is 1,000
+                    "num_sanity_val_steps": 0,
+                },
                 seed_everything_default=0,
                 parser_class=OneLineParser,
                 auto_configure_optimizers=False,
