@@ -110,7 +110,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def _nearby(path: Path) -> str:
     found = sorted(p.name for p in path.parent.glob("*.ckpt"))
-    return f": {path.parent} has {found[0]} to {found[-1]}" if found else ""
+    if len(found) > 4:
+        found[2:-1] = ["..."]
+    return f"; {path.parent} has {', '.join(found)}" if found else ""
 
 
 def is_newest(path: Path) -> bool:
@@ -161,11 +163,16 @@ def with_checkpoint_settings(args: list[str], subcommands: Collection[str]) -> l
             f"{path} holds weights only: it can be tested, not gone on with"
         )
     restored = dict(checkpoint.get("run", {}))
+    started_in = restored.pop("started_in", "")
     if subcommand != "fit":
         precision = restored.get("trainer", {}).get("precision")
         restored = {"name": restored.get("name"), "trainer": {"precision": precision}}
     for key, part in (("hyper_parameters", "model"), ("datamodule_hyper_parameters", "data")):
         restored[part] = {k: v for k, v in checkpoint.get(key, {}).items() if k != "_instantiator"}
+    root = Path(restored["data"].get("root", ""))
+    there = Path(started_in, root)
+    if not root.is_dir() and there.is_dir():  # the command is given in another folder
+        restored["data"]["root"] = str(there)
     return [subcommand, "--config", yaml.safe_dump(restored), *rest, "--ckpt_path", str(path)]
 
 

@@ -69,6 +69,7 @@ class SaveConfig(SaveConfigCallback):
     ) -> None:
         """Add those settings that Lightning does not: of the run and its trainer."""
         checkpoint["run"] = {key: self.settings[key] for key in RUN_SETTINGS}
+        checkpoint["run"]["started_in"] = str(Path.cwd())  # what relative paths start from
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -252,6 +253,9 @@ class CLI(LightningCLI):
 
     def fit(self, **kwargs: Any) -> None:
         """Train; afterwards write the weights, and say how it went and what can be done next."""
+        max_epochs = self.config.fit.trainer.max_epochs
+        if kwargs["ckpt_path"] and read_checkpoint(kwargs["ckpt_path"])["epoch"] + 1 == max_epochs:
+            print(f"all {max_epochs} epochs are done: to go on, raise --trainer.max_epochs")
         try:
             self.trainer.fit(**kwargs, weights_only=True)  # a checkpoint is data: it runs no code
         except SystemExit as stop:  # by which Lightning ends after Ctrl-C or SIGTERM

@@ -5,6 +5,7 @@ from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.utilities.model_summary import summarize
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 
 class LayerTable(ModelSummary):
@@ -18,7 +19,9 @@ class LayerTable(ModelSummary):
             return
         modules = dict(pl_module.named_modules())
         total = sum(p.numel() for p in modules["network"].parameters())
-        table = Table("layer", "type", "output", show_footer=True)
+        assert isinstance(pl_module.example_input_array, Tensor)
+        batch_size = len(pl_module.example_input_array)
+        table = Table("layer", "type", f"output for {batch_size} images", show_footer=True)
         table.add_column("parameters", f"{total:,}", justify="right")
         rows = zip(
             summary.layer_names, summary.layer_types, summary.out_sizes, summary.param_nums,

@@ -312,6 +312,26 @@ def test_another_name_begins_another_run(run: Run) -> None:
     assert len(rows(Path("runs/longer/version_0"))) == 3
 
 
+def test_a_finished_run_says_how_to_train_it_for_longer(run: Run) -> None:
+    run("fit", "--config", BASE)
+    out = run("fit", "--ckpt_path", RUN_0 / "checkpoints/last.ckpt")
+    assert "all 2 epochs are done: to go on, raise --trainer.max_epochs" in out
+    assert len(rows(RUN_0)) == 2
+
+
+def test_a_checkpoint_finds_its_images_from_another_folder(
+    run: Run, arrays: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("data").symlink_to(arrays)
+    run("fit", "--config", BASE, "--data.root", "data")
+    last = (RUN_0 / "checkpoints/last.ckpt").resolve()
+    here = run("validate", "--ckpt_path", last)
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert run("validate", "--ckpt_path", last) == here
+    assert not list(Path.cwd().iterdir())
+
+
 def test_going_on_from_an_earlier_epoch_keeps_the_later_ones(run: Run) -> None:
     run("fit", "--config", BASE, "--trainer.max_epochs", "3")
     before = {p: p.read_bytes() for p in RUN_0.rglob("*") if p.is_file()}
@@ -462,7 +482,7 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_does_not_run(
     path = RUN_0 / "checkpoints" / "last.ckpt"
     checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
     torch.save({**checkpoint, "hyper_parameters": Evil()}, "zipped.ckpt")
-    Path("plain.ckpt").write_bytes(pickle.dumps(Evil()))
+    Path("plain.ckpt").write_bytes(pickle.dumps(Evil(), protocol=2))
     for name in ("zipped.ckpt", "plain.ckpt"):
         assert "is not a checkpoint" in fails(subcommand, "--ckpt_path", name)
         assert not Path("proof").exists()
