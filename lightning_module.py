@@ -1,6 +1,6 @@
 """What is trained and how one step goes: network, loss, optimizer, metrics."""
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -9,21 +9,41 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics import Metric
 
 from cifar10.archive import CLASSES
+from cifar10.augment import Transform
+from cifar10.batches import Batch
 
 
-def _metrics(stage: str) -> MetricCollection:
-    return MetricCollection(
-        {
-            "loss": MeanMetric(nan_strategy="disable"),  # the check would wait for the GPU
-            "acc": MulticlassAccuracy(len(CLASSES), average="micro", validate_args=False),
-        },
-        prefix=f"{stage}/",
-        compute_groups=False,
-    )
+CompileMode = Literal[
+    "off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
+]
+
+
+class Means(Metric):
+    """Mean loss and accuracy over images. A step costs a few additions on the device, and nothing
+    that would make the CPU wait for it."""
+
+    loss: Tensor
+    correct: Tensor
+    images: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("loss", torch.zeros(()), "sum")
+        self.add_state("correct", torch.zeros((), dtype=torch.int64), "sum")
+        self.add_state("images", torch.zeros((), dtype=torch.int64), "sum")
+
+    def update(self, mean_loss: Tensor, correct: Tensor, images: int) -> None:
+        """Add a batch: its mean loss [], its right predictions int64 [], its size."""
+        self.loss += mean_loss * images
+        self.correct += correct
+        self.images += images
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return `loss` [] and `acc` [], a fraction, over all ranks."""
+        return {"loss": self.loss / self.images, "acc": self.correct / self.images}
 
 
 class ImageClassifier(LightningModule):
@@ -38,6 +58,9 @@ class ImageClassifier(LightningModule):
         lr_scheduler: Makes the scheduler, stepped once an epoch, from the optimizer.
         softmax_before_loss: Apply softmax to the logits before the loss, which applies its own: the
             slip in the report's code, kept to measure what it costs.
+        compile: Train with a step that `torch.compile` has compiled in this mode, from pixels to
+            loss: `reduce-overhead` and `max-autotune` use CUDA graphs on a GPU.
+        log_steps: Log `train/loss_step` too, every `trainer.log_every_n_steps` steps.
 
     Raises:
         MisconfigurationException: The network does not map [B, 3, 32, 32] to [B, 10].
@@ -50,20 +73,30 @@ class ImageClassifier(LightningModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=5e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
         softmax_before_loss: bool = False,
+        compile: CompileMode = "off",
+        log_steps: bool = False,
     ) -> None:
         super().__init__()
         self.network = network
         self.make_optimizer = optimizer
         self.make_lr_scheduler = lr_scheduler
         self.softmax_before_loss = softmax_before_loss
-        self.train_metrics = _metrics("train")
-        self.val_metrics = _metrics("val")
-        self.test_metrics = _metrics("test")
+        self.compile_mode = compile
+        self.log_steps = log_steps
+        self.transform = Transform()
+        self.train_metrics = Means()
+        self.val_metrics = Means()
+        self.test_metrics = Means()
         self.example_input_array = torch.zeros(128, 3, 32, 32)  # for the summary's shapes
         _check(network)
 
+    def setup(self, stage: str) -> None:
+        """Take over the data module's way from pixels to images, to make it part of the step."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        self.transform = getattr(datamodule, "transform", self.transform)
+
     def forward(self, images: Tensor) -> Tensor:
-        """Map float images [B, 3, 32, 32] in [0, 1] to logits [B, 10]."""
+        """Map float images [B, 3, 32, 32], as `transform` makes them, to logits [B, 10]."""
         return self.network(images)
 
     def configure_optimizers(self) -> Any:
@@ -73,7 +106,7 @@ class ImageClassifier(LightningModule):
             MisconfigurationException: Values that the optimizer or the scheduler refuses.
         """
         try:
-            optimizer = self.make_optimizer(self.parameters())
+            optimizer = self.make_optimizer(self.network.parameters())
             scheduler = self.make_lr_scheduler(optimizer) if self.make_lr_scheduler else None
         except (TypeError, ValueError) as error:
             raise MisconfigurationException(f"model.optimizer or lr_scheduler: {error}") from error
@@ -88,59 +121,73 @@ class ImageClassifier(LightningModule):
         }
 
     def on_fit_start(self) -> None:
-        """Remember the run's seed."""
+        """Remember the run's seed, and prepare the step."""
         self.seed = torch.initial_seed()
+        self.compiled_loss = None
+        if self.compile_mode != "off":
+            self.compiled_loss = torch.compile(self._loss, mode=self.compile_mode, dynamic=False)
+        self.compiled_for = 0
 
     def on_train_epoch_start(self) -> None:
         """Let dropout and augmentation follow from (seed, epoch, rank), so that a resumed run draws
         what an unbroken one draws."""
         entropy = (self.seed, self.current_epoch, self.global_rank)
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+        self.transform.epoch.fill_(self.current_epoch)
+        self.train_metrics.reset()
 
-    def _step(self, batch: tuple[Tensor, Tensor], metrics: MetricCollection) -> Tensor:
-        """Update the metrics with one batch and return its mean loss []."""
-        images, labels = batch
-        logits = self.network(images)
+    def _loss(self, pixels: Tensor, labels: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean loss [] of a batch and the number of right predictions int64 []."""
+        logits = self.network(self.transform(pixels, indices))
         scores = logits.softmax(dim=1) if self.softmax_before_loss else logits
-        loss = F.cross_entropy(scores, labels)
-        # One value an image: torchmetrics 1.9 drops `weight` where the check for NaN is disabled.
-        losses = loss.detach().expand(len(labels))
-        metrics.update(value=losses, preds=logits.detach(), target=labels)
-        return loss
+        return F.cross_entropy(scores, labels), (logits.argmax(dim=1) == labels).sum()
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Return the loss of one batch; with the last of an epoch, log the epoch's metrics.
-
-        Lightning computes, reduces over ranks and resets what is logged when the epoch ends.
-        """
-        loss = self._step(batch, self.train_metrics)
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the loss of one batch; with the last of an epoch, log the epoch's metrics."""
+        size = len(batch.labels)
+        self.compiled_for = self.compiled_for or size
+        # A short last batch is not worth a compilation of its own.
+        is_compiled = self.compiled_loss is not None and size == self.compiled_for
+        loss, correct = (self.compiled_loss if is_compiled else self._loss)(*batch)
+        self.train_metrics.update(loss.detach(), correct, size)
+        if self.log_steps:
+            self.log("train/loss_step", loss)
         if self.trainer.is_last_batch:
-            self.log_dict(self.train_metrics, on_step=False, on_epoch=True)
+            self._log_epoch("train", self.train_metrics)
         return loss
 
-    def validation_step(
-        self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
+    def _log_epoch(self, stage: str, metrics: Means) -> None:
+        """Log the means of an epoch, over all ranks, and begin anew."""
+        values = {f"{stage}/{name}": value for name, value in metrics.compute().items()}
+        self.log_dict(values, on_step=False, on_epoch=True)
+        metrics.reset()
+
+    def _evaluate(self, batch: Batch, metrics: Means) -> None:
+        loss, correct = self._loss(*batch)
+        if size := len(batch.labels):  # a rank's share of the last batch can be empty
+            metrics.update(loss, correct, size)
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Evaluate one batch of the validation set, or of the test set for its curve."""
-        self._step(batch, self.val_metrics if dataloader_idx == 0 else self.test_metrics)
+        self._evaluate(batch, self.val_metrics if dataloader_idx == 0 else self.test_metrics)
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the sets that were evaluated."""
-        for metrics in (self.val_metrics, self.test_metrics):
-            if metrics["acc"].update_called:
-                self.log_dict(metrics)
+        for stage, metrics in (("val", self.val_metrics), ("test", self.test_metrics)):
+            if metrics.update_called:
+                self._log_epoch(stage, metrics)
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Evaluate one batch of the test set."""
-        self._step(batch, self.test_metrics)
+        self._evaluate(batch, self.test_metrics)
 
     def on_test_epoch_end(self) -> None:
         """Log the test set's metrics."""
-        self.log_dict(self.test_metrics)
+        self._log_epoch("test", self.test_metrics)
 
-    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return class probabilities [B, 10]."""
-        return self.network(batch[0]).softmax(dim=1)
+        return self.network(self.transform(batch.images, batch.indices)).softmax(dim=1)
 
 
 @torch.no_grad()

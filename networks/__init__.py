@@ -1,5 +1,6 @@
 """Networks as plain `nn.Module`s: float images [B, 3, 32, 32] in, logits [B, 10] out."""
 
 from networks.convnet import ConvNet
+from networks.max_pool import MaxPool2x2
 
-__all__ = ["ConvNet"]
+__all__ = ["ConvNet", "MaxPool2x2"]

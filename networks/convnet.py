@@ -2,10 +2,16 @@
 
 from torch import Tensor, nn
 
+from networks.max_pool import MaxPool2x2
+
 
 def _stage(conv: nn.Conv2d) -> nn.Sequential:
-    """Convolve, normalise, rectify, halve: [B, in, H, W] -> [B, out, H/2, W/2]."""
-    return nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU(), nn.MaxPool2d(2))
+    """Convolve, normalise, halve, rectify: [B, in, H, W] -> [B, out, H/2, W/2].
+
+    The report rectifies first. The values are the same, as the maximum of rectified numbers is the
+    rectified maximum, but there is a quarter as many to rectify.
+    """
+    return nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels), MaxPool2x2(), nn.ReLU())
 
 
 class ConvNet(nn.Module):
@@ -13,9 +19,9 @@ class ConvNet(nn.Module):
 
     | layer                                     | output          |
     | ----------------------------------------- | --------------- |
-    | conv 5x5, batch norm, ReLU, max pool 2x2  | [B, 6, 16, 16]  |
-    | conv 3x3, batch norm, ReLU, max pool 2x2  | [B, 16, 8, 8]   |
-    | conv 3x3, batch norm, ReLU, max pool 2x2  | [B, 32, 4, 4]   |
+    | conv 5x5, batch norm, max pool 2x2, ReLU  | [B, 6, 16, 16]  |
+    | conv 3x3, batch norm, max pool 2x2, ReLU  | [B, 16, 8, 8]   |
+    | conv 3x3, batch norm, max pool 2x2, ReLU  | [B, 32, 4, 4]   |
     | dense, ReLU                               | [B, 120]        |
     | dense, ReLU                               | [B, dense_units] |
     | dense                                     | [B, 10]         |

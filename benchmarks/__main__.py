@@ -1,0 +1,251 @@
+"""Times this project and its peers side by side.
+
+    python -m benchmarks                  # a table, and benchmarks.json; under 10 minutes
+    python -m benchmarks --rounds 2       # shorter, and less sure
+
+Five programs train the report's network on the same 40,000 images, validate on 10,000, write
+TensorBoard curves and a checkpoint after every epoch:
+
+    a  the report's loop           PIL, ToTensor, DataLoader, .item()
+    b  the usual Lightning way     the same loader, self.log and a metric each step, progress bar
+    c  a bare eager loop           tensors in memory, nothing else
+    d  the best bare loop          c compiled; on a GPU one CUDA graph a step
+    e  this project                python train.py fit --config configs/base.yaml
+
+All are started, and stopped in their tracks (SIGSTOP) but for the one whose turn it is. They take
+turns of one epoch or more, a b c d e, a b c d e, ..., so a machine that is slow for a while is slow
+for all. An epoch lasts from one checkpoint to the next. Then the same for a network that computes
+next to nothing: what is left of a step is what its loop costs.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import pty
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common import BATCH_SIZE, VAL_SIZE
+
+HERE = Path(__file__).parent.parent
+TRAIN_SIZE = 50_000 - VAL_SIZE
+STEPS = -(-TRAIN_SIZE // BATCH_SIZE)
+NAMES = {
+    "a": "the report's loop",
+    "b": "the usual Lightning way",
+    "c": "a bare eager loop",
+    "d": "the best bare loop",
+    "e": "this project",
+}
+
+
+class Program:
+    """A way of training: a process of its own, on a terminal of its own, that runs in its turns."""
+
+    def __init__(self, command: list[str], folder: Path) -> None:
+        self.command = [sys.executable, *command]
+        self.folder = folder
+        self.seconds: list[float] = []  # an epoch
+        self.process: subprocess.Popen[bytes] | None = None
+        self.output = b""
+
+    def turn(self, at_least: float) -> None:
+        """Run until an epoch ends after `at_least` seconds; keep the mean time of its epochs."""
+        if self.process is None:
+            began = time.time()
+            self._start()
+            self.first = self._next_epoch(0) - began
+            self.ended = began + self.first
+        else:
+            assert self.process is not None
+            resumed = time.time()
+            os.killpg(self.process.pid, signal.SIGCONT)
+            away = resumed - self.stopped
+            began, first = self.ended + away, self.epochs
+            while (ended := self._next_epoch(self.epochs)) - began < at_least:
+                pass
+            self.ended = ended
+            self.seconds.append((ended - began) / (self.epochs - first))
+        os.killpg(self.process.pid, signal.SIGSTOP)
+        self.stopped = time.time()
+
+    def _start(self) -> None:
+        master, slave = pty.openpty()
+        self.process = subprocess.Popen(
+            self.command, stdout=slave, stderr=slave, cwd=HERE, start_new_session=True
+        )
+        os.close(slave)
+
+        def read() -> None:
+            while True:
+                try:
+                    self.output = (self.output + os.read(master, 65536))[-10_000:]
+                except OSError:
+                    return
+
+        threading.Thread(target=read, daemon=True).start()
+
+    def _next_epoch(self, after: int) -> float:
+        """Wait for more epochs than `after`; return when the last of them ended."""
+        assert self.process is not None
+        while True:
+            marks = sorted(self.folder.glob("**/epoch_*.ckpt"), key=lambda p: p.stat().st_mtime_ns)
+            if len(marks) > after:
+                self.epochs = len(marks)
+                return marks[-1].stat().st_mtime_ns / 1e9
+            if self.process.poll() is not None:
+                time.sleep(0.1)
+                sys.exit(f"error: {' '.join(self.command)}:\n{self.output.decode(errors='replace')}")
+            time.sleep(0.005)
+
+    def end(self) -> None:
+        """End the process."""
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+def programs(scratch: Path, root: str, device: str, network: str) -> dict[str, Program]:
+    """Return the ways of training; a and b have the network as it is usually written."""
+    plain = "PlainConvNet" if network == "ConvNet" else network
+    shared = ["--root", root, "--device", device]
+    commands = {
+        "a": ["-m", "benchmarks.report_loop", *shared, "--network", plain],
+        "b": ["-m", "benchmarks.usual_lightning", *shared, "--network", plain],
+        "c": ["-m", "benchmarks.bare_loop", "eager", *shared, "--network", network],
+        "d": ["-m", "benchmarks.bare_loop", "best", *shared, "--network", network],
+    }
+    if network == "Nothing":
+        del commands["a"], commands["d"]
+        commands["b"].append("--in_memory")
+    ways = {
+        way: Program([*command, str(scratch / way)], scratch / way)
+        for way, command in commands.items()
+    }
+    fit = ["train.py", "fit", "--config", "configs/base.yaml", "--data.root", root]
+    fit += ["--trainer.accelerator", device, "--trainer.max_epochs", "1000000"]
+    fit += ["--trainer.default_root_dir", str(scratch / "e")]
+    if network != "ConvNet":
+        fit += ["--model.network", f"benchmarks.common.{network}"]
+    return ways | {"e": Program(fit, scratch / "e")}
+
+
+def measured(ways: dict[str, Program], rounds: int, at_least: float) -> dict[str, Any]:
+    """Let all take their turns; return seconds an epoch, and of the start with the first epoch."""
+    try:
+        for number in range(rounds + 1):
+            for way, program in ways.items():
+                print(f"\r{number}/{rounds} {way} ", end="", file=sys.stderr, flush=True)
+                program.turn(at_least)
+    finally:
+        print("\r\033[K", end="", file=sys.stderr)
+        for program in ways.values():
+            program.end()
+    return {
+        way: {
+            "seconds": [round(s, 4) for s in program.seconds],
+            "median": round(statistics.median(program.seconds), 4),
+            "start": round(program.first, 2),
+        }
+        for way, program in ways.items()
+    }
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Return what the figures depend on."""
+    cpu = platform.processor() or platform.machine()
+    if (info := Path("/proc/cpuinfo")).exists():
+        cpu = next(
+            line.split(":")[1].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        )
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def main() -> None:
+    """Measure, print the tables, write the JSON."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=["cpu", "cuda"], default=default_device)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--seconds", type=float, default=1.0, help="shortest turn")
+    parser.add_argument("--root", default="data")
+    parser.add_argument("--json", type=Path, default=Path("benchmarks.json"))
+    args = parser.parse_args()
+    console = Console()
+    about = machine(args.device)
+    console.print(", ".join(f"{key} {value}" for key, value in about.items()))
+    root = str(Path(args.root).absolute())
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        epochs = measured(
+            programs(folder / "epochs", root, args.device, "ConvNet"), args.rounds, args.seconds
+        )
+        console.print(_epoch_table(epochs))
+        steps = measured(
+            programs(folder / "steps", root, args.device, "Nothing"), args.rounds, args.seconds
+        )
+        console.print(_step_table(steps))
+    result = {"machine": about, "epochs": epochs, "steps": steps}
+    args.json.write_text(json.dumps(result, indent=2) + "\n")
+    console.print(f"written to {args.json}")
+
+
+def _epoch_table(epochs: dict[str, Any]) -> Table:
+    table = Table("", "", title="an epoch: 40,000 images trained, 10,000 validated")
+    for header in ("seconds", "images/s", "e is faster by", "first epoch, with start"):
+        table.add_column(header, justify="right")
+    this = epochs["e"]["median"]
+    for way, times in epochs.items():
+        spread = f"{min(times['seconds']):.2f} to {max(times['seconds']):.2f}"
+        table.add_row(
+            way,
+            NAMES[way],
+            f"{times['median']:.2f} ({spread})",
+            f"{TRAIN_SIZE / times['median']:,.0f}",
+            f"{times['median'] / this:.2f}",
+            f"{times['start']:.0f}",
+        )
+    return table
+
+
+def _step_table(steps: dict[str, Any]) -> Table:
+    table = Table("", "", title="a step of a network that computes next to nothing")
+    for header in ("milliseconds", "beyond c"):
+        table.add_column(header, justify="right")
+    step = {way: 1000 * times["median"] / STEPS for way, times in steps.items()}
+    names = NAMES | {"b": "the usual Lightning way, tensors in memory, no progress bar"}
+    for way, milliseconds in step.items():
+        table.add_row(way, names[way], f"{milliseconds:.2f}", f"{milliseconds - step['c']:.2f}")
+    return table
+
+
+if __name__ == "__main__":
+    main()

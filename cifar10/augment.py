@@ -1,0 +1,216 @@
+"""From a batch of pixels to what the network sees, on the device that trains.
+
+`Transform` is the way of every batch; the other classes are its steps, listed in `data.augment`:
+
+    data:
+      augment:
+        - class_path: cifar10.augment.RandomCrop
+          init_args: {padding: 4}
+        - class_path: cifar10.augment.RandomFlip
+        - class_path: cifar10.augment.Normalize
+
+Every image has a random choice of its own, and no step loops over images. Steps run in the order of
+the list. Random ones run in training only; `Normalize` always does.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jsonargparse.typing import NonNegativeFloat, PositiveInt
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# Of the 50,000 training images, each channel over all pixels, in [0, 1].
+MEAN = (0.49140, 0.48216, 0.44653)
+STD = (0.24703, 0.24349, 0.26159)
+
+
+class Transform(nn.Module):
+    """Turns pixels uint8 [B, 3, 32, 32] into floats in [0, 1] and applies the steps to them.
+
+    Dividing by 255 is what torchvision's `ToTensor` does.
+
+    Args:
+        steps: Modules that map float images [B, 3, 32, 32] to such.
+        seed: Decides, with an image's index, which image begins `AlternatingFlip` in which turn.
+
+    """
+
+    epoch: Tensor
+
+    def __init__(self, steps: Sequence[nn.Module] = (), seed: int = 0) -> None:
+        super().__init__()
+        self.steps = nn.ModuleList(steps)
+        self.seed = seed
+        # A tensor, as a number would be compiled anew every epoch.
+        self.register_buffer("epoch", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    def forward(self, pixels: Tensor, indices: Tensor) -> Tensor:
+        """Map pixels uint8 [B, 3, 32, 32] of the images of `indices` int64 [B] to floats."""
+        images = pixels / 255
+        for step in self.steps:
+            if isinstance(step, Normalize):
+                images = step(images)
+            elif self.training:
+                is_alternating = isinstance(step, AlternatingFlip)
+                context = (indices, self.epoch, self.seed) if is_alternating else ()
+                images = step(images, *context)
+        return images
+
+
+class Normalize(nn.Module):
+    """Subtracts a mean and divides by a standard deviation, per channel; in evaluation too.
+
+    Args:
+        mean: Of each channel. Default: CIFAR-10's.
+        std: Of each channel. Default: CIFAR-10's.
+
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images in [0, 1] to images of mean 0 and standard deviation 1 over the data set."""
+        return (images - self.mean) / self.std
+
+
+class RandomCrop(nn.Module):
+    """Pads by reflection and cuts each image out again at a random place.
+
+    The shift of He et al. (arXiv 1512.03385, section 4.2), which pads with zeros, with the
+    reflection of Jordan (arXiv 2404.00498).
+
+    Args:
+        padding: Largest shift in pixels, to every side, in [0, 31].
+
+    """
+
+    def __init__(self, padding: int = 4) -> None:
+        super().__init__()
+        if not 0 <= padding <= 31:
+            raise ValueError(f"padding {padding} is not in [0, 31]")
+        self.padding = padding
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Shift images [B, C, H, W]."""
+        batch_size, _, height, width = images.shape
+        padded = F.pad(images, [self.padding] * 4, mode="reflect")
+        places = padded.unfold(2, height, 1).unfold(3, width, 1)  # [B, C, 2p + 1, 2p + 1, H, W]
+        rows, columns = torch.randint(
+            2 * self.padding + 1, (2, batch_size), device=images.device
+        )
+        return places[torch.arange(batch_size, device=images.device), :, rows, columns]
+
+
+class RandomFlip(nn.Module):
+    """Mirrors each image left to right with probability 1/2."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Mirror about half of images [B, C, H, W]."""
+        return _flip(images, torch.rand(len(images), device=images.device) < 0.5)
+
+
+class AlternatingFlip(nn.Module):
+    """Mirrors each image left to right in every other epoch, half of them in the first.
+
+    Two epochs in succession always show both sides of an image, where random flips show one side
+    twice half of the time (arXiv 2404.00498, section 3.6).
+    """
+
+    def forward(self, images: Tensor, indices: Tensor, epoch: Tensor, seed: int) -> Tensor:
+        """Mirror those of images [B, C, H, W] whose turn it is in this epoch, int64 []."""
+        return _flip(images, (_coins(indices, seed) + epoch) % 2 == 1)
+
+
+class Cutout(nn.Module):
+    """Blanks a square around a random pixel; what lies outside the image is cut off.
+
+    DeVries and Taylor (arXiv 1708.04552), who write zeros into normalised images: put it after
+    `Normalize`, so that zero is the mean colour.
+
+    Args:
+        size: Side of the square in pixels.
+
+    """
+
+    def __init__(self, size: PositiveInt = 8) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Blank a square in each of images [B, C, H, W]."""
+        inside = []
+        for length in images.shape[2:]:
+            centre = torch.randint(length, (len(images), 1), device=images.device)
+            offset = torch.arange(length, device=images.device) - centre + self.size // 2
+            inside.append((offset >= 0) & (offset < self.size))
+        rows, columns = inside
+        return images.masked_fill(rows[:, None, :, None] & columns[:, None, None, :], 0.0)
+
+
+class RandomBrightness(nn.Module):
+    """Multiplies each image by a random factor, as torchvision's `ColorJitter` does: for images in
+    [0, 1], so before `Normalize`.
+
+    Args:
+        strength: The factor is uniform in [max(0, 1 - strength), 1 + strength].
+
+    """
+
+    def __init__(self, strength: NonNegativeFloat = 0.2) -> None:
+        super().__init__()
+        self.strength = strength
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Make images [B, C, H, W] in [0, 1] brighter or darker."""
+        return (images * _factors(images, self.strength)).clamp(0, 1)
+
+
+class RandomContrast(nn.Module):
+    """Moves each image towards or away from its mean grey by a random factor, as torchvision's
+    `ColorJitter` does: for images in [0, 1], so before `Normalize`.
+
+    Args:
+        strength: The factor is uniform in [max(0, 1 - strength), 1 + strength].
+
+    """
+
+    luma: Tensor
+
+    def __init__(self, strength: NonNegativeFloat = 0.2) -> None:
+        super().__init__()
+        self.strength = strength
+        luma = torch.tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)  # ITU-R BT.601
+        self.register_buffer("luma", luma, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Change the contrast of images [B, 3, H, W] in [0, 1]."""
+        grey = (images * self.luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+        return (grey + (images - grey) * _factors(images, self.strength)).clamp(0, 1)
+
+
+def _flip(images: Tensor, is_flipped: Tensor) -> Tensor:
+    return torch.where(is_flipped.view(-1, 1, 1, 1), images.flip(-1), images)
+
+
+def _factors(images: Tensor, strength: float) -> Tensor:
+    """Return a random factor for each image, [B, 1, 1, 1]."""
+    low, high = max(0.0, 1 - strength), 1 + strength
+    return images.new_empty(len(images), 1, 1, 1).uniform_(low, high)
+
+
+def _coins(indices: Tensor, seed: int) -> Tensor:
+    """Return 0 or 1 for each index, int64 [B], by chance but the same in every epoch.
+
+    The finaliser of MurmurHash3 on 32 bits: one bit of it is as good as a coin.
+    """
+    bits = (indices + (seed * 0x9E3779B9 & 0xFFFFFFFF)) & 0xFFFFFFFF
+    for factor in (0x85EBCA6B, 0xC2B2AE35):
+        bits = ((bits ^ (bits >> 15)) * factor) & 0xFFFFFFFF
+    return bits >> 31
