@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch import LightningDataModule, Trainer
-from torch import nn
+from torch import Tensor, nn
 
 from cifar10 import archive
 from cifar10.augment import Transform
@@ -20,8 +20,8 @@ EVAL_BATCH_SIZES = {"cpu": 500, "cuda": 2500, "mps": 2500}
 class CIFAR10DataModule(LightningDataModule):
     """CIFAR-10 with a validation set cut from the 50,000 training images.
 
-    A batch is pixels uint8 [B, 3, 32, 32], labels int64 [B] and indices int64 [B]; `transform` turns
-    the pixels into what the network sees, as a part of the model's step.
+    A batch is pixels uint8 [B, 3, 32, 32], labels int64 [B] and indices int64 [B]; `transform`
+    turns the pixels into what the network sees, as a part of the model's step.
 
     Args:
         root: Folder that holds or receives the images.
@@ -120,12 +120,16 @@ class CIFAR10DataModule(LightningDataModule):
     def train_dataloader(self) -> Batches:
         """Return batches whose order follows from (seed, epoch), or from nothing for
         `trainer.overfit_batches`."""
-        trainer, size = self._trainer, self.train_set.size()
-        batch_size = max(self.batch_size, trainer.world_size)  # at least one image a device
-        order = None if trainer.overfit_batches else (
-            lambda: shuffled(size, self.seed, trainer.current_epoch)
+        trainer = self._trainer
+
+        def order() -> Tensor:
+            return shuffled(self.train_set.size(), self.seed, trainer.current_epoch)
+
+        return self._batches(
+            self.train_set,
+            batch_size=max(self.batch_size, trainer.world_size),  # at least one image a device
+            order=None if trainer.overfit_batches else order,  # type: ignore[attr-defined]
         )
-        return self._batches(self.train_set, batch_size=batch_size, order=order)
 
     def val_dataloader(self) -> list[Batches]:
         """Return the validation set first (empty with `val_size` 0) and, for a test curve during

@@ -15,9 +15,9 @@ from cifar10.archive import CLASSES
 from cifar10.augment import Transform
 from cifar10.batches import Batch
 
-
+# False is what YAML reads where `off` is written.
 CompileMode = Literal[
-    "off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
+    False, "off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
 ]
 
 
@@ -81,7 +81,7 @@ class ImageClassifier(LightningModule):
         self.make_optimizer = optimizer
         self.make_lr_scheduler = lr_scheduler
         self.softmax_before_loss = softmax_before_loss
-        self.compile_mode = compile
+        self.compile_mode = compile or "off"
         self.log_steps = log_steps
         self.transform = Transform()
         self.train_metrics = Means()
@@ -123,7 +123,7 @@ class ImageClassifier(LightningModule):
     def on_fit_start(self) -> None:
         """Remember the run's seed, and prepare the step."""
         self.seed = torch.initial_seed()
-        self.compiled_loss = None
+        self.compiled_loss = self._loss
         if self.compile_mode != "off":
             self.compiled_loss = torch.compile(self._loss, mode=self.compile_mode, dynamic=False)
         self.compiled_for = 0
@@ -147,8 +147,8 @@ class ImageClassifier(LightningModule):
         size = len(batch.labels)
         self.compiled_for = self.compiled_for or size
         # A short last batch is not worth a compilation of its own.
-        is_compiled = self.compiled_loss is not None and size == self.compiled_for
-        loss, correct = (self.compiled_loss if is_compiled else self._loss)(*batch)
+        loss_of = self.compiled_loss if size == self.compiled_for else self._loss
+        loss, correct = loss_of(*batch)
         self.train_metrics.update(loss.detach(), correct, size)
         if self.log_steps:
             self.log("train/loss_step", loss)

@@ -42,6 +42,8 @@ def errors_in_one_line() -> Iterator[None]:
         is_full = getattr(error, "errno", None) == errno.ENOSPC
         sys.exit(f"error: {_one_line(str(error))}{': free some space' if is_full else ''}")
     except RuntimeError as error:
+        if "No working C++ compiler" in str(error):
+            sys.exit("error: model.compile needs a C++ compiler: install g++, or leave it off")
         if "loading state_dict" not in str(error):
             raise
         mismatch = str(error).splitlines()[1].strip()
@@ -68,6 +70,8 @@ def quieten() -> None:
     """Keep tips of the framework, and what it does not know of this project, off the terminal."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # A compilation on a machine without a GPU says that there is none.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     if sys.warnoptions:  # python -W default train.py ... shows all
         return
     for category in (DeprecationWarning, FutureWarning, PossibleUserWarning):
@@ -76,7 +80,7 @@ def quieten() -> None:
         r".*callbacks used to create the checkpoint need to be provided",  # to test without them
         r"Checkpoint directory .* exists and is not empty",  # a resumed run's
         r"The dirpath has changed",  # for a run that goes on from an earlier epoch of another
-        r"Total length of `DataLoader` across ranks is zero",  # val_size 0
+        r"Total length of `Batches` across ranks is zero",  # val_size 0
         r"`?isinstance\(treespec, LeafSpec\)`? is deprecated",
     ):
         warnings.filterwarnings("ignore", message)

@@ -24,13 +24,13 @@ import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
-from callbacks import History, LayerTable
+from callbacks import History, ImagesBar, LayerTable
 from cifar10.archive import CLASSES
 from datamodule import CIFAR10DataModule
 from lightning_module import ImageClassifier
@@ -205,7 +205,7 @@ class CLI(LightningCLI):
         callbacks = [*_listed(options.callbacks), History(writes=not options.fast_dev_run)]
         has_bar = options.enable_progress_bar is not False and sys.stdout.isatty()
         if has_bar and not any(isinstance(c, ProgressBar) for c in callbacks):
-            callbacks.append(RichProgressBar(refresh_rate=10))
+            callbacks.append(ImagesBar())
         if options.enable_model_summary is not False:
             callbacks.append(LayerTable())
         saves = is_fit and options.enable_checkpointing is not False and not options.fast_dev_run

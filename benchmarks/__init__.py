@@ -1,1 +1,1 @@
-"""This project and its peers, timed side by side: `python -m benchmarks`."""
+"""Peers and this project, timed side by side: `python -m benchmarks`."""

@@ -20,15 +20,18 @@ next to nothing: what is left of a step is what its loop costs.
 
 import argparse
 import datetime
+import fcntl
 import json
 import os
 import platform
 import pty
 import signal
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 from pathlib import Path
@@ -62,30 +65,28 @@ class Program:
         self.seconds: list[float] = []  # an epoch
         self.process: subprocess.Popen[bytes] | None = None
         self.output = b""
+        self.epochs = 0
+        self.ended = self.stopped = 0.0  # the newest checkpoint, the last turn
 
     def turn(self, at_least: float) -> None:
         """Run until an epoch ends after `at_least` seconds; keep the mean time of its epochs."""
         if self.process is None:
             began = time.time()
-            self._start()
+            self.process = self._started()
             self.first = self._next_epoch(0) - began
-            self.ended = began + self.first
         else:
-            assert self.process is not None
-            resumed = time.time()
+            began, first = self.ended + time.time() - self.stopped, self.epochs
             os.killpg(self.process.pid, signal.SIGCONT)
-            away = resumed - self.stopped
-            began, first = self.ended + away, self.epochs
-            while (ended := self._next_epoch(self.epochs)) - began < at_least:
+            while self._next_epoch(self.epochs) - began < at_least:
                 pass
-            self.ended = ended
-            self.seconds.append((ended - began) / (self.epochs - first))
+            self.seconds.append((self.ended - began) / (self.epochs - first))
         os.killpg(self.process.pid, signal.SIGSTOP)
         self.stopped = time.time()
 
-    def _start(self) -> None:
+    def _started(self) -> subprocess.Popen[bytes]:
         master, slave = pty.openpty()
-        self.process = subprocess.Popen(
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 40, 120, 0, 0))  # rows, columns
+        process = subprocess.Popen(
             self.command, stdout=slave, stderr=slave, cwd=HERE, start_new_session=True
         )
         os.close(slave)
@@ -98,6 +99,7 @@ class Program:
                     return
 
         threading.Thread(target=read, daemon=True).start()
+        return process
 
     def _next_epoch(self, after: int) -> float:
         """Wait for more epochs than `after`; return when the last of them ended."""
@@ -105,11 +107,13 @@ class Program:
         while True:
             marks = sorted(self.folder.glob("**/epoch_*.ckpt"), key=lambda p: p.stat().st_mtime_ns)
             if len(marks) > after:
-                self.epochs = len(marks)
-                return marks[-1].stat().st_mtime_ns / 1e9
+                self.epochs, self.ended = len(marks), marks[-1].stat().st_mtime_ns / 1e9
+                return self.ended
             if self.process.poll() is not None:
                 time.sleep(0.1)
-                sys.exit(f"error: {' '.join(self.command)}:\n{self.output.decode(errors='replace')}")
+                sys.exit(
+                    f"error: {' '.join(self.command)}:\n{self.output.decode(errors='replace')}"
+                )
             time.sleep(0.005)
 
     def end(self) -> None:
@@ -126,8 +130,8 @@ def programs(scratch: Path, root: str, device: str, network: str) -> dict[str, P
     commands = {
         "a": ["-m", "benchmarks.report_loop", *shared, "--network", plain],
         "b": ["-m", "benchmarks.usual_lightning", *shared, "--network", plain],
-        "c": ["-m", "benchmarks.bare_loop", "eager", *shared, "--network", network],
-        "d": ["-m", "benchmarks.bare_loop", "best", *shared, "--network", network],
+        "c": ["-m", "benchmarks.bare_loop", *shared, "--network", network],
+        "d": ["-m", "benchmarks.bare_loop", *shared, "--network", network, "--best"],
     }
     if network == "Nothing":
         del commands["a"], commands["d"]

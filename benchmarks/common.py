@@ -46,7 +46,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--root", default="data")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--network", choices=NETWORKS, default="ConvNet")
-    parser.add_argument("--in_memory", action="store_true")
+    parser.add_argument("--in_memory", action="store_true", help="of (b): no DataLoader, no bar")
+    parser.add_argument("--best", action="store_true", help="(d) in place of (c)")
     parser.add_argument("--epochs", type=int, default=1_000_000)
     return parser.parse_args()
 
@@ -79,4 +80,8 @@ class Marks:
             self.writer.add_scalar(name, value, epoch)
         state = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
         torch.save(state, self.folder / f"epoch_{epoch:02d}.ckpt")
-        print(f"epoch {epoch}", *(f"{name} {value:.4f}" for name, value in metrics.items()), flush=True)
+        print(
+            f"epoch {epoch}",
+            *(f"{name} {value:.4f}" for name, value in metrics.items()),
+            flush=True,
+        )

@@ -1,6 +1,7 @@
-"""(a) The loop of the course report, as courses teach it: PIL images, ToTensor, DataLoader, `.item()`."""
+"""(a) The report's loop, as courses teach it: PIL images, ToTensor, DataLoader, `.item()`."""
 
-import numpy as np
+from typing import Any
+
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -11,7 +12,7 @@ from benchmarks.common import BATCH_SIZE, NETWORKS, Marks, image_sets, parsed
 from cifar10.batches import Images
 
 
-class Pictures(CIFAR10):
+class Pictures(CIFAR10):  # type: ignore[misc]
     """torchvision's data set, with its way to a picture, on images that are there already."""
 
     def __init__(self, images: Images) -> None:
@@ -25,16 +26,15 @@ def main() -> None:
     """Train until the process is stopped."""
     args = parsed()
     torch.manual_seed(0)
-    np.random.seed(0)
     train_set, val_set = (Pictures(images) for images in image_sets(args.root))
-    train_loader = DataLoader(train_set, batch_size=BATCH_SIZE, shuffle=True)
-    val_loader = DataLoader(val_set, batch_size=BATCH_SIZE)
+    train_loader: DataLoader[Any] = DataLoader(train_set, batch_size=BATCH_SIZE, shuffle=True)
+    val_loader: DataLoader[Any] = DataLoader(val_set, batch_size=BATCH_SIZE)
     network = NETWORKS[args.network]().to(args.device)
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.Adam(network.parameters(), lr=5e-4)
     marks = Marks(args.folder)
 
-    def run(loader: DataLoader[object], is_training: bool) -> tuple[float, float]:
+    def run(loader: DataLoader[Any], is_training: bool) -> tuple[float, float]:
         network.train(is_training)
         total_loss, correct, total = 0.0, 0, 0
         with torch.set_grad_enabled(is_training):

@@ -1,4 +1,4 @@
-"""(b) The usual Lightning way: the loader of (a), `self.log` and a torchmetrics metric in each step."""
+"""(b) The usual Lightning way: the loader of (a), `self.log` and a metric in every step."""
 
 import os
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from benchmarks.common import BATCH_SIZE, NETWORKS, image_sets, parsed
 from benchmarks.report_loop import Pictures
-from cifar10.batches import Batches, Images
+from cifar10.batches import Batches
 
 
 class LitClassifier(L.LightningModule):
@@ -78,7 +78,9 @@ def main() -> None:
         devices=1,
         max_epochs=args.epochs,
         logger=TensorBoardLogger(args.folder, "", ""),
-        callbacks=[ModelCheckpoint(args.folder / "checkpoints", "epoch_{epoch:02d}", save_top_k=-1)],
+        callbacks=[
+            ModelCheckpoint(args.folder / "checkpoints", "epoch_{epoch:02d}", save_top_k=-1)
+        ],
         enable_progress_bar=not args.in_memory,
     )
     trainer.fit(LitClassifier(NETWORKS[args.network]()), train_loader, val_loader)

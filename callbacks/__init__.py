@@ -2,5 +2,6 @@
 
 from callbacks.history import History
 from callbacks.layer_table import LayerTable
+from callbacks.progress import ImagesBar
 
-__all__ = ["History", "LayerTable"]
+__all__ = ["History", "ImagesBar", "LayerTable"]

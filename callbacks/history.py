@@ -2,15 +2,19 @@
 
 import csv
 import io
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
+from cifar10.batches import Batch
 from runs import write_whole
 
 COLORS = {"train": "tab:blue", "val": "tab:orange", "test": "tab:green"}
@@ -32,6 +36,7 @@ class History(Callback):
         self.rows: list[Row] = []
         self.evaluated: Row = {}
         self.header: list[str] = []
+        self.has_stepped = False
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rows for the checkpoint."""
@@ -55,6 +60,33 @@ class History(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self.started = time.perf_counter()
+        self.images = 0
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        """Count images; with the last batch of an epoch stop the clock of the training, with the
+        first of a run say how long its compilation took."""
+        self.images += len(batch.labels) * trainer.world_size
+        if trainer.is_last_batch:
+            self.images_per_second = self.images / self._seconds(trainer)
+        if not self.has_stepped:
+            self.has_stepped = True
+            mode = getattr(pl_module, "compile_mode", "off")
+            if mode != "off" and trainer.is_global_zero:
+                seconds = self._seconds(trainer)
+                _say(f"compiled ({mode}): {seconds:.1f} s to the end of the first step")
+
+    def _seconds(self, trainer: Trainer) -> float:
+        """Return the seconds since the epoch began, when all that is asked of a GPU is done."""
+        if trainer.strategy.root_device.type != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter() - self.started
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep what was measured, until the epoch ends."""
@@ -67,8 +99,11 @@ class History(Callback):
         self.evaluated = {}
         if not measured:
             return
-        seconds = round(time.perf_counter() - self.started, 2)
-        self.rows.append({"epoch": trainer.current_epoch, **measured, "seconds": seconds})
+        speed = {"seconds": round(time.perf_counter() - self.started, 2)}
+        if trainer.is_last_batch:
+            speed["images_per_second"] = round(self.images_per_second)
+            pl_module.log("train/images_per_second", self.images_per_second)
+        self.rows.append({"epoch": trainer.current_epoch, **measured, **speed})
         if trainer.is_global_zero:
             self._print(is_best=self.rows[-1] is _best(self.rows, trainer))
         if self.writes and (folder := trainer.log_dir) and trainer.is_global_zero:
@@ -79,18 +114,28 @@ class History(Callback):
         row = self.rows[-1]
         stages = [stage for stage in COLORS if f"{stage}/loss" in row]
         if stages != self.header:
-            print("epoch", *(f"{stage:>7} loss     acc " for stage in stages), " seconds")
+            headers = (f"{stage:>7} loss     acc " for stage in stages)
+            _say(" ".join(["epoch", *headers, " seconds", "images/s"]))
             self.header = stages
         columns = [f"{row['epoch']:5.0f}"]
         for stage in stages:
             star = "*" if stage == "val" and is_best else " "
             columns.append(f"{row[f'{stage}/loss']:12.4f} {row[f'{stage}/acc']:7.2%}{star}")
-        print(*columns, f"{row['seconds']:8.1f}", flush=True)
+        columns.append(f"{row['seconds']:8.1f}")
+        if "images_per_second" in row:
+            columns.append(f"{row['images_per_second']:8,.0f}")
+        _say(" ".join(columns))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the curves."""
         if self.writes and (folder := trainer.log_dir) and self.rows and trainer.is_global_zero:
             write_whole(Path(folder) / "curves.png", _curves(self.rows, _best(self.rows, trainer)))
+
+
+def _say(line: str) -> None:
+    """Print a line, above the progress bar if there is one."""
+    tqdm.write(line)
+    sys.stdout.flush()
 
 
 def _measured(trainer: Trainer, *stages: str) -> Row:

@@ -102,9 +102,7 @@ class RandomCrop(nn.Module):
         batch_size, _, height, width = images.shape
         padded = F.pad(images, [self.padding] * 4, mode="reflect")
         places = padded.unfold(2, height, 1).unfold(3, width, 1)  # [B, C, 2p + 1, 2p + 1, H, W]
-        rows, columns = torch.randint(
-            2 * self.padding + 1, (2, batch_size), device=images.device
-        )
+        rows, columns = torch.randint(2 * self.padding + 1, (2, batch_size), device=images.device)
         return places[torch.arange(batch_size, device=images.device), :, rows, columns]
 
 
@@ -191,7 +189,7 @@ class RandomContrast(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Change the contrast of images [B, 3, H, W] in [0, 1]."""
-        grey = (images * self.luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+        grey = (images * self.luma.to(images.dtype)).sum(1, keepdim=True).mean((2, 3), keepdim=True)
         return (grey + (images - grey) * _factors(images, self.strength)).clamp(0, 1)
 
 

@@ -77,7 +77,7 @@ class Batches:
         indices = self.images.indices
         if self.order is not None:
             indices = indices[self.order().to(indices.device)]
-        for whole in indices.split(self.batch_size)[: len(self)]:
+        for whole in torch.split(indices, self.batch_size)[: len(self)]:
             yield self.images.batch(whole.tensor_split(self.world_size)[self.rank])
 
 

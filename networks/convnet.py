@@ -1,5 +1,6 @@
 """The ConvNet of the course report: three convolutions, three dense layers."""
 
+import torch
 from torch import Tensor, nn
 
 from networks.max_pool import MaxPool2x2
@@ -37,6 +38,10 @@ class ConvNet(nn.Module):
         self.conv1 = _stage(nn.Conv2d(3, 6, 5, padding=2, padding_mode="reflect"))
         self.conv2 = _stage(nn.Conv2d(6, 16, 3, padding=1))
         self.conv3 = _stage(nn.Conv2d(16, 32, 3, padding=1))
+        # The first convolution has too few channels to gain by it, the others lose a third of their
+        # time with channels last.
+        for stage in (self.conv2, self.conv3):
+            stage.to(memory_format=torch.channels_last)
         self.flatten = nn.Flatten()
         self.dense1 = nn.Sequential(nn.Linear(32 * 4 * 4, 120), nn.ReLU())
         self.dense2 = nn.Sequential(nn.Linear(120, dense_units), nn.ReLU())

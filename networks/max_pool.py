@@ -1,5 +1,7 @@
 """Max pooling that a CPU can vectorise."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -27,14 +29,14 @@ class MaxPool2x2(nn.MaxPool2d):
 
 class _MaxOfSlices(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, images: Tensor) -> Tensor:
+    def forward(ctx: Any, images: Tensor) -> Tensor:
         rows = torch.maximum(images[..., 0::2, :], images[..., 1::2, :])
         ctx.save_for_backward(images, rows)
         return torch.maximum(rows[..., 0::2], rows[..., 1::2])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         images, rows = ctx.saved_tensors
         is_right = rows[..., 1::2] > rows[..., 0::2]
         is_lower = images[..., 1::2, :] > images[..., 0::2, :]

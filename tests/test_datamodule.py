@@ -10,7 +10,8 @@ from torch import nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image, to_tensor
 
 from cifar10 import archive
-from cifar10.batches import TensorImages, train_loader
+from cifar10.augment import Normalize
+from cifar10.batches import Batches, Images, shuffled
 from datamodule import CIFAR10DataModule
 from tests.conftest import TEST_SIZE, TRAIN_SIZE
 
@@ -20,7 +21,12 @@ def module(arrays: Path, **settings: Any) -> CIFAR10DataModule:
     settings = {"val_size": 200, "batch_size": 64, **settings}
     data = CIFAR10DataModule(root=str(arrays), verify=False, download=False, **settings)
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
-        world_size=1, global_rank=0, training=True, state=SimpleNamespace(fn="fit")
+        world_size=1,
+        global_rank=0,
+        current_epoch=0,
+        overfit_batches=0.0,
+        state=SimpleNamespace(fn="fit"),
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
     )
     data.prepare_data()
     data.setup("fit")
@@ -41,23 +47,24 @@ def test_split_is_a_partition_that_the_seed_decides(arrays: Path) -> None:
 
 def test_validation_images_are_never_trained_on(arrays: Path) -> None:
     data = module(arrays)
-    images = torch.cat([images for images, _ in data.train_dataloader()])
+    images = torch.cat([batch.images for batch in data.train_dataloader()])
     trained = {image.numpy().tobytes() for image in images}
     for loader in (*data.val_dataloader(), data.test_dataloader()):
-        assert not trained & {image.numpy().tobytes() for batch, _ in loader for image in batch}
+        assert not trained & {image.numpy().tobytes() for batch in loader for image in batch.images}
 
 
 @pytest.mark.parametrize("batch_size", [1, 64, 800, 1000])
 def test_an_epoch_visits_each_training_image_once(arrays: Path, batch_size: int) -> None:
     data = module(arrays, batch_size=batch_size)
     batches = list(data.train_dataloader())
-    assert all(len(images) == len(labels) for images, labels in batches)
-    assert [len(images) for images, _ in batches[:-1]] == [batch_size] * (len(batches) - 1)
-    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    assert len(data.train_dataloader()) == len(batches)
+    assert [len(batch.images) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
+    images, labels, indices = (torch.cat(parts) for parts in zip(*batches, strict=True))
     assert images.dtype == torch.uint8
     assert images.shape == (800, 3, 32, 32)
     assert labels.dtype == torch.int64
     whole = archive.load(arrays, verify=False)
+    assert torch.equal(images, whole.train_images[indices])
     kept = data.train_set.indices
     assert sorted(
         (image.numpy().tobytes(), int(label)) for image, label in zip(images, labels, strict=True)
@@ -67,36 +74,58 @@ def test_an_epoch_visits_each_training_image_once(arrays: Path, batch_size: int)
     )
 
 
-def test_order_follows_from_seed_and_epoch_alone() -> None:
-    images = TensorImages(torch.zeros(100, 3, 32, 32, dtype=torch.uint8), torch.arange(100))
-
-    def order(seed: int, epoch: int) -> list[int]:
+def test_order_follows_from_seed_and_epoch_alone(arrays: Path) -> None:
+    def order(seed: int, epoch: int) -> tuple[int, ...]:
+        torch.manual_seed(seed)
+        data = module(arrays)
         torch.rand(1)  # a draw elsewhere changes nothing
-        loader = train_loader(images, 10, seed)
-        loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
-        return [int(label) for _, labels in loader for label in labels]
+        data.trainer.current_epoch = epoch  # type: ignore[misc, union-attr]
+        return tuple(torch.cat([batch.indices for batch in data.train_dataloader()]).tolist())
 
-    orders = [tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)]
+    orders = [order(seed, epoch) for seed in range(3) for epoch in range(3)]
     assert len(set(orders)) == 9, "seeds share no order, not even at another epoch"
-    assert orders == [tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)]
+    assert orders == [order(seed, epoch) for seed in range(3) for epoch in range(3)]
 
 
-def test_ranks_share_an_epoch() -> None:
-    images = TensorImages(torch.zeros(100, 3, 32, 32, dtype=torch.uint8), torch.arange(100))
-    loaders = [train_loader(images, 10, seed=0, rank=rank, world_size=2) for rank in range(2)]
-    visited = [{int(label) for _, labels in loader for label in labels} for loader in loaders]
-    assert [len(labels) for labels in visited] == [50, 50]
-    assert visited[0] | visited[1] == set(range(100))
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("size", [1, 6, 60, 101])
+@pytest.mark.parametrize("is_training", [True, False])
+def test_ranks_share_every_batch(world_size: int, size: int, is_training: bool) -> None:
+    images = Images(
+        torch.zeros(200, 3, 32, 32, dtype=torch.uint8),
+        torch.arange(200),
+        torch.arange(50, 50 + size),
+    )
+    order = (lambda: shuffled(size, seed=0, epoch=0)) if is_training else None
+    ranks = [Batches(images, 20, rank, world_size, order) for rank in range(world_size)]
+    shares = [list(batches) for batches in ranks]
+    assert len({len(batches) for batches in ranks}) == 1, "none waits for another"
+    assert all(len(share) == len(ranks[0]) for share in shares)
+    alone = list(Batches(images, 20, order=order))
+    for whole, *parts in zip(alone, *shares, strict=False):
+        assert torch.equal(torch.cat([part.indices for part in parts]), whole.indices)
+        assert max(map(len, (p.labels for p in parts))) - min(len(p.labels) for p in parts) <= 1
+        if is_training:
+            assert all(len(part.labels) for part in parts), "no rank trains on nothing"
+    left_out = len(alone) - len(ranks[0])
+    tail = size % 20
+    assert left_out == (is_training and 0 < tail < world_size)
+
+
+def test_the_same_images_come_first_where_few_are_overfitted(arrays: Path) -> None:
+    data = module(arrays)
+    data.trainer.overfit_batches = 0.1  # type: ignore[union-attr]
+    batch = next(iter(data.train_dataloader()))
+    assert torch.equal(batch.indices, data.train_set.indices[:64])
 
 
 def test_the_model_gets_what_totensor_gives(arrays: Path) -> None:
     data = module(arrays)
-    images, labels = next(iter(data.val_dataloader()[0]))
-    floats, same_labels = data.on_after_batch_transfer((images, labels), 0)
-    expected = torch.stack([to_tensor(to_pil_image(image)) for image in images])
+    batch = next(iter(data.val_dataloader()[0]))
+    floats = data.transform(batch.images, batch.indices)
+    expected = torch.stack([to_tensor(to_pil_image(image)) for image in batch.images])
     assert torch.equal(floats, expected)
-    assert torch.equal(labels, same_labels)
-    assert torch.equal(pil_to_tensor(to_pil_image(images[0])), images[0])
+    assert torch.equal(pil_to_tensor(to_pil_image(batch.images[0])), batch.images[0])
 
 
 class Negative(nn.Module):
@@ -104,17 +133,20 @@ class Negative(nn.Module):
         return 1 - images
 
 
-def test_augmentations_change_training_batches_only(arrays: Path) -> None:
-    data = module(arrays, augment=[Negative()])
-    images = torch.full((2, 3, 32, 32), 255, dtype=torch.uint8)
-    assert data.on_after_batch_transfer((images, images), 0)[0].max() == 0
-    data.trainer.training = False  # type: ignore[union-attr]
-    assert data.on_after_batch_transfer((images, images), 0)[0].min() == 1
+def test_steps_run_in_order_and_only_normalize_in_evaluation(arrays: Path) -> None:
+    halve = Normalize((0.0,) * 3, (2.0,) * 3)
+    transform = module(arrays, augment=[halve, Negative()]).transform
+    pixels, indices = torch.full((2, 3, 32, 32), 255, dtype=torch.uint8), torch.arange(2)
+    assert transform(pixels, indices).unique().tolist() == [0.5]
+    assert transform.eval()(pixels, indices).unique().tolist() == [0.5]
+    transform = module(arrays, augment=[Negative(), halve]).transform
+    assert transform(pixels, indices).unique().tolist() == [0.0]
+    assert transform.eval()(pixels, indices).unique().tolist() == [0.5]
 
 
 def test_the_test_set_is_evaluated_in_fit_only_when_asked_for(arrays: Path) -> None:
     def sizes(data: CIFAR10DataModule) -> list[int]:
-        return [sum(len(labels) for _, labels in loader) for loader in data.val_dataloader()]
+        return [sum(len(batch.labels) for batch in loader) for loader in data.val_dataloader()]
 
     assert sizes(module(arrays)) == [200]
     data = module(arrays, test_curve=True)

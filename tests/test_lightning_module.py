@@ -1,14 +1,18 @@
 """One step of training, and what it reports."""
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.nn import functional as F
 
+from cifar10.augment import AlternatingFlip, Normalize
+from cifar10.batches import Batch
 from datamodule import CIFAR10DataModule
 from lightning_module import ImageClassifier
 from networks import ConvNet
@@ -96,6 +100,132 @@ def test_checking_a_network_leaves_it_as_it_was() -> None:
 
 def test_predictions_are_probabilities() -> None:
     model = ImageClassifier(ConvNet()).eval()
-    probabilities = model.predict_step((torch.rand(4, 3, 32, 32), torch.zeros(4)), 0)
+    pixels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    probabilities = model.predict_step(Batch(pixels, torch.zeros(4), torch.arange(4)), 0)
     assert probabilities.shape == (4, 10)
     torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(4))
+
+
+def fitted(
+    arrays: Path, model: ImageClassifier, accelerator: str = "cpu", **settings: Any
+) -> Trainer:
+    """Train on the small data set for two epochs, the last batch of each a short one."""
+    augment = [AlternatingFlip(), Normalize()]
+    data = CIFAR10DataModule(
+        str(arrays), verify=False, batch_size=96, val_size=200, augment=augment
+    )
+    trainer = Trainer(
+        accelerator=accelerator,
+        devices=1,
+        max_epochs=2,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **{"logger": False, **settings},
+    )
+    torch.manual_seed(0)
+    trainer.fit(model, datamodule=data)
+    return trainer
+
+
+def linear(**settings: Any) -> ImageClassifier:
+    torch.manual_seed(0)
+    return ImageClassifier(nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), **settings)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_compiled_step_trains_as_the_plain_one(arrays: Path, mode: Any) -> None:
+    plain, compiled = linear(), linear(compile=mode)
+    results = [fitted(arrays, model).callback_metrics for model in (plain, compiled)]
+    assert compiled.compiled_loss != compiled._loss
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, atol=1e-4, rtol=1e-4)
+    for weights, same in zip(plain.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(weights, same, atol=1e-4, rtol=1e-3)
+
+
+class Norms(Callback):
+    """Keeps the norm of the gradients that each step used."""
+
+    def __init__(self) -> None:
+        self.after_steps: list[float] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *_args: object
+    ) -> None:
+        if trainer.global_step > len(self.after_steps):
+            gradients = [p.grad.flatten() for p in pl_module.parameters() if p.grad is not None]
+            self.after_steps.append(float(torch.cat(gradients).norm()))
+
+
+def test_gradients_can_be_clipped_and_accumulated(arrays: Path) -> None:
+    norms = Norms()
+    trainer = fitted(
+        arrays, linear(), callbacks=[norms], gradient_clip_val=1e-3, accumulate_grad_batches=4
+    )
+    assert trainer.global_step == 6, "9 batches an epoch make 3 steps"
+    assert norms.after_steps == pytest.approx([1e-3] * 6, rel=1e-2)
+
+
+class Logged(Callback):
+    """Counts what is logged."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        log = pl_module.log
+
+        def counted(name: str, *args: Any, **kwargs: Any) -> None:
+            self.calls.append(name)
+            log(name, *args, **kwargs)
+
+        pl_module.log = counted  # type: ignore[method-assign]
+
+
+def test_a_step_logs_only_when_asked_to(arrays: Path) -> None:
+    quiet, loud = Logged(), Logged()
+    fitted(arrays, linear(), callbacks=[quiet])
+    fitted(arrays, linear(log_steps=True), callbacks=[loud])
+    for name in ("train/loss", "train/acc", "val/loss", "val/acc"):
+        assert quiet.calls.count(name) == 2, "once an epoch"
+    assert len(quiet.calls) == 8
+    assert loud.calls.count("train/loss_step") == 18
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+class NoWaiting(Callback):
+    """Fails where the CPU waits for the GPU between the first and the last step of an epoch."""
+
+    def on_train_batch_end(self, trainer: Trainer, *_args: object) -> None:
+        torch.cuda.set_sync_debug_mode("error" if not trainer.is_last_batch else "default")
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        assert all(tensor.is_cuda for tensor in batch)
+        if batch_idx == trainer.num_training_batches - 1:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+@pytest.mark.parametrize("mode", ["off", "default", "reduce-overhead"])
+def test_on_a_gpu_no_step_waits_and_all_modes_agree(arrays: Path, mode: Any) -> None:
+    reference = fitted(arrays, linear()).callback_metrics
+    metrics = fitted(arrays, linear(compile=mode), "cuda", callbacks=[NoWaiting()]).callback_metrics
+    for name, value in reference.items():
+        torch.testing.assert_close(metrics[name].cpu(), value, atol=2e-2, rtol=2e-2)
+
+
+@needs_gpu
+def test_on_a_gpu_the_images_are_moved_once(arrays: Path) -> None:
+    model = linear()
+    trainer = fitted(arrays, model, "cuda")
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    assert data.train_set.images.is_cuda
+    assert data.train_set.images.data_ptr() == data.val_set.images.data_ptr()
+    assert torch.cuda.max_memory_allocated() < 2e9

@@ -1,9 +1,12 @@
 """The shapes and sizes that the report gives."""
 
+import math
+
 import pytest
 import torch
+from torch.nn import functional as F
 
-from networks import ConvNet
+from networks import ConvNet, MaxPool2x2
 
 
 def test_output_shapes_of_every_part_are_those_of_the_report() -> None:
@@ -38,3 +41,36 @@ def test_first_convolution_reflects_at_the_border() -> None:
     padded = torch.nn.functional.pad(image, (2, 2, 2, 2), mode="reflect")
     expected = torch.nn.functional.conv2d(padded, conv.weight, conv.bias)
     torch.testing.assert_close(conv(image), expected)
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 32, 32), (1, 16, 4, 2), (2, 3, 7, 6), (0, 6, 8, 8)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_max_pooling_is_pytorchs(
+    shape: tuple[int, int, int, int], memory_format: torch.memory_format
+) -> None:
+    torch.manual_seed(0)
+    # Of distinct numbers, as of equal ones any may get the gradient.
+    images = torch.randperm(math.prod(shape)).view(shape).float() - 1000
+    images = images.to(memory_format=memory_format)
+    results = []
+    for pool in (MaxPool2x2(), torch.nn.MaxPool2d(2)):
+        leaf = images.clone().requires_grad_()
+        pooled = pool(leaf)
+        pooled.backward(torch.rand(pooled.shape, generator=torch.Generator().manual_seed(0)))
+        assert leaf.grad is not None
+        results.append((pooled.detach(), leaf.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_gradient_of_max_pooling_goes_to_one_of_equal_numbers() -> None:
+    images = torch.zeros(1, 1, 2, 2, requires_grad=True)
+    MaxPool2x2()(images).sum().backward()
+    assert images.grad is not None
+    assert sorted(images.grad.flatten().tolist()) == [0, 0, 0, 1]
+
+
+def test_a_number_that_is_none_is_not_hidden_by_max_pooling() -> None:
+    images = torch.tensor([[[[1.0, float("nan")], [2.0, 3.0]]]])
+    assert MaxPool2x2()(images).isnan().all()
+    assert F.max_pool2d(images, 2).isnan().all()

@@ -2,13 +2,18 @@
 
 import csv
 import errno
+import fcntl
 import json
 import os
 import pickle
+import pty
+import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +23,22 @@ import yaml
 from lightning.pytorch import Callback, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
+from torch import nn
+from torch._inductor import config as inductor_config
 
 import train
 from cifar10 import archive
 from lightning_module import ImageClassifier
 from networks import ConvNet
 from tests.conftest import Run
+
+
+class Flat(nn.Sequential):
+    """A network that is compiled in seconds."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(3072, 10))
+
 
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "configs" / "base.yaml"
@@ -135,7 +150,7 @@ def test_without_validation_images_every_epoch_is_kept(run: Run) -> None:
     assert (RUN_0 / "checkpoints" / "epoch_01.ckpt").exists()
     assert "best" not in out
     assert set(rows(RUN_0)[0]) == {
-        "epoch", "train/loss", "train/acc", "test/loss", "test/acc", "seconds",
+        "epoch", "train/loss", "train/acc", "test/loss", "test/acc", "seconds", "images_per_second",
     }  # fmt: skip
 
 
@@ -222,9 +237,9 @@ def test_a_stopped_run_goes_on_exactly_in_its_own_folder(run: Run, tmp_path: Pat
     out = run("fit", "--ckpt_path", stopped / "checkpoints/last.ckpt", "--trainer.max_epochs", "4")
     whole = Path("runs/whole/version_0")
     assert is_same(*(weights(folder / "checkpoints/last.ckpt") for folder in (whole, stopped)))
-    assert [{**row, "seconds": 0} for row in rows(stopped)] == [
-        {**row, "seconds": 0} for row in rows(whole)
-    ]
+    for row in (*(of_stopped := rows(stopped)), *(of_whole := rows(whole))):
+        del row["seconds"], row["images_per_second"]
+    assert of_stopped == of_whole
     assert f"run   {stopped}" in out
     assert [p.name for p in Path("runs/stopped").iterdir()] == ["version_0"]
     best = max(rows(whole), key=lambda row: row["val/acc"])
@@ -528,7 +543,8 @@ def test_the_terminal_shows_the_run_and_nothing_else(arrays: Path, tmp_path: Pat
     epochs = [zero, one]
     assert len(table) == 24, "18 layers, and the lines around them"
     assert (table[0][0], table[-1][0], blank) == ("┏", "└", "")
-    assert header.split() == ["epoch", "train", "loss", "acc", "val", "loss", "acc", "seconds"]
+    columns = "epoch train loss acc val loss acc seconds images/s"
+    assert header.split() == columns.split()
     assert [line.split()[0] for line in epochs] == ["0", "1"]
     assert [line.split()[0] for line in (best, test, view, folder)] == [
         "best",
@@ -543,3 +559,82 @@ def test_the_terminal_shows_the_run_and_nothing_else(arrays: Path, tmp_path: Pat
     assert again.returncode == 0
     assert again.stderr == ""
     assert again.stdout.startswith("epoch 1: test/")
+
+
+def test_a_person_at_a_terminal_sees_images_per_second(arrays: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "train.py"), "fit", "--config", str(BASE)]
+    command += ["--data.root", str(arrays), "--data.verify", "false", "--data.val_size", "200"]
+    command += ["--trainer.max_epochs", "1", "--data.batch_size", "8"]
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 40, 120, 0, 0))
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=slave, stderr=slave)
+    os.close(slave)
+    shown = b""
+    try:
+        while chunk := os.read(master, 65536):
+            shown += chunk
+    except OSError:  # how a terminal ends on Linux
+        pass
+    assert process.wait(timeout=60) == 0
+    lines = re.split(r"[\r\n]+", shown.decode())
+    bars = [line for line in lines if line.startswith("Epoch 0:")]
+    assert any(re.search(r" 400/800 \[.* images/s\]", bar) for bar in bars)
+    assert len(bars) < 15, "the bar is not drawn at every step"
+
+
+def test_throughput_is_in_tensorboard_and_in_the_table(run: Run) -> None:
+    out = run("fit", "--config", BASE)
+    events = EventAccumulator(str(RUN_0))
+    events.Reload()
+    speeds = [event.value for event in events.Scalars("train/images_per_second")]
+    assert [round(speed) for speed in speeds] == [row["images_per_second"] for row in rows(RUN_0)]
+    assert all(row["images_per_second"] * row["seconds"] > 799 for row in rows(RUN_0))
+    assert f"{rows(RUN_0)[0]['images_per_second']:,.0f}" in out
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compilation_is_reported(run: Run) -> None:
+    compiled = ["--model.compile", "default", "--model.network", "tests.test_train.Flat"]
+    out = run("fit", "--config", BASE, *compiled)
+    assert re.search(r"compiled \(default\): [\d.]+ s to the end of the first step", out)
+    assert "compiled" not in run("fit", "--config", BASE, "--model.compile", "off")
+
+
+def test_off_in_yaml_means_off(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "off.yaml").write_text("model:\n  compile: off\n")
+    assert "compiled" not in run("fit", "--config", BASE, "--config", tmp_path / "off.yaml")
+
+
+def test_without_a_compiler_one_line_says_so(fails: Run, tmp_path: Path) -> None:
+    compiled = ["--model.compile", "default", "--model.network", "tests.test_train.Flat"]
+    torch.compiler.reset()  # forget what other tests have compiled
+    without = {"cpp.cxx": (None, "no-such-compiler"), "force_disable_caches": True}
+    with inductor_config.patch(without):
+        message = fails("fit", "--config", BASE, *compiled)
+    assert "model.compile needs a C++ compiler: install g++, or leave it off" in message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_augmentations_are_listed_in_yaml_and_kept_in_the_checkpoint(
+    run: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "augmented.yaml").write_text(
+        """
+        data:
+          test_curve: true
+          augment:
+            - class_path: cifar10.augment.RandomCrop
+              init_args: {padding: 2}
+            - class_path: cifar10.augment.AlternatingFlip
+            - class_path: cifar10.augment.Normalize
+            - class_path: cifar10.augment.Cutout
+              init_args: {size: 4}
+        """
+    )
+    run("fit", "--config", BASE, "--config", tmp_path / "augmented.yaml")
+    curve = rows(Path("runs/augmented/version_0"))
+    run("test", "--ckpt_path", "runs/augmented/version_0/checkpoints/epoch_01.ckpt")
+    result = json.loads(Path("runs/augmented/version_0/test.json").read_text())
+    assert [result["test/acc"], result["test/loss"]] == [
+        curve[1]["test/acc"], curve[1]["test/loss"],
+    ]  # fmt: skip
