@@ -1,6 +1,6 @@
 """The network, layer by layer, as the report shows it: at the start of `fit`."""
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.utilities.model_summary import summarize
 from rich.console import Console
@@ -13,7 +13,9 @@ class LayerTable(ModelSummary):
     of its `network`; Lightning's own summary also lists containers and metrics."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the table."""
+        """Print the table, and leave: every callback costs time in every step."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        trainer.callbacks = [c for c in callbacks if c is not self]  # type: ignore[attr-defined]
         summary = summarize(pl_module, max_depth=-1)
         if not trainer.is_global_zero:
             return
