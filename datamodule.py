@@ -87,20 +87,12 @@ class CIFAR10DataModule(LightningDataModule):
                 f"choose at most {size - 1}"
             )
         self.device = self._trainer.strategy.root_device if self.trainer else torch.device("cpu")
-        images, labels, test_images, test_labels = (
-            tensor.to(self.device)
-            for tensor in (
-                data.train_images,
-                data.train_labels.long(),
-                data.test_images,
-                data.test_labels.long(),
-            )
-        )
-        train, val = (part.to(self.device) for part in split(size, self.val_size, self.split_seed))
-        self.train_set = Images(images, labels, train)
-        self.val_set = Images(images, labels, val)
-        everything = torch.arange(len(test_labels), device=self.device)
-        self.test_set = Images(test_images, test_labels, everything)
+        train, val = split(size, self.val_size, self.split_seed)
+        self.train_set = Images(data.train_images, data.train_labels.long(), train).to(self.device)
+        self.val_set = self.train_set._replace(indices=val.to(self.device))
+        everything = torch.arange(len(data.test_labels))
+        test_set = Images(data.test_images, data.test_labels.long(), everything)
+        self.test_set = test_set.to(self.device)
         # Read once: the module reseeds the same generator at every epoch.
         self.seed = torch.initial_seed()
         self.transform = Transform(self.augment, self.seed)

@@ -37,13 +37,14 @@ class Means(Metric):
 
     def update(self, mean_loss: Tensor, correct: Tensor, images: int) -> None:
         """Add a batch: its mean loss [], its right predictions int64 [], its size."""
-        self.loss += mean_loss * images
+        # Not in place: the zero that it begins with is as short as the weights, perhaps bfloat16.
+        self.loss = self.loss + mean_loss.float() * images
         self.correct += correct
         self.images += images
 
     def compute(self) -> dict[str, Tensor]:
         """Return `loss` [] and `acc` [], a fraction, over all ranks."""
-        return {"loss": self.loss / self.images, "acc": self.correct / self.images}
+        return {"loss": self.loss / self.images, "acc": self.correct.float() / self.images}
 
 
 class ImageClassifier(LightningModule):
@@ -132,9 +133,19 @@ class ImageClassifier(LightningModule):
         """Remember the run's seed, and prepare the step."""
         self.seed = torch.initial_seed()
         self.compiled_loss = self._loss
+        has_graphs = self.compile_mode in ("reduce-overhead", "max-autotune")
+        if has_graphs and self.device.type == "cuda" and self.trainer.accumulate_grad_batches > 1:
+            raise MisconfigurationException(
+                f"model.compile {self.compile_mode} uses CUDA graphs, which write over gradients "
+                "that trainer.accumulate_grad_batches keeps: choose model.compile default"
+            )
         if self.compile_mode != "off":
             self.compiled_loss = torch.compile(self._loss, mode=self.compile_mode, dynamic=False)
         self.compiled_for = 0
+
+    def on_train_start(self) -> None:
+        """Begin an epoch, as Lightning does not say so where a run goes on in the middle of one."""
+        self.on_train_epoch_start()
 
     def on_train_epoch_start(self) -> None:
         """Let dropout and augmentation follow from (seed, epoch, rank), so that a resumed run draws
@@ -171,9 +182,10 @@ class ImageClassifier(LightningModule):
         metrics.reset()
 
     def _evaluate(self, batch: Batch, metrics: Means) -> None:
-        loss, correct = self._loss(*batch)
-        if size := len(batch.labels):  # a rank's share of the last batch can be empty
-            metrics.update(loss, correct, size)
+        nothing = batch.labels.new_zeros(())  # for a rank whose share of the batch is empty
+        size = len(batch.labels)
+        loss, correct = self._loss(*batch) if size else (nothing, nothing)
+        metrics.update(loss, correct, size)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Evaluate one batch of the validation set, or of the test set for its curve."""

@@ -19,6 +19,17 @@ from cifar10.archive import CIFAR10Error
 KNOWN_ERRORS = (MisconfigurationException, CIFAR10Error, OSError)
 
 
+# What PyTorch and Lightning say only in the middle of a run, as a RuntimeError.
+MENDS = {
+    "No working C++ compiler": "model.compile needs a C++ compiler: install g++, or leave it off",
+    "Failed to find C compiler": "model.compile needs a C compiler: install gcc, or leave it off",
+    "Cannot find a working triton": "model.compile needs triton: install it, or leave it off",
+    "too old to be supported by the triton": "model.compile needs a newer GPU: leave it off",
+    "does not allow for gradient clipping": "trainer.gradient_clip_val with 16-mixed needs an "
+    "optimizer that is not fused: add --model.optimizer.fused false",
+}
+
+
 class OneLineParser(LightningArgumentParser):
     """Says what is wrong in one line, where jsonargparse prints the usage first."""
 
@@ -42,8 +53,9 @@ def errors_in_one_line() -> Iterator[None]:
         is_full = getattr(error, "errno", None) == errno.ENOSPC
         sys.exit(f"error: {_one_line(str(error))}{': free some space' if is_full else ''}")
     except RuntimeError as error:
-        if "No working C++ compiler" in str(error):
-            sys.exit("error: model.compile needs a C++ compiler: install g++, or leave it off")
+        for cause, mend in MENDS.items():
+            if cause in str(error):
+                sys.exit(f"error: {mend}")
         if "loading state_dict" not in str(error):
             raise
         mismatch = str(error).splitlines()[1].strip()

@@ -22,6 +22,7 @@ class PlainConvNet(ConvNet):
         for name in ("conv1", "conv2", "conv3"):
             conv, norm, _, relu = getattr(self, name)
             setattr(self, name, nn.Sequential(conv, norm, relu, nn.MaxPool2d(2)))
+        self.to(memory_format=torch.contiguous_format)
 
 
 class Nothing(nn.Module):

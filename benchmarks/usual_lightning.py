@@ -16,6 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from benchmarks.common import BATCH_SIZE, NETWORKS, image_sets, parsed
 from benchmarks.report_loop import Pictures
 from cifar10.batches import Batches
+from datamodule import EVAL_BATCH_SIZES
 
 
 class LitClassifier(L.LightningModule):
@@ -62,7 +63,9 @@ def main() -> None:
     train_loader: Iterable[Any]
     val_loader: Iterable[Any]
     if args.in_memory:  # the cost of Lightning alone, without that of the loader
-        train_loader, val_loader = Batches(train_set, BATCH_SIZE), Batches(val_set, 500)
+        train_set, val_set = train_set.to(args.device), val_set.to(args.device)
+        train_loader = Batches(train_set, BATCH_SIZE, order=lambda: torch.randperm(40_000))
+        val_loader = Batches(val_set, EVAL_BATCH_SIZES[args.device])
     else:
         # Workers help where there are cores for them; with two cores they slow it down.
         cores = os.cpu_count() or 1

@@ -37,6 +37,7 @@ class History(Callback):
         self.evaluated: Row = {}
         self.header: list[str] = []
         self.has_stepped = False
+        self.evaluating = 0.0  # seconds of this epoch
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rows for the checkpoint."""
@@ -49,6 +50,7 @@ class History(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Have TensorBoard draw train and validation on one chart."""
         self.started = time.perf_counter()
+        self.images, self.evaluating = 0, 0.0
         layout = {
             title: ["Multiline", [f"^{stage}/{name}$" for stage in COLORS]]
             for name, title in QUANTITIES.items()
@@ -60,7 +62,7 @@ class History(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self.started = time.perf_counter()
-        self.images = 0
+        self.images, self.evaluating = 0, 0.0
 
     def on_train_batch_end(
         self,
@@ -74,7 +76,7 @@ class History(Callback):
         first of a run say how long its compilation took."""
         self.images += len(batch.labels) * trainer.world_size
         if trainer.is_last_batch:
-            self.images_per_second = self.images / self._seconds(trainer)
+            self.images_per_second = self.images / (self._seconds(trainer) - self.evaluating)
         if not self.has_stepped:
             self.has_stepped = True
             mode = getattr(pl_module, "compile_mode", "off")
@@ -88,8 +90,13 @@ class History(Callback):
             torch.accelerator.synchronize()
         return time.perf_counter() - self.started
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock of the training, for a validation in the middle of an epoch."""
+        self.evaluation_started = time.perf_counter()
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep what was measured, until the epoch ends."""
+        self.evaluating += time.perf_counter() - self.evaluation_started
         self.evaluated = _measured(trainer, "val", "test")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -10,7 +10,7 @@ STEPS_A_REFRESH = 25  # drawing at every step takes as long as a tenth of a smal
 
 
 class ImagesBar(TQDMProgressBar):
-    """Shows how many images of the epoch are done, and images per second.
+    """Shows how many images of the epoch are done, in whole batches, and images per second.
 
     The metrics are in the lines of `History`, and validation takes less time than a bar to read.
     """

@@ -10,7 +10,7 @@
         - class_path: cifar10.augment.Normalize
 
 Every image has a random choice of its own, and no step loops over images. Steps run in the order of
-the list. Random ones run in training only; `Normalize` always does.
+the list. All run in training only, but for `Normalize` of this file, which always does.
 """
 
 from collections.abc import Sequence
@@ -206,9 +206,9 @@ def _factors(images: Tensor, strength: float) -> Tensor:
 def _coins(indices: Tensor, seed: int) -> Tensor:
     """Return 0 or 1 for each index, int64 [B], by chance but the same in every epoch.
 
-    The finaliser of MurmurHash3 on 32 bits: one bit of it is as good as a coin.
+    The highest bit of the finaliser of MurmurHash3 on 32 bits, which is as good as a coin.
     """
     bits = (indices + (seed * 0x9E3779B9 & 0xFFFFFFFF)) & 0xFFFFFFFF
-    for factor in (0x85EBCA6B, 0xC2B2AE35):
-        bits = ((bits ^ (bits >> 15)) * factor) & 0xFFFFFFFF
-    return bits >> 31
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        bits = ((bits ^ (bits >> shift)) * factor) & 0xFFFFFFFF
+    return bits >> 31  # which the last step of the finaliser leaves as it is

@@ -29,6 +29,10 @@ class Images(NamedTuple):
         """Return M."""
         return len(self.indices)
 
+    def to(self, device: torch.device | str) -> "Images":
+        """Return the set on a device."""
+        return Images(*(tensor.to(device) for tensor in self))
+
     def batch(self, indices: Tensor) -> Batch:
         """Return the images of these indices."""
         # on two cores five times as fast as `images[indices]`

@@ -11,9 +11,10 @@ class MaxPool2x2(nn.MaxPool2d):
     """Halves height and width as `nn.MaxPool2d(2)` does: [B, C, H, W] -> [B, C, H/2, W/2].
 
     PyTorch's kernel finds the maximum of each window by itself, and its place, one number after the
-    other: a quarter of a training step of the report's network. Two maxima of whole slices give the
-    same values and gradients in a fifth of that time. (Where several numbers of a window are its
-    maximum the gradient goes to one of them, which may be another one.)
+    other: a fifth of a training step of the report's network. Two maxima of whole slices give the
+    same values and gradients in a third of that time. (Where several numbers of a window are its
+    maximum the gradient goes to one of them, which may be another one. Transforms of `torch.func`
+    need `nn.MaxPool2d`.)
     """
 
     def __init__(self) -> None:

@@ -246,6 +246,19 @@ def test_a_stopped_run_goes_on_exactly_in_its_own_folder(run: Run, tmp_path: Pat
     assert f"best  epoch {best['epoch']:.0f}, " in out
 
 
+def test_a_run_goes_on_from_the_middle_of_an_epoch(run: Run) -> None:
+    often = ["--checkpoint.every_n_train_steps", "10", "--trainer.max_epochs", "-1"]
+    run("fit", "--config", BASE, *often, "--trainer.max_steps", "25")
+    run("fit", "--ckpt_path", RUN_0 / "checkpoints/last.ckpt", "--trainer.max_steps", "40")
+    assert [row["epoch"] for row in rows(RUN_0)] == [0, 1], "the third is not complete"
+
+
+def test_weights_can_be_of_half_precision(run: Run) -> None:
+    out = run("fit", "--config", BASE, "--trainer.precision", "bf16-true")
+    assert "78,658" in out
+    assert rows(RUN_0)[1]["val/acc"] > 0.2
+
+
 class Stop(Callback):
     """Sends this process a signal in the middle of an epoch."""
 
@@ -588,7 +601,7 @@ def test_throughput_is_in_tensorboard_and_in_the_table(run: Run) -> None:
     events.Reload()
     speeds = [event.value for event in events.Scalars("train/images_per_second")]
     assert [round(speed) for speed in speeds] == [row["images_per_second"] for row in rows(RUN_0)]
-    assert all(row["images_per_second"] * row["seconds"] > 799 for row in rows(RUN_0))
+    assert all(row["images_per_second"] * (row["seconds"] + 0.005) > 799 for row in rows(RUN_0))
     assert f"{rows(RUN_0)[0]['images_per_second']:,.0f}" in out
 
 
