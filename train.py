@@ -34,6 +34,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from callbacks import History, ImagesBar, LayerTable
 from cifar10.archive import CLASSES
+from cifar10.batches import keep_freed_memory
 from datamodule import CIFAR10DataModule
 from lightning_module import ImageClassifier
 from runs import (
@@ -350,6 +351,7 @@ def _listed(value: Any) -> list[Any]:
 def main(args: list[str] | None = None) -> None:
     """Run the command line; a user's mistake gives one line and an exit code that is not 0."""
     quieten()
+    keep_freed_memory()
     with errors_in_one_line():
         CLI(sys.argv[1:] if args is None else args)
 
