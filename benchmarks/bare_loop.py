@@ -1,5 +1,5 @@
-"""(c) A bare loop on tensors in memory, with the network and the fused optimizer of base.yaml; (d)
-the same with a compiled step, on a GPU as one CUDA graph, and memory that is kept: the best found."""
+"""(c) A bare loop on tensors in memory, with the network and the optimizer of base.yaml; (d) the
+best that was found: memory that is kept, a compiled step, on a GPU one CUDA graph."""
 
 from collections.abc import Callable
 
