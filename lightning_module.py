@@ -15,9 +15,8 @@ from cifar10.archive import CLASSES
 from cifar10.augment import Transform
 from cifar10.batches import Batch
 
-# False is what YAML reads where `off` is written.
 CompileMode = Literal[
-    False, "off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
+    "off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
 ]
 
 
@@ -60,7 +59,8 @@ class ImageClassifier(LightningModule):
         softmax_before_loss: Apply softmax to the logits before the loss, which applies its own: the
             slip in the report's code, kept to measure what it costs.
         compile: Train with a step that `torch.compile` has compiled in this mode, from pixels to
-            loss: `reduce-overhead` and `max-autotune` use CUDA graphs on a GPU.
+            loss; true means `default`. On a GPU `reduce-overhead` and `max-autotune` use CUDA
+            graphs.
         log_steps: Log `train/loss_step` too, every `trainer.log_every_n_steps` steps.
 
     Raises:
@@ -74,7 +74,7 @@ class ImageClassifier(LightningModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=5e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
         softmax_before_loss: bool = False,
-        compile: CompileMode = "off",
+        compile: CompileMode | bool = "off",
         log_steps: bool = False,
     ) -> None:
         super().__init__()
@@ -82,7 +82,10 @@ class ImageClassifier(LightningModule):
         self.make_optimizer = optimizer
         self.make_lr_scheduler = lr_scheduler
         self.softmax_before_loss = softmax_before_loss
-        self.compile_mode = compile or "off"
+        # YAML reads `off` as false.
+        if isinstance(compile, bool):
+            compile = "default" if compile else "off"
+        self.compile_mode = compile
         self.log_steps = log_steps
         self.transform = Transform()
         self.train_metrics = Means()

@@ -69,6 +69,7 @@ def _one_line(message: str) -> str:
     message = re.sub(r"<class '([\w.]+)'>", r"\1", message).replace("NoneType", "null")
     if "Union subtypes" in message:
         types = " or ".join(re.findall(r"Subtypes: \[(.*)\]", message)[0].split(", "))
+        types = re.sub(r"typing\.Literal\[(.*?)\]", r"\1", types)
         value = re.findall(r"Given value: (.*)", message, re.S)[0]
         message = f"{message.splitlines()[0]} expected {types}, got {value}"
     message = re.sub(

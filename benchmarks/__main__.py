@@ -200,12 +200,16 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=["cpu", "cuda"], default=default_device)
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each way")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default=default_device, help="the GPU if there is one"
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each way (7)")
     # A GPU goes on with what it was asked for while the program is stopped: turns must be long.
     parser.add_argument("--seconds", type=float, help="shortest turn (1, on a GPU 10)")
-    parser.add_argument("--root", default="data")
-    parser.add_argument("--json", type=Path, default=Path("benchmarks.json"))
+    parser.add_argument("--root", default="data", help="folder of the images (data)")
+    parser.add_argument(
+        "--json", type=Path, default=Path("benchmarks.json"), help="where to write all turns"
+    )
     args = parser.parse_args()
     args.seconds = args.seconds or (1.0 if args.device == "cpu" else 10.0)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))

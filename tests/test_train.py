@@ -613,6 +613,11 @@ def test_compilation_is_reported(run: Run) -> None:
     assert "compiled" not in run("fit", "--config", BASE, "--model.compile", "off")
 
 
+def test_a_wrong_compile_mode_gets_the_right_ones(fails: Run) -> None:
+    message = fails("fit", "--config", BASE, "--model.compile", "fast")
+    assert "expected 'off' or 'default' or 'reduce-overhead'" in message
+
+
 def test_off_in_yaml_means_off(run: Run, tmp_path: Path) -> None:
     (tmp_path / "off.yaml").write_text("model:\n  compile: off\n")
     assert "compiled" not in run("fit", "--config", BASE, "--config", tmp_path / "off.yaml")
