@@ -1,6 +1,7 @@
 """The data of every run: archive -> tensors on the device -> split -> batches -> float images."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from cifar10 import archive
 from cifar10.augment import Transform
-from cifar10.batches import Batch, Batches, Images, shuffled, split
+from cifar10.batches import Batch, Batches, ImageSet, shuffled, split
 
 # An evaluation's batch is as large as pays: on two cores 500 images are 1.4 times as fast as 1,000,
 # and no slower than any other number; a GPU wants more at a time.
@@ -71,7 +72,7 @@ class CIFAR10DataModule(LightningDataModule):
         self._load()
 
     def setup(self, stage: str) -> None:
-        """Put the images where the model is, once, and split them.
+        """Put the images on the device of the model, and split them.
 
         On the CPU they stay in the file that is mapped into memory; on a GPU they take 184 MB.
 
@@ -88,10 +89,12 @@ class CIFAR10DataModule(LightningDataModule):
             )
         self.device = self._trainer.strategy.root_device if self.trainer else torch.device("cpu")
         train, val = split(size, self.val_size, self.split_seed)
-        self.train_set = Images(data.train_images, data.train_labels.long(), train).to(self.device)
-        self.val_set = self.train_set._replace(indices=val.to(self.device))
+        self.train_set = ImageSet(data.train_images, data.train_labels.long(), train).to(
+            self.device
+        )
+        self.val_set = replace(self.train_set, indices=val.to(self.device))
         everything = torch.arange(len(data.test_labels))
-        test_set = Images(data.test_images, data.test_labels.long(), everything)
+        test_set = ImageSet(data.test_images, data.test_labels.long(), everything)
         self.test_set = test_set.to(self.device)
         # Read once: the module reseeds the same generator at every epoch.
         self.seed = torch.initial_seed()
@@ -102,12 +105,14 @@ class CIFAR10DataModule(LightningDataModule):
         assert self.trainer is not None
         return self.trainer
 
-    def _batches(self, images: Images, **settings: Any) -> Batches:
+    def _batches(self, image_set: ImageSet, **settings: Any) -> Batches:
         trainer = self._trainer
-        return Batches(images, rank=trainer.global_rank, world_size=trainer.world_size, **settings)
+        return Batches(
+            image_set, rank=trainer.global_rank, world_size=trainer.world_size, **settings
+        )
 
-    def _eval_batches(self, images: Images) -> Batches:
-        return self._batches(images, batch_size=EVAL_BATCH_SIZES.get(self.device.type, 500))
+    def _eval_batches(self, image_set: ImageSet) -> Batches:
+        return self._batches(image_set, batch_size=EVAL_BATCH_SIZES.get(self.device.type, 500))
 
     def train_dataloader(self) -> Batches:
         """Return batches whose order follows from (seed, epoch), or from nothing for
@@ -115,7 +120,7 @@ class CIFAR10DataModule(LightningDataModule):
         trainer = self._trainer
 
         def order() -> Tensor:
-            return shuffled(self.train_set.size(), self.seed, trainer.current_epoch)
+            return shuffled(len(self.train_set), self.seed, trainer.current_epoch)
 
         return self._batches(
             self.train_set,

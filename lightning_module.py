@@ -91,8 +91,12 @@ class ImageClassifier(LightningModule):
         self.train_metrics = Means()
         self.val_metrics = Means()
         self.test_metrics = Means()
-        self.example_input_array = torch.zeros(128, 3, 32, 32)  # for the summary's shapes
         _check(network)
+
+    @property  # type: ignore[misc]  # Lightning's can also be set
+    def example_input_array(self) -> Tensor:
+        """Images [128, 3, 32, 32] for the summary's shapes, of the type of the weights."""
+        return torch.zeros(128, 3, 32, 32, dtype=next(self.network.parameters()).dtype)
 
     def setup(self, stage: str) -> None:
         """Take over the data module's way from pixels to images, to make it part of the step."""
@@ -159,7 +163,8 @@ class ImageClassifier(LightningModule):
         self.train_metrics.reset()
 
     def _loss(self, pixels: Tensor, labels: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean loss [] of a batch and the number of right predictions int64 []."""
+        """Return the mean loss [] and the number of right predictions int64 [] of a batch: pixels
+        uint8 [B, 3, 32, 32], labels and indices int64 [B]."""
         logits = self.network(self.transform(pixels, indices))
         scores = logits.softmax(dim=1) if self.softmax_before_loss else logits
         return F.cross_entropy(scores, labels), (logits.argmax(dim=1) == labels).sum()

@@ -9,7 +9,7 @@ TensorBoard curves and a checkpoint after every epoch:
     a  the report's loop           PIL, ToTensor, DataLoader, .item()
     b  the usual Lightning way     the same loader, self.log and a metric each step, progress bar
     c  a bare eager loop           tensors in memory, nothing else
-    d  the best bare loop          c compiled; on a GPU one CUDA graph a step
+    d  the best bare loop          c with its memory kept; on a GPU one compiled CUDA graph a step
     e  this project                python train.py fit --config configs/base.yaml
 
 All are started, and stopped in their tracks (SIGSTOP) but for the one whose turn it is. They take

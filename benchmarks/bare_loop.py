@@ -1,5 +1,6 @@
 """(c) A bare loop on tensors in memory, with the network and the optimizer of base.yaml; (d) the
-best that was found: memory that is kept, a compiled step, on a GPU one CUDA graph."""
+best that was found: on a CPU the memory of freed tensors is kept (compiling gains nothing, see
+docs/speed.md), on a GPU a step is compiled and one CUDA graph."""
 
 from collections.abc import Callable
 
@@ -8,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.common import BATCH_SIZE, NETWORKS, Marks, image_sets, parsed
-from cifar10.batches import keep_freed_memory
 from datamodule import EVAL_BATCH_SIZES
+from train import keep_freed_memory
 
 Step = Callable[[Tensor], None]
 
@@ -44,18 +45,17 @@ def main() -> None:
         return step
 
     step = tail_step = step_with(loss_of)
-    if args.best:
-        step = step_with(torch.compile(loss_of, dynamic=False))
     if is_graph:
-        step = _graph(step, train_set.indices[:BATCH_SIZE])
+        compiled_step = step_with(torch.compile(loss_of, dynamic=False))
+        step = _graph(compiled_step, train_set.indices[:BATCH_SIZE])
 
     for epoch in range(args.epochs):
         network.train()
         totals.zero_()
-        order = train_set.indices[torch.randperm(train_set.size()).to(args.device)]
+        order = train_set.indices[torch.randperm(len(train_set)).to(args.device)]
         for indices in torch.split(order, BATCH_SIZE):
             (step if len(indices) == BATCH_SIZE else tail_step)(indices)
-        train_loss, train_acc = (totals / train_set.size()).tolist()
+        train_loss, train_acc = (totals / len(train_set)).tolist()
 
         network.eval()
         totals.zero_()
@@ -65,7 +65,7 @@ def main() -> None:
                 loss, correct = loss_of(batch.images, batch.labels)
                 totals[0].add_(loss, alpha=len(indices))
                 totals[1].add_(correct)
-        val_loss, val_acc = (totals / val_set.size()).tolist()
+        val_loss, val_acc = (totals / len(val_set)).tolist()
         marks.leave(
             epoch, network, optimizer,
             train_loss=train_loss, train_acc=train_acc, val_loss=val_loss, val_acc=val_acc,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from cifar10 import archive
-from cifar10.batches import Images, split
+from cifar10.batches import ImageSet, split
 from networks import ConvNet
 
 BATCH_SIZE, VAL_SIZE = 128, 10_000
@@ -53,11 +53,11 @@ def parsed() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def image_sets(root: str) -> tuple[Images, Images]:
+def image_sets(root: str) -> tuple[ImageSet, ImageSet]:
     """Return training and validation set, as `configs/base.yaml` splits them."""
     data = archive.load(root)
     indices = split(len(data.train_labels), VAL_SIZE, seed=0)
-    train, val = (Images(data.train_images, data.train_labels.long(), i) for i in indices)
+    train, val = (ImageSet(data.train_images, data.train_labels.long(), i) for i in indices)
     return train, val
 
 

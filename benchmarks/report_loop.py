@@ -9,15 +9,16 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR10
 
 from benchmarks.common import BATCH_SIZE, NETWORKS, Marks, image_sets, parsed
-from cifar10.batches import Images
+from cifar10.batches import ImageSet
 
 
 class Pictures(CIFAR10):  # type: ignore[misc]
     """torchvision's data set, with its way to a picture, on images that are there already."""
 
-    def __init__(self, images: Images) -> None:
-        self.data = images.images[images.indices].permute(0, 2, 3, 1).contiguous().numpy()
-        self.targets = images.labels[images.indices].tolist()
+    def __init__(self, image_set: ImageSet) -> None:
+        images, labels, _ = image_set.batch(image_set.indices)
+        self.data = images.permute(0, 2, 3, 1).contiguous().numpy()
+        self.targets = labels.tolist()
         self.transform = transforms.ToTensor()
         self.target_transform = None
 

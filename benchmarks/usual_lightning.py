@@ -30,12 +30,12 @@ class LitClassifier(L.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images [B, 3, 32, 32] to logits [B, 10]."""
-        return self.network(images)
+        return self.network(images / 255 if images.dtype == torch.uint8 else images)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         """Return the loss."""
         images, labels, *_ = batch
-        logits = self(images / 255 if images.dtype == torch.uint8 else images)
+        logits = self(images)
         loss = F.cross_entropy(logits, labels)
         self.train_acc(logits, labels)
         self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True)
@@ -45,7 +45,7 @@ class LitClassifier(L.LightningModule):
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         """Log loss and accuracy."""
         images, labels, *_ = batch
-        logits = self(images / 255 if images.dtype == torch.uint8 else images)
+        logits = self(images)
         self.val_acc(logits, labels)
         self.log("val_loss", F.cross_entropy(logits, labels), prog_bar=True)
         self.log("val_acc", self.val_acc, on_step=False, on_epoch=True, prog_bar=True)

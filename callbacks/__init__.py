@@ -1,4 +1,4 @@
-"""What watches a run and never changes it."""
+"""What watches a run and never changes its outcome."""
 
 from callbacks.history import History
 from callbacks.layer_table import LayerTable

@@ -1,4 +1,5 @@
-"""The history of a run: a line an epoch on the terminal, `metrics.csv` and `curves.png`."""
+"""The history of a run, results and speed: a line an epoch on the terminal, `metrics.csv` and
+`curves.png`."""
 
 import csv
 import io
@@ -49,8 +50,7 @@ class History(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Have TensorBoard draw train and validation on one chart."""
-        self.started = time.perf_counter()
-        self.images, self.evaluating = 0, 0.0
+        self.on_train_epoch_start(trainer, pl_module)  # not called for the rest of an epoch
         layout = {
             title: ["Multiline", [f"^{stage}/{name}$" for stage in COLORS]]
             for name, title in QUANTITIES.items()

@@ -16,14 +16,12 @@ class LayerTable(ModelSummary):
         """Print the table, and leave: every callback costs time in every step."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         trainer.callbacks = [c for c in callbacks if c is not self]  # type: ignore[attr-defined]
-        assert isinstance(pl_module.example_input_array, Tensor)
-        dtype = next(pl_module.parameters()).dtype  # of `trainer.precision`
-        pl_module.example_input_array = pl_module.example_input_array.to(dtype)
         summary = summarize(pl_module, max_depth=-1)
         if not trainer.is_global_zero:
             return
         modules = dict(pl_module.named_modules())
         total = sum(p.numel() for p in modules["network"].parameters())
+        assert isinstance(pl_module.example_input_array, Tensor)
         batch_size = len(pl_module.example_input_array)
         table = Table("layer", "type", f"output for {batch_size} images", show_footer=True)
         table.add_column("parameters", f"{total:,}", justify="right")

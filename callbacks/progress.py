@@ -6,7 +6,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-STEPS_A_REFRESH = 25  # drawing at every step takes as long as a tenth of a small network's step
+STEPS_A_REFRESH = 25  # drawing costs time, and nobody reads faster
 
 
 class ImagesBar(TQDMProgressBar):

@@ -1,27 +1,12 @@
 """Batches cut from tensors in memory, and the order in which an epoch visits them."""
 
-import contextlib
-import ctypes
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-
-
-def keep_freed_memory() -> None:
-    """Let a step have the memory of the step before.
-
-    glibc gives the memory of large freed tensors back to the system, which clears it page by page
-    when it is asked for again: depending on chance, up to 3,000 page faults a step on a CPU, a
-    third of its time. Other C libraries are left as they are.
-    """
-    mmap_threshold, trim_threshold = -3, -1  # of malloc.h
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_threshold, 32 << 20)  # the largest that it takes
-        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 class Batch(NamedTuple):
@@ -33,7 +18,8 @@ class Batch(NamedTuple):
     indices: Tensor
 
 
-class Images(NamedTuple):
+@dataclass
+class ImageSet:
     """Images uint8 [N, 3, 32, 32] and labels int64 [N], on the device that trains, of which
     `indices` int64 [M] are the set."""
 
@@ -41,13 +27,13 @@ class Images(NamedTuple):
     labels: Tensor
     indices: Tensor
 
-    def size(self) -> int:
+    def __len__(self) -> int:
         """Return M."""
         return len(self.indices)
 
-    def to(self, device: torch.device | str) -> "Images":
+    def to(self, device: torch.device | str) -> "ImageSet":
         """Return the set on a device."""
-        return Images(*(tensor.to(device) for tensor in self))
+        return ImageSet(*(t.to(device) for t in (self.images, self.labels, self.indices)))
 
     def batch(self, indices: Tensor) -> Batch:
         """Return the images of these indices."""
@@ -63,7 +49,7 @@ class Batches:
     once, and all have the same number of batches, as their gradients wait for each other.
 
     Args:
-        images: The set.
+        image_set: What to visit.
         batch_size: Images a batch, over all ranks.
         rank: Which share.
         world_size: Of how many.
@@ -75,13 +61,13 @@ class Batches:
 
     def __init__(
         self,
-        images: Images,
+        image_set: ImageSet,
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
         order: Callable[[], Tensor] | None = None,
     ) -> None:
-        self.images = images
+        self.image_set = image_set
         self.batch_size = batch_size
         self.rank = rank
         self.world_size = world_size
@@ -89,16 +75,16 @@ class Batches:
 
     def __len__(self) -> int:
         """Return the number of batches."""
-        whole, tail = divmod(self.images.size(), self.batch_size)
+        whole, tail = divmod(len(self.image_set), self.batch_size)
         return whole + (tail >= (self.world_size if self.order else 1))
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches of one pass."""
-        indices = self.images.indices
+        indices = self.image_set.indices
         if self.order is not None:
             indices = indices[self.order().to(indices.device)]
         for whole in torch.split(indices, self.batch_size)[: len(self)]:
-            yield self.images.batch(whole.tensor_split(self.world_size)[self.rank])
+            yield self.image_set.batch(whole.tensor_split(self.world_size)[self.rank])
 
 
 def shuffled(size: int, seed: int, epoch: int) -> Tensor:

@@ -11,7 +11,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image, to_te
 
 from cifar10 import archive
 from cifar10.augment import Normalize
-from cifar10.batches import Batches, Images, shuffled
+from cifar10.batches import Batches, ImageSet, shuffled
 from datamodule import CIFAR10DataModule
 from tests.conftest import TEST_SIZE, TRAIN_SIZE
 
@@ -91,7 +91,7 @@ def test_order_follows_from_seed_and_epoch_alone(arrays: Path) -> None:
 @pytest.mark.parametrize("size", [1, 6, 60, 101])
 @pytest.mark.parametrize("is_training", [True, False])
 def test_ranks_share_every_batch(world_size: int, size: int, is_training: bool) -> None:
-    images = Images(
+    images = ImageSet(
         torch.zeros(200, 3, 32, 32, dtype=torch.uint8),
         torch.arange(200),
         torch.arange(50, 50 + size),
