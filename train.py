@@ -19,13 +19,14 @@ import shlex
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -117,8 +118,9 @@ def keep_freed_memory() -> None:
 class CLI(LightningCLI):
     """LightningCLI with a folder for every run, and checkpoints that carry their settings."""
 
-    def __init__(self, args: list[str]) -> None:
+    def __init__(self, args: list[str], callbacks: Sequence[Callback] = ()) -> None:
         self.claimed: Path | None = None
+        self.watching = callbacks  # besides those that the settings name
         self.is_running = False
         try:
             super().__init__(
@@ -225,12 +227,13 @@ class CLI(LightningCLI):
         """Return a trainer that writes into the run's folder, with the callbacks of every run."""
         config = self.config_init[self.subcommand]
         options, is_fit = config.trainer, self.subcommand == "fit"
-        self.run_folder = self._run_folder()
+        self.run_folder = self.find_run_folder()
         loggers = _listed(options.logger)
         if is_fit and options.logger is not False:
             loggers.insert(0, TensorBoardLogger(self.run_folder, "", "", default_hp_metric=False))
 
         callbacks = [*_listed(options.callbacks), History(writes=not options.fast_dev_run)]
+        callbacks += self.watching
         has_bar = options.enable_progress_bar is not False and sys.stdout.isatty()
         if has_bar and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(ImagesBar())
@@ -256,7 +259,7 @@ class CLI(LightningCLI):
         except (TypeError, ValueError) as error:
             raise MisconfigurationException(f"trainer: {error}") from error
 
-    def _run_folder(self) -> Path:
+    def find_run_folder(self) -> Path:
         """Return the folder of the checkpoint's run, or a new one for what `fit` begins."""
         config = self.config[self.subcommand]
         parent = Path(config.trainer.default_root_dir) / config.name

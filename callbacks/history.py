@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from cifar10.batches import Batch
@@ -20,6 +21,8 @@ from runs import write_whole
 
 COLORS = {"train": "tab:blue", "val": "tab:orange", "test": "tab:green"}
 QUANTITIES = {"loss": "loss", "acc": "accuracy"}
+
+CHOSEN = ("val/acc", "val/loss", "test/acc", "epoch")  # what HParams shows of the best epoch
 
 Row = dict[str, float]
 
@@ -134,9 +137,21 @@ class History(Callback):
         _say(" ".join(columns))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the curves."""
-        if self.writes and (folder := trainer.log_dir) and self.rows and trainer.is_global_zero:
-            write_whole(Path(folder) / "curves.png", _curves(self.rows, _best(self.rows, trainer)))
+        """Draw the curves; fill TensorBoard's tab HParams."""
+        if not (self.writes and (folder := trainer.log_dir) and self.rows):
+            return
+        best = _best(self.rows, trainer)
+        if trainer.is_global_zero:
+            write_whole(Path(folder) / "curves.png", _curves(self.rows, best))
+        chosen = {f"chosen/{key}": best[key] for key in CHOSEN if best and key in best}
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                logger.log_metrics(chosen, trainer.global_step)
+                # Without torch's description of the whole table, TensorBoard makes its own, which
+                # shows the settings first that differ between runs.
+                _, *run = hparams(_typed(trainer), {})
+                for summary in run:
+                    logger.experiment._get_file_writer().add_summary(summary, trainer.global_step)
 
 
 def _say(line: str) -> None:
@@ -158,6 +173,30 @@ def _best(rows: list[Row], trainer: Trainer) -> Row | None:
         return None
     key, choose = callback.monitor, max if callback.mode == "max" else min
     return choose((row for row in rows if key in row), key=lambda row: row[key], default=None)
+
+
+def _typed(trainer: Trainer) -> dict[str, Any]:
+    """Return the settings that a result depends on, by the names that a user types."""
+    found: dict[str, Any] = {
+        "seed_everything": getattr(trainer.lightning_module, "seed", None),
+        "trainer.max_epochs": trainer.max_epochs,
+        "trainer.precision": trainer.precision,
+    }
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                add(name if key == "init_args" else f"{name}.{key}", inner)
+        else:
+            found[name] = value if isinstance(value, bool | int | float) else str(value)
+
+    modules = {"model": trainer.lightning_module, "data": trainer.datamodule}  # type: ignore[attr-defined]
+    for part, module in modules.items():
+        settings = dict(getattr(module, "hparams", {}))
+        for key in ("_instantiator", "root", "download", "sources", "verify", "log_steps"):
+            settings.pop(key, None)
+        add(part, settings)
+    return found
 
 
 def _csv(rows: list[Row]) -> bytes:

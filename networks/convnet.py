@@ -16,7 +16,7 @@ def _stage(conv: nn.Conv2d) -> nn.Sequential:
 
 
 class ConvNet(nn.Module):
-    """Three convolutions and three dense layers, 78,658 parameters.
+    """Three convolutions and three dense layers, 78,658 parameters by default.
 
     | layer                                     | output          |
     | ----------------------------------------- | --------------- |
@@ -30,24 +30,28 @@ class ConvNet(nn.Module):
     Args:
         dense_units: Width of the second dense layer. The assignment asks for 84, the report's code
             has 80 (78,134 parameters).
+        width: How many times as many channels the convolutions have.
+        dropout: Probability in [0, 1) that a feature is dropped before each of the first two dense
+            layers.
 
     """
 
-    def __init__(self, dense_units: int = 84) -> None:
+    def __init__(self, dense_units: int = 84, width: int = 1, dropout: float = 0.0) -> None:
         super().__init__()
-        self.conv1 = _stage(nn.Conv2d(3, 6, 5, padding=2, padding_mode="reflect"))
-        self.conv2 = _stage(nn.Conv2d(6, 16, 3, padding=1))
-        self.conv3 = _stage(nn.Conv2d(16, 32, 3, padding=1))
+        self.conv1 = _stage(nn.Conv2d(3, 6 * width, 5, padding=2, padding_mode="reflect"))
+        self.conv2 = _stage(nn.Conv2d(6 * width, 16 * width, 3, padding=1))
+        self.conv3 = _stage(nn.Conv2d(16 * width, 32 * width, 3, padding=1))
         # With channels last the backward pass of these is a third faster; the first one has too few
         # channels to gain by it.
         for stage in (self.conv2, self.conv3):
             stage.to(memory_format=torch.channels_last)
         self.flatten = nn.Flatten()
-        self.dense1 = nn.Sequential(nn.Linear(32 * 4 * 4, 120), nn.ReLU())
+        self.dropout = nn.Dropout(dropout)
+        self.dense1 = nn.Sequential(nn.Linear(32 * width * 4 * 4, 120), nn.ReLU())
         self.dense2 = nn.Sequential(nn.Linear(120, dense_units), nn.ReLU())
         self.dense3 = nn.Linear(dense_units, 10)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map float images [B, 3, 32, 32] in [0, 1] to logits [B, 10]."""
         features = self.flatten(self.conv3(self.conv2(self.conv1(images))))
-        return self.dense3(self.dense2(self.dense1(features)))
+        return self.dense3(self.dense2(self.dropout(self.dense1(self.dropout(features)))))
