@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import io
 import os
+import platform
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -19,6 +20,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 RUN_SETTINGS = ("seed_everything", "name", "trainer", "checkpoint")
+
+
+def processor() -> str:
+    """Return the name of this machine's processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -31,6 +31,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import lightning
 import optuna
 import sqlalchemy
 import torch
@@ -53,7 +54,7 @@ import train
 from answer import Answer, Outcome
 from callbacks import History
 from callbacks.history import Row
-from runs import forget, is_newest, read_checkpoint
+from runs import forget, is_newest, processor, read_checkpoint
 from terminal import OneLineParser, errors_in_one_line, quieten
 
 # A worker on another machine that has said nothing for so long is taken for dead. It says something
@@ -566,6 +567,14 @@ def shares(jobs: int) -> list[tuple[str | None, int]]:
     return [(",".join(gpus[i::jobs] or [gpus[i % count]]), threads) for i in range(jobs)]
 
 
+def machine(threads: int) -> str:
+    """Return what a run's speed, and the last digits of its results, depend on."""
+    device = f"{threads} of {os.cpu_count()} cores of {processor()}"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    return f"{device}, torch {torch.__version__}, lightning {lightning.__version__}"
+
+
 class Lab:
     """Runs a study: takes runs from the record, has each done in a process, keeps what comes."""
 
@@ -696,7 +705,7 @@ class Lab:
         ended = outcome.diverged() or one.ended
         one.trial.set_user_attr("rows", one.rows)
         one.trial.set_user_attr("ended", ended)
-        one.trial.set_user_attr("threads", self.shares[one.slot][1])
+        one.trial.set_user_attr("machine", machine(self.shares[one.slot][1]))
         best = outcome.best(self.question.choose)
         if ended or best is None:
             self.worker.record.tell(one.trial, state=TrialState.PRUNED)

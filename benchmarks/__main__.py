@@ -45,6 +45,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import BATCH_SIZE, VAL_SIZE
+from runs import processor
 
 HERE = Path(__file__).parent.parent
 TRAIN_SIZE = 50_000 - VAL_SIZE
@@ -177,13 +178,9 @@ def measured(ways: dict[str, Program], rounds: int, at_least: float) -> dict[str
 
 def machine(device: str) -> dict[str, Any]:
     """Return what the figures depend on."""
-    cpu = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).exists():
-        lines = info.read_text().splitlines()
-        cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
-        "cpu": cpu,
+        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
+        "cpu": processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "lightning": lightning.__version__,
