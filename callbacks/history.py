@@ -149,7 +149,7 @@ class History(Callback):
                 logger.log_metrics(chosen, trainer.global_step)
                 # Without torch's description of the whole table, TensorBoard makes its own, which
                 # shows the settings first that differ between runs.
-                _, *run = hparams(_typed(trainer), {})
+                _, *run = hparams(_typed(trainer), {})  # type: ignore[no-untyped-call]
                 for summary in run:
                     logger.experiment._get_file_writer().add_summary(summary, trainer.global_step)
 

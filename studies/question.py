@@ -1,0 +1,244 @@
+"""What a study asks, and whether that can be run."""
+
+import itertools
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+import yaml
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+
+import train
+
+Flags = dict[str, Any]
+
+
+@dataclass
+class Range:
+    """Numbers to search, whole ones if both ends are.
+
+    Args:
+        low: The lowest.
+        high: The highest.
+        log: Search by order of magnitude.
+        step: Only these steps from the lowest.
+
+    """
+
+    low: int | float
+    high: int | float
+    log: bool = False
+    step: int | float | None = None
+
+    def distribution(self) -> BaseDistribution:
+        """Return the range as Optuna takes it."""
+        if isinstance(self.low, int) and isinstance(self.high, int):
+            return IntDistribution(self.low, self.high, self.log, int(self.step or 1))
+        return FloatDistribution(self.low, self.high, self.log, self.step)
+
+
+@dataclass
+class Question:
+    """A question, as its YAML file asks it. Flags are those of `train.py fit`, without dashes.
+
+    Args:
+        question: In words.
+        config: The recipe, or several on top of each other.
+        grid: Values for each flag; every combination is a setting.
+        variants: Settings by name, each with flags of its own.
+        search: For each flag a range {low, high, log, step} or a list of choices; Optuna's sampler
+            picks the settings.
+        trials: How many settings to pick.
+        seeds: Each setting is run once for each of them.
+        choose: What names the best epoch, and the best setting: `val/acc` or `val/loss`.
+        fixed: Flags for all runs, on top of the recipe.
+        baseline: The name of a setting: compare the others with this one only, not each with each.
+        sampler: Picks the settings of a search.
+        pruner: Stops runs that do worse than others at the same epoch.
+
+    """
+
+    question: str
+    config: str | list[str]
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    variants: dict[str, Flags] = field(default_factory=dict)
+    search: dict[str, Range | list[bool | int | float | str]] = field(default_factory=dict)
+    trials: PositiveInt = 20
+    seeds: list[NonNegativeInt] = field(default_factory=lambda: [0, 1, 2])
+    choose: str = "val/acc"
+    fixed: Flags = field(default_factory=dict)
+    baseline: str | None = None
+    sampler: optuna.samplers.BaseSampler | None = None
+    pruner: optuna.pruners.BasePruner | None = None
+
+    def settings(self) -> dict[str, Flags]:
+        """Return the settings of a grid or of variants, by name, in order."""
+        if self.variants:
+            return {name: flags or {} for name, flags in self.variants.items()}
+        combinations = itertools.product(*self.grid.values()) if self.grid else []
+        return self.named(dict(zip(self.grid, values, strict=True)) for values in combinations)
+
+    def extremes(self) -> dict[str, Flags]:
+        """Return settings that have every choice of a search and both ends of every range."""
+        ends = {
+            flag: space if isinstance(space, list) else [space.low, space.high]
+            for flag, space in self.search.items()
+        }
+        count = max((len(values) for values in ends.values()), default=0)
+        return self.named(
+            {flag: values[min(i, len(values) - 1)] for flag, values in ends.items()}
+            for i in range(count)
+        )
+
+    def named(self, settings: Iterable[Flags]) -> dict[str, Flags]:
+        """Return settings by name."""
+        return {self.name_of(flags): flags for flags in settings}
+
+    def name_of(self, flags: Flags) -> str:
+        """Return the name of a setting: its variant's, or what its flags say."""
+        for name, own in self.variants.items():
+            if (own or {}) == flags:
+                return name
+        every = [*self.grid, *self.search]
+        return ",".join(f"{_short(flag, every)}={_text(value)}" for flag, value in flags.items())
+
+    def levels(self, settings: dict[str, Flags]) -> dict[str, dict[str, str]]:
+        """Return for each setting its level of each factor: the flags of a grid are factors, the
+        variants or the settings of a search are levels of one factor that has no name."""
+        if not self.grid:
+            return {name: {"": name} for name in settings}
+        flags = list(self.grid)
+        return {
+            name: {_short(flag, flags): _text(value) for flag, value in setting.items()}
+            for name, setting in settings.items()
+        }
+
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """Return what is searched as Optuna takes it.
+
+        Raises:
+            MisconfigurationException: A range without numbers in it.
+        """
+        found: dict[str, BaseDistribution] = {}
+        for flag, space in self.search.items():
+            try:
+                found[flag] = (
+                    CategoricalDistribution(space)
+                    if isinstance(space, list)
+                    else space.distribution()
+                )
+            except ValueError as error:
+                raise MisconfigurationException(f"search.{flag}: {error}") from error
+        return found
+
+    def recipe(self) -> str:
+        """Return all that the runs have in common and that can change a result, as JSON."""
+        files = [self.config] if isinstance(self.config, str) else self.config
+        contents = [yaml.safe_load(Path(file).read_text()) for file in files]
+        elsewhere = ("data.root", "data.sources", "data.download", "trainer.accelerator")
+        fixed = {flag: value for flag, value in self.fixed.items() if flag not in elsewhere}
+        return json.dumps([contents, fixed, self.choose], sort_keys=True)
+
+    def command(self, flags: Flags, seed: int, folder: Path, name: str) -> list[str]:
+        """Return the command line of one run, without `python train.py`."""
+        files = [self.config] if isinstance(self.config, str) else self.config
+        mode = "max" if self.choose.endswith("acc") else "min"
+        settings = {
+            "name": name,
+            "trainer.default_root_dir": str(folder),
+            "checkpoint.monitor": self.choose,
+            "checkpoint.mode": mode,
+            "data.test_curve": True,  # to look at; `choose` cannot name it
+            **self.fixed,
+            **flags,
+            "seed_everything": seed,
+        }
+        configs = [word for file in files for word in ("--config", file)]
+        return ["fit", *configs, *(f"--{key}={_text(value)}" for key, value in settings.items())]
+
+
+def _text(value: Any) -> str:
+    """Return a value as a user would type it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _short(flag: str, flags: list[str]) -> str:
+    """Return as much of the end of a flag as tells it from the others."""
+    parts = flag.split(".")
+    for count in range(1, len(parts)):
+        end = ".".join(parts[-count:])
+        if sum(f".{other}".endswith(f".{end}") for other in flags) == 1:
+            return end
+    return flag
+
+
+def run_key(flags: Flags, seed: int) -> tuple[str, int]:
+    """Return what two runs of one study must differ in."""
+    return json.dumps(flags, sort_keys=True), seed
+
+
+class DryRun(train.CLI):
+    """Builds everything that a command line of `fit` names, and neither runs nor writes."""
+
+    def find_run_folder(self) -> Path:
+        """Return no folder: nothing will be written."""
+        return Path()
+
+    def fit(self, **kwargs: Any) -> None:
+        """Do nothing."""
+
+
+def check(question: Question, settings: dict[str, Flags]) -> dict[str, int]:
+    """Refuse what could not run, and return the epochs of each setting by name.
+
+    Raises:
+        MisconfigurationException: A question without settings, or with flags of its own in them.
+        SystemExit: A flag that `fit` does not have or a value that it refuses.
+    """
+    kinds = [kind for kind in ("grid", "variants", "search") if getattr(question, kind)]
+    if len(kinds) != 1:
+        said = " and ".join(kinds) or "none"
+        raise MisconfigurationException(f"a study has grid, variants or search: this has {said}")
+    if not question.seeds or len(set(question.seeds)) < len(question.seeds):
+        raise MisconfigurationException(f"seeds {question.seeds}: name each one once, at least one")
+    if question.choose not in ("val/acc", "val/loss"):
+        raise MisconfigurationException(
+            f"choose is {question.choose}: choose by val/acc or val/loss, never by the test set"
+        )
+    if question.baseline is not None and question.baseline not in settings and settings:
+        raise MisconfigurationException(
+            f"baseline {question.baseline} is no setting: name one of {', '.join(settings)}"
+        )
+    question.distributions()
+    if any(not values for values in question.grid.values()):
+        raise MisconfigurationException("grid: a flag has no values")
+    if len({json.dumps(flags, sort_keys=True) for flags in settings.values()}) < len(settings):
+        raise MisconfigurationException("variants: two of them are the same")
+    ours = {"seed_everything": "seeds", "name": "--folder", "trainer.default_root_dir": "--folder",
+            "ckpt_path": "another study", "config": "config", "checkpoint.monitor": "choose",
+            "checkpoint.mode": "choose"}  # fmt: skip
+    epochs = {}
+    for name, flags in settings.items():
+        for flag in (*question.fixed, *flags):
+            if flag in ours:
+                raise MisconfigurationException(f"{flag} belongs to the study: use {ours[flag]}")
+            if flag in question.fixed and flag in flags:
+                raise MisconfigurationException(f"{flag} is fixed, and differs between settings")
+        try:
+            cli = DryRun(question.command(flags, question.seeds[0], Path("runs"), "check"))
+        except MisconfigurationException as error:
+            raise MisconfigurationException(f"setting {name}: {error}") from error
+        if cli.config.fit.data.val_size == 0:
+            raise MisconfigurationException(f"setting {name}: data.val_size 0 leaves no validation")
+        epochs[name] = cli.config.fit.trainer.max_epochs
+    return epochs

@@ -1,0 +1,604 @@
+"""Studies: many runs, one answer; stopped, shared, extended."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+import yaml
+from optuna.trial import TrialState
+from scipy import stats
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
+from torch import Tensor, nn
+
+import study
+from studies.answer import Answer, Outcome
+from tests.conftest import Run
+
+ROOT = Path(__file__).parents[1]
+FOLDER = Path("runs/question")
+
+
+class Fails(nn.Module):
+    """Maps as it should when it is looked at, and fails in a step, while a file is there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training and Path("fail").exists():
+            raise RuntimeError("out of luck")
+        return self.layers(images)
+
+
+class Dies(nn.Module):
+    """Ends its process in a step, as a process does that the system kills for its memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.layers(images)
+
+
+Ask = Callable[..., str]
+
+
+@pytest.fixture
+def ask(arrays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Write a study of the small data set in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def ask(fixed: dict[str, Any] | None = None, **settings: Any) -> Path:
+        small = {
+            "data.root": str(arrays),
+            "data.verify": False,
+            "data.val_size": 200,
+            "data.batch_size": 100,
+            "model.optimizer.lr": 0.002,
+            "trainer.max_epochs": 2,
+            "trainer.accelerator": "cpu",
+        }
+        varied = {*settings.get("grid", {}), *settings.get("search", {})}
+        small = {flag: value for flag, value in small.items() if flag not in varied}
+        asked = {
+            "question": "Which one?",
+            "config": str(ROOT / "configs" / "base.yaml"),
+            "seeds": [0, 1],
+            "fixed": small | (fixed or {}),
+            **settings,
+        }
+        file = tmp_path / "question.yaml"
+        file.write_text(yaml.safe_dump(asked, sort_keys=False))
+        return file
+
+    return ask
+
+
+def runs(folder: Path = FOLDER) -> dict[str, Path]:
+    """Return the folders of the runs by name."""
+    return {path.parent.name: path for path in folder.glob("*/version_*")}
+
+
+def table(folder: Path = FOLDER) -> list[dict[str, str]]:
+    """Return the table of the answer, without what is measured in seconds."""
+    with (folder / "answer.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+
+
+def record(storage: str = "sqlite:///runs/question/study.db", name: str = "question") -> list[Any]:
+    return optuna.load_study(study_name=name, storage=storage).trials
+
+
+def starts(folder: Path = FOLDER) -> int:
+    """Return how often a run was begun or gone on with."""
+    return sum(log.read_text().count("conv1.0") for log in folder.glob("*/fit.log"))
+
+
+def command(*args: object, **kwargs: Any) -> subprocess.Popen[str]:
+    """Start `python study.py` as a user does, with all that it starts in a group of its own."""
+    words = [sys.executable, str(ROOT / "study.py"), *map(str, args)]
+    return subprocess.Popen(words, start_new_session=True, stdout=subprocess.PIPE, text=True)
+
+
+def fails(capsys: pytest.CaptureFixture[str], *args: object) -> str:
+    """Run a study that must fail before anything is written; return its one line."""
+    with pytest.raises(SystemExit) as stopped:
+        study.main([str(arg) for arg in args])
+    code = stopped.value.code
+    message = code if isinstance(code, str) else capsys.readouterr().err
+    assert code
+    assert message.startswith("error: ")
+    assert len(message.strip().splitlines()) == 1
+    assert not Path("runs").exists()
+    return message
+
+
+# ------------------------------------------------------------------------------------ the answer
+
+
+def test_a_study_runs_every_setting_with_every_seed_and_answers(
+    ask: Callable[..., Path], run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = ask(grid={"model.optimizer.lr": [0.002, 0.0001]})
+    study.main([str(file), "--jobs", "2"])
+    out = capsys.readouterr().out
+    names = [f"lr={lr},seed={seed}" for lr in (0.002, 0.0001) for seed in (0, 1)]
+    assert sorted(runs()) == sorted(names)
+    for name in names:
+        assert f"{name}: val/acc" in out
+
+    # the table says what the runs' own files say
+    for row, lr in zip(table(), (0.002, 0.0001), strict=True):
+        chosen = []
+        for seed in (0, 1):
+            with (runs()[f"lr={lr},seed={seed}"] / "metrics.csv").open() as metrics:
+                epochs = [{k: float(v) for k, v in e.items()} for e in csv.DictReader(metrics)]
+            chosen.append(max(epochs, key=lambda epoch: epoch["val/acc"]))
+        for key, column in (("val/acc", "val/acc"), ("test/acc", "test/acc"), ("epoch", "epoch")):
+            values = [epoch[key] for epoch in chosen]
+            assert float(row[column]) == pytest.approx(sum(values) / 2, abs=1e-6)
+    answer = (FOLDER / "answer.md").read_text()
+    assert "# Which one?" in answer
+    assert f"python study.py {file}" in answer
+    for name in ("summary.png", "curves.png"):
+        assert (FOLDER / name).read_bytes().startswith(b"\x89PNG")
+        assert f"({name})" in answer
+
+    # each run is one that `train.py fit` makes, here with one of two cores
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run("fit", "--config", ROOT / "configs" / "base.yaml", "--data.batch_size", "100",
+        "--model.optimizer.lr", "0.0001", "--seed_everything", "1", "--name", "alone")  # fmt: skip
+    torch.set_num_threads(threads)
+    last = Path("checkpoints/last.ckpt")
+    alone = torch.load(Path("runs/alone/version_0") / last, weights_only=True)["state_dict"]
+    ours = torch.load(runs()["lr=0.0001,seed=1"] / last, weights_only=True)["state_dict"]
+    assert all(torch.equal(alone[key], ours[key]) for key in alone)
+
+
+def test_adding_a_seed_runs_the_new_one_only(ask: Callable[..., Path]) -> None:
+    settings = {"grid": {"data.batch_size": [100, 200]}}
+    study.main([str(ask(seeds=[0], **settings))])
+    before = {name: (path / "model.pth").stat().st_mtime_ns for name, path in runs().items()}
+    study.main([str(ask(seeds=[0, 1], **settings))])
+    assert sorted(runs()) == [f"batch_size={b},seed={s}" for b in (100, 200) for s in (0, 1)]
+    assert all((runs()[name] / "model.pth").stat().st_mtime_ns == t for name, t in before.items())
+    assert starts() == 4
+    assert [row["seeds"] for row in table()] == ["2", "2"]
+
+
+def test_a_run_that_another_study_has_done_is_taken_from_there(ask: Callable[..., Path]) -> None:
+    file = ask(grid={"trainer.max_epochs": [1, 2]}, seeds=[0])
+    study.main([str(file)])
+    shutil.copy(file, "other.yaml")
+    study.main(["other.yaml"])
+    other = Path("runs/other")
+    assert starts(other) == 0
+    assert table(other) == table()
+    assert (runs(other)["max_epochs=2,seed=0"] / "checkpoints" / "epoch_01.ckpt").exists()
+
+
+def test_hparams_of_tensorboard_show_what_differs(ask: Callable[..., Path]) -> None:
+    study.main([str(ask(grid={"model.network.dense_units": [20, 30]}, seeds=[3]))])
+    events = EventAccumulator(str(runs()["dense_units=20,seed=3"])).Reload()
+    chosen = {key: events.Scalars(f"chosen/{key}")[-1].value for key in ("val/acc", "epoch")}
+    assert chosen["val/acc"] == pytest.approx(float(table()[0]["val/acc"]), abs=1e-6)
+    assert chosen["epoch"] == float(table()[0]["epoch"])
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    start = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info
+    assert start.hparams["model.network.dense_units"].number_value == 20
+    assert start.hparams["seed_everything"].number_value == 3
+
+
+def test_a_run_that_diverges_is_reported_and_stops_nothing(
+    ask: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    study.main([str(ask(grid={"model.optimizer.lr": [1000, 0.002]}, seeds=[0]))])
+    out = capsys.readouterr().out
+    assert re.search(r"lr=1000,seed=0: diverged: train/loss \S+ in epoch 1", out)
+    assert "lr=0.002,seed=0: val/acc" in out
+    wild, sane = table()
+    assert (wild["seeds"], wild["ended"], wild["val/acc"]) == ("0", "1 diverged", "")
+    assert (sane["seeds"], sane["ended"]) == ("1", "")
+    assert "1000 diverged in 1 of its runs" in out.replace("\n", " ")
+
+
+def test_a_run_that_fails_stops_nothing_and_is_tried_again(
+    ask: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    variants = {
+        "fails": {"model.network": {"class_path": "tests.test_study.Fails"}},
+        "dies": {"model.network": {"class_path": "tests.test_study.Dies"}},
+        "works": {},
+    }
+    file = ask(variants=variants, seeds=[0])
+    Path("fail").touch()
+    with pytest.raises(SystemExit, match="2 failed"):
+        study.main([str(file)])
+    out = capsys.readouterr().out
+    assert "fails,seed=0: failed: RuntimeError: out of luck" in out
+    assert "dies,seed=0: failed: its process ended with exit code -9" in out
+    assert "works,seed=0: val/acc" in out
+    Path("fail").unlink()
+    with pytest.raises(SystemExit, match="1 failed"):
+        study.main([str(file)])
+    assert "works,seed=0" not in capsys.readouterr().out.split("Which one?")[0]
+    assert [row["seeds"] for row in table()] == ["1", "0", "1"]
+
+
+def test_a_search_picks_settings_prunes_and_gives_each_all_seeds(
+    ask: Callable[..., Path],
+) -> None:
+    search = {
+        "model.optimizer.lr": {"low": 1e-6, "high": 1e-2, "log": True},
+        "data.batch_size": [100, 200],
+    }
+    pruner = {
+        "class_path": "optuna.pruners.ThresholdPruner",
+        "init_args": {"lower": 0.3, "n_warmup_steps": 1},
+    }
+    study.main([str(ask(search=search, trials=3, pruner=pruner, fixed={"trainer.max_epochs": 3}))])
+    trials = record()
+    picked = [trial for trial in trials if "picked" in trial.user_attrs]
+    assert len(picked) == 3
+    assert all(1e-6 <= trial.params["model.optimizer.lr"] <= 1e-2 for trial in picked)
+    for trial in picked:
+        again = [t.user_attrs["seed"] for t in trials if t.params == trial.params]
+        assert again == ([0] if trial.state == TrialState.PRUNED else [0, 1])
+        rows = trial.user_attrs["rows"]
+        late = [row["val/acc"] for row in rows if row["epoch"] >= 1]
+        assert (trial.state == TrialState.PRUNED) == (min(late) < 0.3)
+        assert trial.state == TrialState.PRUNED or len(rows) == 3
+    assert {trial.state for trial in picked} == {TrialState.PRUNED, TrialState.COMPLETE}
+
+
+# ----------------------------------------------------------------------- stopped, shared, resumed
+
+
+def killed_in_an_epoch(process: subprocess.Popen[str], whole: bool) -> None:
+    """Kill a study, with its runs or without, when its second run has some epochs."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        logs = [log.read_text() for log in FOLDER.glob("*/fit.log")]
+        if len(logs) == 2 and any(re.search(r"^ +2 ", log, re.M) for log in logs[1:] + logs[:1]):
+            break
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL) if whole else process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_killed_in_an_epoch_and_started_again_it_answers_the_same(
+    ask: Callable[..., Path], whole: bool
+) -> None:
+    augment = {"data.augment": [{"class_path": "cifar10.augment.RandomFlip"}]}
+    epochs = {"trainer.max_epochs": 12}
+    file = ask(variants={"plain": {}, "flipped": augment}, seeds=[0], fixed=epochs)
+    process = command(file, "--jobs", 2)
+    killed_in_an_epoch(process, whole)
+    assert not (FOLDER / "answer.csv").exists()
+    assert not any((path / "model.pth").exists() for path in runs().values()), "killed too late"
+    out, _ = command(file, "--jobs", 2).communicate()
+    assert "Which one?" in out
+    broken = table()
+    logs = [log.read_text() for log in FOLDER.glob("*/fit.log")]
+    assert starts() == 4
+    assert all(log.count("\n    0 ") == 1 for log in logs), "no run began from its start again"
+    shutil.rmtree("runs")
+    study.main([str(file), "--jobs", "2"])
+    assert table() == broken
+
+
+def counted_once(storage: str) -> None:
+    """Assert that every run of the study was done, once."""
+    trials = [t for t in record(storage) if t.state == TrialState.COMPLETE]
+    keys = [(json.dumps(t.user_attrs["flags"]), t.user_attrs["seed"]) for t in trials]
+    assert len(keys) == len(set(keys)) == 4
+    assert starts() == 4
+    workers = {trial.user_attrs["worker"] for trial in trials}
+    assert len(workers) == 2, "both took part"
+
+
+def shared(ask: Callable[..., Path], storage: str) -> None:
+    """Start one study twice at once."""
+    file = ask(grid={"data.batch_size": [100, 200]}, fixed={"trainer.max_epochs": 6})
+    both = [command(file, "--storage", storage) for _ in range(2)]
+    outs = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    counted_once(storage)
+    answers = [out[out.index("Which one?") :] for out in outs]
+    assert answers[0] == answers[1]
+
+
+def test_two_processes_share_a_study_in_sqlite(ask: Callable[..., Path]) -> None:
+    shared(ask, "sqlite:///shared.db")
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A PostgreSQL server of this session's own."""
+    pytest.importorskip("psycopg2", reason="needs psycopg2")
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    initdb = str(found[-1]) if found else shutil.which("initdb")
+    if initdb is None:
+        pytest.skip("needs PostgreSQL (Debian's package postgresql)")
+    # Its server refuses to run as root.
+    user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
+    folder = tmp_path_factory.mktemp("postgres")
+    if user:
+        shutil.chown(folder, "postgres")
+        for parent in list(folder.parents)[:3]:
+            parent.chmod(parent.stat().st_mode | 0o011)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    quiet = {"check": True, "stdout": subprocess.DEVNULL, "cwd": "/"}
+    data, bin_ = folder / "data", Path(initdb).parent
+    subprocess.run([*user, initdb, "-D", data, "-U", "study", "-A", "trust"], **quiet)  # type: ignore[call-overload]
+    options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1"
+    control = [*user, str(bin_ / "pg_ctl"), "-D", str(data), "-w", "-l", str(folder / "log")]
+    subprocess.run([*control, "-o", options, "start"], **quiet)  # type: ignore[call-overload]
+    yield f"postgresql+psycopg2://study@127.0.0.1:{port}/postgres"
+    subprocess.run([*control, "-m", "immediate", "stop"], **quiet)  # type: ignore[call-overload]
+
+
+def test_two_processes_share_a_study_in_postgresql(ask: Callable[..., Path], postgres: str) -> None:
+    shared(ask, postgres)
+
+
+def test_a_journal_on_a_shared_disk_is_a_storage(ask: Callable[..., Path]) -> None:
+    file = ask(grid={"data.batch_size": [100]}, seeds=[0])
+    study.main([str(file), "--storage", "journal:journal.log"])
+    before = table()
+    study.main([str(file), "--storage", "journal:journal.log"])
+    assert table() == before
+    assert starts() == 1
+
+
+def test_a_worker_elsewhere_keeps_its_run_until_it_falls_silent(
+    ask: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = ask(grid={"data.batch_size": [100]}, seeds=[0])
+    FOLDER.mkdir(parents=True)
+    storage = "sqlite:///runs/question/study.db"
+    elsewhere = optuna.create_study(study_name="question", storage=storage, direction="maximize")
+    elsewhere.enqueue_trial({}, {"flags": {"data.batch_size": 100}, "seed": 0})
+    elsewhere.ask().set_user_attr("worker", "elsewhere.1")
+    monkeypatch.setattr("studies.record.SILENCE", 10.0)
+    began = time.time()
+    study.main([str(file)])
+    out = capsys.readouterr().out
+    assert out.index("waits for the runs of others") < out.index("batch_size=100,seed=0: val/acc")
+    states = [trial.state for trial in record()]
+    assert states == [TrialState.FAIL, TrialState.COMPLETE]
+    assert record()[1].datetime_start.timestamp() > began + 9, "not before it was silent for long"
+
+
+# ----------------------------------------------------------------- refused before anything runs
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"grid": {"data.batchsize": [1]}}, "unknown option data.batchsize: did you mean"),
+        ({"grid": {"data.batch_size": [100, "many"]}}, "data.batch_size"),
+        ({"grid": {"model.network.dense_unit": [80]}}, "dense_unit"),
+        ({"variants": {"a": {}, "b": {"model.optimizer.lr": "fast"}}}, "lr"),
+        ({"search": {"model.optimizer.lr": {"low": 1, "high": 0}}}, "search.model.optimizer.lr"),
+        ({"search": {"data.batch_size": {"low": 100, "hihg": 200}}}, "hihg: did you mean high"),
+        ({}, "a study has grid, variants or search"),
+        ({"grid": {"seed_everything": [1]}}, "seed_everything belongs to the study: use seeds"),
+        ({"grid": {"trainer.max_epochs": [1]}, "choose": "test/acc"}, "never by the test set"),
+        ({"grid": {"trainer.max_epochs": [1]}, "sedes": [1]}, "sedes: did you mean seeds"),
+        ({"grid": {"trainer.max_epochs": [1]}, "seeds": [1, 1]}, "seeds"),
+        ({"grid": {"data.augment": []}}, "no values"),
+        ({"variants": {"a": {}, "b": {}}}, "two of them are the same"),
+        ({"variants": {"a": {}}, "baseline": "c"}, "baseline c is no setting"),
+        ({"grid": {"trainer.max_epochs": [1]}, "config": "nowhere.yaml"}, "nowhere.yaml"),
+    ],
+)
+def test_what_cannot_run_is_refused_in_one_line(
+    ask: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    settings: dict[str, Any],
+    message: str,
+) -> None:
+    assert message in fails(capsys, ask(**settings))
+
+
+def test_wrong_calls_are_refused_in_one_line(
+    ask: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = ask(grid={"data.batch_size": [100]})
+    assert "nowhere.yaml" in fails(capsys, "nowhere.yaml")
+    assert "name the file" in fails(capsys)
+    assert "jobs" in fails(capsys, file, "--jobs", "-1")
+
+
+def test_a_storage_that_cannot_be_opened_is_refused_in_one_line(
+    ask: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = ask(grid={"data.batch_size": [100]})
+    for url in ("nonsense://x", "sqlite:////nowhere/at/all.db", "no url at all"):
+        with pytest.raises(SystemExit, match=f"^error: storage {url}: ") as stopped:
+            study.main([str(file), "--storage", url])
+        assert "\n" not in str(stopped.value.code)
+
+
+def test_a_changed_recipe_is_not_mixed_with_the_old_one(ask: Callable[..., Path]) -> None:
+    grid = {"data.batch_size": [100]}
+    study.main([str(ask(grid=grid, seeds=[0], fixed={"trainer.max_epochs": 1}))])
+    with pytest.raises(SystemExit, match="begun with another recipe"):
+        study.main([str(ask(grid=grid, seeds=[0], fixed={"trainer.max_epochs": 2}))])
+    with pytest.raises(SystemExit, match="no run has ended yet"):
+        study.main([str(ask(grid=grid, seeds=[0])), "--folder", "runs/b", "--jobs", "0"])
+
+
+def test_every_study_of_the_project_can_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    files = sorted(Path("configs/studies").glob("*.yaml"))
+    assert [file.stem for file in files] == [
+        "batch_size", "epochs", "learning_rate", "remedies", "softmax",
+    ]  # fmt: skip
+    for file in files:
+        with pytest.raises(SystemExit, match="no run has ended yet"):
+            study.main([str(file), "--jobs", "0"])
+
+
+# ------------------------------------------------------------------------------------- shares
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "jobs", "expected"),
+    [
+        (None, 0, 3, [(None, 2), (None, 2), (None, 2)]),
+        (None, 0, 1, [(None, 6)]),
+        (None, 2, 2, [("0", 3), ("1", 3)]),
+        (None, 2, 3, [("0", 2), ("1", 2), ("0", 2)]),
+        ("4,5,7", 3, 2, [("4,7", 3), ("5", 3)]),
+    ],
+)
+def test_each_job_has_its_share_of_cores_or_gpus(
+    monkeypatch: pytest.MonkeyPatch,
+    visible: str | None,
+    count: int,
+    jobs: int,
+    expected: list[tuple[str | None, int]],
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert study.shares(jobs) == expected
+
+
+# -------------------------------------------------------------------------------- statistics
+
+
+def outcomes(values: dict[str, list[float]], **ended: str) -> list[Outcome]:
+    """Return runs of three epochs, of which the second is the best."""
+    return [
+        Outcome(
+            setting,
+            seed,
+            [
+                {"epoch": epoch, "train/loss": 1.0, "train/acc": 0.5, "val/loss": 2.0 - value,
+                 "val/acc": value - abs(epoch - 1) / 10, "test/loss": 2.0, "test/acc": value / 2,
+                 "seconds": 2.0}
+                for epoch in range(3)
+            ],
+            ended.get(f"{setting}_{seed}", ""),
+        )
+        for setting, of_seed in values.items()
+        for seed, value in enumerate(of_seed)
+    ]  # fmt: skip
+
+
+def answer(values: dict[str, list[float]], levels: Any = None, **kwargs: Any) -> Answer:
+    settings = levels or {setting: {"": setting} for setting in values}
+    ended = kwargs.pop("ended", {})
+    return Answer("Q?", "c", "val/acc", settings, outcomes(values, **ended), **kwargs)
+
+
+def test_means_have_the_interval_of_student_t() -> None:
+    a = [0.5, 0.53, 0.58]
+    (row,) = answer({"a": a}).by_setting()
+    low, high = stats.t.interval(0.95, 2, loc=sum(a) / 3, scale=stats.sem(a))
+    assert (row["val/acc"].low, row["val/acc"].high) == pytest.approx((low, high))
+    assert row["test/acc"].value == pytest.approx(sum(a) / 6)
+    assert (row["epoch"].value, row["seconds"].value) == (1, 6)
+    (alone,) = answer({"a": [0.5]}).columns()[2][1]
+    assert alone == "50.00"
+
+
+def test_differences_are_paired_and_corrected_after_holm() -> None:
+    values = {"a": [0.50, 0.60, 0.70], "b": [0.53, 0.64, 0.73], "c": [0.52, 0.58, 0.73]}
+    raw = {
+        (x, y): stats.ttest_rel(values[y], values[x]).pvalue
+        for x, y in (("a", "b"), ("a", "c"), ("b", "c"))
+    }
+    ordered = sorted(raw, key=lambda pair: raw[pair])
+    holm, highest = {}, 0.0
+    for rank, pair in enumerate(ordered):
+        highest = max(highest, min(1.0, (3 - rank) * raw[pair]))
+        holm[pair] = highest
+    found = {(d.one, d.other): d for d in answer(values).differences}
+    assert {pair: d.p for pair, d in found.items()} == pytest.approx(holm)
+    assert found["a", "b"].mean.value == pytest.approx((0.03 + 0.04 + 0.03) / 3)
+    assert raw["a", "b"] < 0.05
+    assert found["a", "b"].is_real == (holm["a", "b"] < 0.05)
+
+
+def test_the_sentence_says_what_the_data_decide() -> None:
+    clear = {"a": [0.50, 0.60, 0.70], "b": [0.601, 0.70, 0.80], "c": [0.599, 0.701, 0.802]}
+    sentence = answer(clear).conclusion()
+    assert sentence.startswith("C has the best mean val/acc, 70.07 %, beyond chance better than a")
+    assert "between it and b the data do not decide" in sentence
+    noise = {"a": [0.5, 0.6, 0.7], "b": [0.6, 0.5, 0.71]}
+    assert answer(noise).conclusion().startswith("The data do not decide which setting is best: b")
+    assert answer({"a": [0.5], "b": [0.6]}).conclusion() == "Too few runs to compare."
+    with_base = answer(clear, baseline="a")
+    assert {(d.one, d.other) for d in with_base.differences} == {("a", "b"), ("a", "c")}
+    assert with_base.conclusion().startswith("Beyond chance better than a: b (+10.03")
+
+
+def test_a_diverged_run_is_in_no_mean_and_in_no_pair() -> None:
+    values = {"a": [0.5, 0.6, 0.7], "b": [0.61, 0.7, 0.1]}
+    found = answer(values, ended={"b_2": "diverged: at once"})
+    (difference,) = found.differences
+    assert difference.pairs == 2
+    row = found.by_setting()[1]
+    assert (row["seeds"], row["ended"]) == (2, "1 diverged")
+    assert row["val/acc"].value == pytest.approx(0.655)
+    assert "b diverged in 1 of its runs" in found.conclusion()
+
+
+def test_factors_of_a_grid_are_compared_over_the_levels_of_the_others() -> None:
+    levels = {f"{x}{y}": {"x": x, "y": y} for x in "pq" for y in "rs"}
+    values = {
+        "pr": [0.50, 0.60, 0.55], "ps": [0.52, 0.59, 0.56],
+        "qr": [0.60, 0.71, 0.66], "qs": [0.63, 0.69, 0.66],
+    }  # fmt: skip
+    by_x, by_y = answer(values, levels).differences
+    p = [(a + b) / 2 for a, b in zip(values["pr"], values["ps"], strict=True)]
+    q = [(a + b) / 2 for a, b in zip(values["qr"], values["qs"], strict=True)]
+    assert (by_x.factor, by_x.one, by_x.other) == ("x", "p", "q")
+    assert by_x.p == pytest.approx(2 * stats.ttest_rel(q, p).pvalue)
+    assert by_x.is_real
+    assert not by_y.is_real
+    sentence = answer(values, levels).conclusion()
+    assert "X q has the best mean val/acc" in sentence
+    assert "do not decide which y is best" in sentence
+
+
+def test_a_loss_chooses_the_lowest() -> None:
+    runs_ = outcomes({"a": [0.5, 0.6], "b": [0.7, 0.8]})
+    found = Answer("Q?", "c", "val/loss", {"a": {"": "a"}, "b": {"": "b"}}, runs_)
+    assert [row["val/loss"].value for row in found.by_setting()] == pytest.approx([1.45, 1.25])
+    assert found.conclusion().startswith("B has the best mean val/loss, 1.2500")
