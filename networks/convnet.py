@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from networks.max_pool import MaxPool2x2
 
@@ -46,7 +47,7 @@ class ConvNet(nn.Module):
         for stage in (self.conv2, self.conv3):
             stage.to(memory_format=torch.channels_last)
         self.flatten = nn.Flatten()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         self.dense1 = nn.Sequential(nn.Linear(32 * width * 4 * 4, 120), nn.ReLU())
         self.dense2 = nn.Sequential(nn.Linear(120, dense_units), nn.ReLU())
         self.dense3 = nn.Linear(dense_units, 10)
@@ -54,4 +55,5 @@ class ConvNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Map float images [B, 3, 32, 32] in [0, 1] to logits [B, 10]."""
         features = self.flatten(self.conv3(self.conv2(self.conv1(images))))
-        return self.dense3(self.dense2(self.dropout(self.dense1(self.dropout(features)))))
+        features = self.dense1(F.dropout(features, self.dropout, self.training))
+        return self.dense3(self.dense2(F.dropout(features, self.dropout, self.training)))

@@ -90,7 +90,8 @@ class Mean:
         scale = 100 if percent else 1
         text = format(scale * self.value, format_)
         if not math.isnan(self.low):
-            text += f" ± {format(scale * (self.high - self.low) / 2, format_)}"
+            half = format(scale * (self.high - self.low) / 2, format_.removeprefix("+"))
+            text += f" ± {half}"
         return text
 
 
@@ -198,10 +199,10 @@ class Answer:
         """Say in one sentence what the data decide."""
         clauses = [self._decided(factor) for factor in self.factors()]
         for word in ("diverged", "pruned"):
-            count = dict.fromkeys(self.settings, 0)
-            for run in self.outcomes:
-                count[run.setting] += run.ended.startswith(word)
-            clauses += [f"{s} {word} in {n} of its runs" for s, n in count.items() if n]
+            for setting in self.settings:
+                runs = [run.ended for run in self.outcomes if run.setting == setting]
+                if count := sum(ended.startswith(word) for ended in runs):
+                    clauses.append(f"the setting {setting} {word} in {count} of {len(runs)} runs")
         text = "; ".join(clause for clause in clauses if clause)
         return f"{text[:1].upper()}{text[1:]}." if text else "Too few runs to compare."
 
@@ -221,18 +222,16 @@ class Answer:
         }
         worse = [level for level, one in against.items() if one.is_real]
         open_ = [level for level, one in against.items() if not one.is_real]
-        name = f"{factor} {best}" if len(self.factors()) > 1 or factor else best
-        value = self._value(Mean(means[best]))
+        lead = f"for {factor}, " if factor else ""
+        leader = f"{best} has the best mean {self.choose}, {self._value(Mean(means[best]))}"
         if not worse:
             least = min(one.p for one in ours)
             rest = "no difference is" if least >= CHANCE else "its lead over none of the others is"
             return (
-                f"the data do not decide which {factor or 'setting'} is best: {best} has the best "
-                f"mean {self.choose}, {value}, but {rest} larger than chance"
-                + (f" (smallest p {least:.2f})" if least >= CHANCE else "")
+                f"{lead}the data do not decide: {leader}, but {rest} larger than chance"
+                f"{f' (smallest p {least:.2f})' if least >= CHANCE else ''}"
             )
-        text = f"{name.strip()} has the best mean {self.choose}, {value}, beyond chance "
-        text += f"better than {_listed(worse)}"
+        text = f"{lead or 'the setting '}{leader}, beyond chance better than {_listed(worse)}"
         return text + (f"; between it and {_listed(open_)} the data do not decide" if open_ else "")
 
     def _decided_against_baseline(self, ours: list[Difference]) -> str:

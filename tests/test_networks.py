@@ -34,6 +34,15 @@ def test_parameter_count(dense_units: int, parameters: int) -> None:
     assert sum(p.numel() for p in ConvNet(dense_units).parameters()) == parameters
 
 
+def test_width_multiplies_the_channels_and_dropout_drops_in_training_only() -> None:
+    wide = ConvNet(width=2).state_dict()
+    assert [wide[f"conv{i}.0.weight"].shape[0] for i in (1, 2, 3)] == [12, 32, 64]
+    network, images = ConvNet(dropout=0.5), torch.rand(4, 3, 32, 32)
+    assert not torch.equal(network(images), network(images))
+    network.eval()
+    assert torch.equal(network(images), network(images))
+
+
 def test_first_convolution_reflects_at_the_border() -> None:
     conv = ConvNet().conv1[0]
     assert isinstance(conv, torch.nn.Conv2d)

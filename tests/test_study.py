@@ -219,7 +219,7 @@ def test_a_run_that_diverges_is_reported_and_stops_nothing(
     wild, sane = table()
     assert (wild["seeds"], wild["ended"], wild["val/acc"]) == ("0", "1 diverged", "")
     assert (sane["seeds"], sane["ended"]) == ("1", "")
-    assert "1000 diverged in 1 of its runs" in out.replace("\n", " ")
+    assert "the setting lr=1000 diverged in 1 of 1 runs" in out.replace("\n", " ")
 
 
 def test_a_run_that_fails_stops_nothing_and_is_tried_again(
@@ -558,10 +558,12 @@ def test_differences_are_paired_and_corrected_after_holm() -> None:
 def test_the_sentence_says_what_the_data_decide() -> None:
     clear = {"a": [0.50, 0.60, 0.70], "b": [0.601, 0.70, 0.80], "c": [0.599, 0.701, 0.802]}
     sentence = answer(clear).conclusion()
-    assert sentence.startswith("C has the best mean val/acc, 70.07 %, beyond chance better than a")
+    assert sentence.startswith(
+        "The setting c has the best mean val/acc, 70.07 %, beyond chance better than a"
+    )
     assert "between it and b the data do not decide" in sentence
     noise = {"a": [0.5, 0.6, 0.7], "b": [0.6, 0.5, 0.71]}
-    assert answer(noise).conclusion().startswith("The data do not decide which setting is best: b")
+    assert answer(noise).conclusion().startswith("The data do not decide: b has the best")
     assert answer({"a": [0.5], "b": [0.6]}).conclusion() == "Too few runs to compare."
     with_base = answer(clear, baseline="a")
     assert {(d.one, d.other) for d in with_base.differences} == {("a", "b"), ("a", "c")}
@@ -576,7 +578,7 @@ def test_a_diverged_run_is_in_no_mean_and_in_no_pair() -> None:
     row = found.by_setting()[1]
     assert (row["seeds"], row["ended"]) == (2, "1 diverged")
     assert row["val/acc"].value == pytest.approx(0.655)
-    assert "b diverged in 1 of its runs" in found.conclusion()
+    assert "the setting b diverged in 1 of 3 runs" in found.conclusion()
 
 
 def test_factors_of_a_grid_are_compared_over_the_levels_of_the_others() -> None:
@@ -593,12 +595,12 @@ def test_factors_of_a_grid_are_compared_over_the_levels_of_the_others() -> None:
     assert by_x.is_real
     assert not by_y.is_real
     sentence = answer(values, levels).conclusion()
-    assert "X q has the best mean val/acc" in sentence
-    assert "do not decide which y is best" in sentence
+    assert sentence.startswith("For x, q has the best mean val/acc")
+    assert "for y, the data do not decide: s" in sentence
 
 
 def test_a_loss_chooses_the_lowest() -> None:
     runs_ = outcomes({"a": [0.5, 0.6], "b": [0.7, 0.8]})
     found = Answer("Q?", "c", "val/loss", {"a": {"": "a"}, "b": {"": "b"}}, runs_)
     assert [row["val/loss"].value for row in found.by_setting()] == pytest.approx([1.45, 1.25])
-    assert found.conclusion().startswith("B has the best mean val/loss, 1.2500")
+    assert found.conclusion().startswith("The setting b has the best mean val/loss, 1.2500")

@@ -72,7 +72,8 @@ def test_recipes_say_what_the_report_says(
         train.main(["fit", "--config", str(ROOT / "configs" / f"{recipe}.yaml"), "--print_config"])
     settings = yaml.safe_load(capsys.readouterr().out)
     assert not stopped.value.code
-    assert settings["model"]["network"]["init_args"] == {"dense_units": dense_units}
+    network = {"dense_units": dense_units, "width": 1, "dropout": 0.0}
+    assert settings["model"]["network"]["init_args"] == network
     assert settings["model"]["softmax_before_loss"] == softmax_before_loss
     assert settings["model"]["optimizer"]["class_path"] == "torch.optim.Adam"
     assert settings["model"]["optimizer"]["init_args"]["lr"] == 0.0005
