@@ -16,7 +16,7 @@ import dataclasses
 import math
 import multiprocessing
 import os
-import re
+import shlex
 import signal
 import sys
 import time
@@ -24,16 +24,17 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import lightning
 import optuna
-import sqlalchemy
 import torch
 from jsonargparse import ActionConfigFile
 from jsonargparse.typing import NonNegativeInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from optuna.trial import TrialState
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from callbacks.history import Row
@@ -41,7 +42,7 @@ from runs import processor
 from studies.answer import Answer, Outcome
 from studies.one_run import fit
 from studies.question import Question, check
-from studies.record import HEARTBEAT, Worker, open_record
+from studies.record import HEARTBEAT, STORAGE_ERRORS, Worker, open_record
 from terminal import OneLineParser, errors_in_one_line, quieten
 
 SLOW_TO_IMPORT = [
@@ -94,11 +95,17 @@ class Runner:
         self.shares = shares(jobs)
         self.running: dict[Connection, Running] = {}
         # A run starts at once, in a fork of a process that has imported these and done nothing.
-        has_server = "forkserver" in multiprocessing.get_all_start_methods()
-        get = multiprocessing.get_context
-        self.processes = get("forkserver") if has_server else get("spawn")
-        self.processes.set_forkserver_preload(SLOW_TO_IMPORT)
-        self.heard = self.started = time.time()
+        if "forkserver" in multiprocessing.get_all_start_methods():
+            from multiprocessing import forkserver  # not there on every system
+
+            self.processes: Any = multiprocessing.get_context("forkserver")
+            self.processes.set_forkserver_preload(SLOW_TO_IMPORT)
+            before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process,
+            forkserver.ensure_running()  # which ends the others
+            signal.signal(signal.SIGINT, before)
+        else:
+            self.processes = multiprocessing.get_context("spawn")
+        self.heard = self.started = time.monotonic()
         self.done = 0
         self.waits = False
         self.console = Console(highlight=False)
@@ -125,20 +132,18 @@ class Runner:
                         time.sleep(1.0)
                     self._say_how_far()
         finally:
-            for one in self.running.values():
+            for link, one in self.running.items():
                 one.process.terminate()
+                link.close()  # it may wait for an answer
             for one in self.running.values():
-                one.process.join(10)
-                one.process.kill()
-                self.worker.give_up(one.trial)
+                _end(one.process)
 
     def _start_what_can_be(self) -> bool:
         """Start as many runs as there are shares free; return whether any was started."""
         before = len(self.running)
         while len(self.running) < len(self.shares) and (trial := self.worker.take()):
             flags, seed = trial.user_attrs["flags"], trial.user_attrs["seed"]
-            setting = self.question.name_of(flags)
-            name = re.sub(r"[^\w.,=+-]+", "_", f"{setting},seed={seed}")
+            setting, name = self.question.name_of(flags), self.question.folder_of(flags, seed)
             slot = min(set(range(len(self.shares))) - {r.slot for r in self.running.values()})
             here, there = self.processes.Pipe()
             process = self.processes.Process(
@@ -153,7 +158,7 @@ class Runner:
             process.start()
             there.close()
             bar = self.progress.add_task(
-                f"  {setting}, seed {seed}",
+                escape(f"  {setting}, seed {seed}"),
                 total=self.epochs.get(setting, max(self.epochs.values())),
                 state="starts",
             )
@@ -173,7 +178,7 @@ class Runner:
         one = self.running[link]
         try:
             kind, content = link.recv()
-        except EOFError:
+        except (EOFError, OSError):
             one.process.join()
             kind, content = "failed", f"its process ended with exit code {one.process.exitcode}"
         try:
@@ -182,8 +187,10 @@ class Runner:
                     link.send(self._stops(one, content))
                 return
             if kind == "done":
-                one.rows = content
-                self._keep(one)
+                self._keep(one, content, machine(self.shares[one.slot][1]))
+            elif kind == "taken":
+                rows, study = content
+                self._keep(one, rows, f"taken from the study {study}")
             else:
                 self._fail(one, content.removeprefix("error: "))
         except optuna.exceptions.UpdateFinishedTrialError:
@@ -193,7 +200,7 @@ class Runner:
             one.process.kill()
         del self.running[link]
         link.close()
-        one.process.join()
+        _end(one.process)
         self.progress.remove_task(one.bar)
 
     def _stops(self, one: Running, rows: list[Row]) -> bool:
@@ -218,12 +225,15 @@ class Runner:
             return f"no {key}"
         return f"{key} {row[key]:.2%}" if key.endswith("acc") else f"{key} {row[key]:.4f}"
 
-    def _keep(self, one: Running) -> None:
+    def _keep(self, one: Running, rows: list[Row], where: str) -> None:
         """Put a finished run on record."""
-        outcome = Outcome(one.name, one.trial.user_attrs["seed"], one.rows, one.ended)
+        outcome = Outcome(one.name, one.trial.user_attrs["seed"], rows, one.ended)
         best = outcome.best(self.question.choose)
         ended = one.ended or outcome.diverged() or ("" if best else "without a validation")
-        self.worker.finish(one.trial, outcome.rows, ended, machine(self.shares[one.slot][1]), best)
+        self.worker.finish(one.trial, rows, ended, where, best)
+        if where.startswith("taken"):
+            self._print(f"{one.name}: {where}")
+            return
         self.done += 1
         if best is None or ended:
             self._print(f"{one.name}: {ended}")
@@ -241,36 +251,49 @@ class Runner:
 
     def _print(self, line: str) -> None:
         """Print a line on a run that has ended, how many there are, and how long the rest takes."""
-        trials = self.worker.trials()
-        ended = sum(trial.state.is_finished() for trial in trials)
-        left = len(trials) - ended
+        ended, total = len(self.worker.outcomes()), self.worker.total()
         rest = ""
-        if left and self.done:
-            minutes = (time.time() - self.started) / self.done * left / 60
-            rest = f"; {left} left, about {max(1, round(minutes))} min"
-        self.console.print(f"[{ended}/{len(trials)}] {line}{rest}", markup=False, soft_wrap=True)
+        if total > ended and self.done:
+            minutes = (time.monotonic() - self.started) / self.done * (total - ended) / 60
+            rest = f"; {total - ended} left, about {max(1, round(minutes))} min"
+        self.console.print(f"[{ended}/{total}] {line}{rest}", markup=False, soft_wrap=True)
 
     def _say_how_far(self) -> None:
         """Show what is done, running and left; tell other workers that this one is alive."""
-        now = time.time()
+        now = time.monotonic()
         if now - self.heard > HEARTBEAT:
             self.heard = now
             for one in self.running.values():
-                with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
-                    one.trial.set_user_attr("heard", now)
+                self.worker.say_alive(one.trial)
         if self.progress.disable:
             return
-        trials = self.worker.trials()
-        done = [t for t in trials if t.state.is_finished()]
-        running = [t for t in trials if t.state == TrialState.RUNNING]
+        done, total = len(self.worker.outcomes()), self.worker.total()
+        running = [t for t in self.worker.trials() if t.state == TrialState.RUNNING]
         longest = max(self.epochs.values())
         self.progress.update(
             self.total,
-            total=longest * len(trials),
-            completed=longest * len(done) + sum(len(t.intermediate_values) for t in running),
-            state=f"{len(done)} runs done, {len(running)} running, "
-            f"{len(trials) - len(done) - len(running)} left",
+            total=longest * total,
+            completed=longest * done + sum(len(t.intermediate_values) for t in running),
+            state=f"{done} runs done, {len(running)} running, {total - done - len(running)} left",
         )
+
+
+def _end(process: BaseProcess) -> None:
+    """Wait until a process has ended, and see to it."""
+    process.join(30)
+    process.kill()
+    process.join()
+
+
+def _with_file(args: list[str]) -> list[str]:
+    """Put the study's file first and its flag before it: settings that are typed win over it."""
+    for i, word in enumerate(args):
+        is_file = not i or (Path(word).suffix in (".yaml", ".yml") and args[i - 1][:1] != "-")
+        if is_file and not word.startswith("-"):
+            return ["--file", word, *args[:i], *args[i + 1 :]]
+    if not {"--file", "--help", "-h"} & {word.partition("=")[0] for word in args}:
+        raise MisconfigurationException("name the file of a study: python study.py FILE")
+    return args
 
 
 def main(args: list[str] | None = None) -> None:
@@ -291,11 +314,7 @@ def _main(args: list[str]) -> None:
         "--storage", type=str | None, default=None, help="any of Optuna's, or journal:FILE"
     )
     parser.add_argument("--folder", type=str | None, default=None, help="runs/<name of the file>")
-    if args and not args[0].startswith("-"):
-        args = ["--file", *args]
-    if not args or args == ["--file"]:
-        raise MisconfigurationException("name the file of a study: python study.py FILE")
-    typed = parser.parse_args(args)
+    typed = parser.parse_args(_with_file(args))
     settings = parser.instantiate_classes(typed).as_dict()
     # Flags are words to pass on, though some of them name classes.
     settings |= {key: typed.as_dict()[key] for key in ("grid", "variants", "fixed")}
@@ -303,30 +322,34 @@ def _main(args: list[str]) -> None:
     question = Question(**{name: settings[name] for name in names})
     folder = Path(typed.folder or Path("runs", Path(str(typed.file[-1])).stem))
     epochs = check(question, question.settings() or question.extremes())
-    worker = Worker(question, open_record(question, folder, typed.storage), folder)
+    nothing = MisconfigurationException(f"{folder}: no run has ended yet, so there is no answer")
+    if not (typed.jobs or folder.exists()):
+        raise nothing
     try:
+        worker = Worker(question, open_record(question, folder, typed.storage), folder)
         if typed.jobs:
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-            Runner(question, worker, folder, epochs, typed.jobs).work()
+            with worker:
+                Runner(question, worker, folder, epochs, typed.jobs).work()
+        settings, outcomes = worker.settings(), worker.outcomes()
     except (KeyboardInterrupt, SystemExit) as stop:
         print("stopped; the same command goes on", file=sys.stderr)
         sys.exit(stop.code if isinstance(stop, SystemExit) else 128 + signal.SIGINT)
-    except sqlalchemy.exc.SQLAlchemyError as error:
+    except STORAGE_ERRORS as error:
         reason = str(error).splitlines()[0]
         raise MisconfigurationException(
             f"the storage failed ({reason}): the same command goes on"
         ) from error
-    finally:
-        worker.close()
-    if not worker.outcomes():
-        raise MisconfigurationException(f"{folder}: no run has ended yet, so there is no answer")
+    if not outcomes:
+        raise nothing
     answer = Answer(
         question.question,
-        f"python study.py {' '.join(map(str, typed.file))}",
+        shlex.join(["python", "study.py", *args]),
         question.choose,
-        question.levels(worker.settings()),
-        worker.outcomes(),
+        question.levels(settings),
+        outcomes,
         question.baseline,
+        is_search=bool(question.search),
     )
     terminal = Console(highlight=False)
     answer.write(folder, terminal if terminal.is_terminal else Console(width=120, highlight=False))

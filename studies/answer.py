@@ -4,7 +4,7 @@ import csv
 import io
 import itertools
 import math
-import warnings
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import DescrStatsW
@@ -25,6 +26,8 @@ from callbacks.history import COLORS, QUANTITIES, Row
 from runs import write_whole
 
 CHANCE = 0.05  # a difference is larger than chance if its corrected p is below
+PAIRS = 3  # fewer do not show how much chance does
+ENDINGS = ("diverged", "pruned", "without a validation")  # of runs that are in no mean
 SHOWN = 12  # settings in a figure, comparisons in a table; of a long search only the best
 
 
@@ -37,7 +40,7 @@ class Outcome:
         seed: Its seed.
         rows: Its epochs, as in `metrics.csv`.
         ended: Why it ended before its last epoch, or diverged, if it did.
-        machine: Where it ran.
+        machine: Where it ran, or which study it was taken from.
 
     """
 
@@ -123,6 +126,7 @@ class Answer:
         settings: For each setting by name the level of each factor, by name.
         outcomes: The finished runs.
         baseline: Compare with this setting only.
+        is_search: Whether a search picked the settings.
 
     """
 
@@ -132,6 +136,7 @@ class Answer:
     settings: dict[str, dict[str, str]]
     outcomes: list[Outcome]
     baseline: str | None = None
+    is_search: bool = False
     differences: list[Difference] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -145,12 +150,12 @@ class Answer:
         self.differences = self._compared()
 
     def whole(self, setting: str) -> list[Outcome]:
-        """Return the runs of a setting that neither diverged nor were pruned."""
+        """Return the runs of a setting that are in its mean."""
         return [run for run in self.outcomes if run.setting == setting and not run.ended]
 
     # ------------------------------------------------------------------------------ statistics
 
-    def levels(self, factor: str) -> dict[str, dict[int, float]]:
+    def by_level(self, factor: str) -> dict[str, dict[int, float]]:
         """Return for each level of a factor the value of `choose` by seed, as a mean over the
         levels of the other factors; a seed that lacks one of these settings does not count."""
         seeds = sorted({run.seed for run in self.outcomes})
@@ -173,21 +178,20 @@ class Answer:
         """Compare the levels of each factor by paired t-tests, corrected together after Holm."""
         found = []
         for factor in self.factors():
-            levels = self.levels(factor)
+            levels = self.by_level(factor)
             for one, other in itertools.combinations(levels, 2):
                 if self.baseline is not None and self.baseline not in (one, other):
                     continue
                 if other == self.baseline:
                     one, other = other, one
                 seeds = [seed for seed in levels[one] if seed in levels[other]]
-                if len(seeds) < 2:
+                if len(seeds) < PAIRS:
                     continue
                 pairs = [(levels[other][seed], levels[one][seed]) for seed in seeds]
                 gains = [a - b for a, b in pairs]
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # of pairs that all differ by the same
-                    p = float(stats.ttest_rel(*zip(*pairs, strict=True)).pvalue)
-                p = p if math.isfinite(p) else 1.0
+                # Pairs that all differ by the same do not show how much chance does.
+                varies = max(gains) - min(gains) > 1e-9
+                p = float(stats.ttest_rel(*zip(*pairs, strict=True)).pvalue) if varies else 1.0
                 found.append(Difference(factor, one, other, len(seeds), Mean.of(gains), p))
         if found:
             corrected = multipletests([one.p for one in found], method="holm")[1]
@@ -197,14 +201,25 @@ class Answer:
 
     def conclusion(self) -> str:
         """Say in one sentence what the data decide."""
-        clauses = [self._decided(factor) for factor in self.factors()]
-        for word in ("diverged", "pruned"):
-            for setting in self.settings:
-                runs = [run.ended for run in self.outcomes if run.setting == setting]
-                if count := sum(ended.startswith(word) for ended in runs):
-                    clauses.append(f"the setting {setting} {word} in {count} of {len(runs)} runs")
-        text = "; ".join(clause for clause in clauses if clause)
-        return f"{text[:1].upper()}{text[1:]}." if text else "Too few runs to compare."
+        clauses = [clause for factor in self.factors() if (clause := self._decided(factor))]
+        if not clauses:
+            clauses = [f"too few runs to compare: it takes {PAIRS} seeds of two settings"]
+        if self.is_search:
+            clauses.append(
+                f"the best of {len(self.settings)} settings looks better by {self.choose} than it "
+                "is: new seeds would tell"
+            )
+        else:
+            for word in ENDINGS:
+                for setting in self.settings:
+                    runs = [run.ended for run in self.outcomes if run.setting == setting]
+                    if count := sum(ended.startswith(word) for ended in runs):
+                        verb = word if word == "diverged" else f"was {word}"
+                        clauses.append(
+                            f"the setting {setting} {verb} in {count} of {len(runs)} runs"
+                        )
+        text = "; ".join(clauses)
+        return f"{text[:1].upper()}{text[1:]}."
 
     def _decided(self, factor: str) -> str:
         ours = [one for one in self.differences if one.factor == factor]
@@ -212,27 +227,31 @@ class Answer:
             return ""
         if self.baseline is not None:
             return self._decided_against_baseline(ours)
-        levels = self.levels(factor)
-        means = {level: float(np.mean(list(v.values()))) for level, v in levels.items() if v}
+        levels = self.by_level(factor)
+        most = max(map(len, levels.values()))  # others have lost runs, and not by chance
+        means = {k: float(np.mean(list(v.values()))) for k, v in levels.items() if len(v) == most}
         best = max(means, key=lambda level: self.sign * means[level])
         against = {
             (one.other if one.one == best else one.one): one
             for one in ours
-            if best in (one.one, one.other)
+            if best in (one.one, one.other) and {one.one, one.other} <= set(means)
         }
         worse = [level for level, one in against.items() if one.is_real]
         open_ = [level for level, one in against.items() if not one.is_real]
         lead = f"for {factor}, " if factor else ""
         leader = f"{best} has the best mean {self.choose}, {self._value(Mean(means[best]))}"
+        lost = [level for level in levels if level not in means]
+        fewer = f" ({_listed(lost)} left out: too few whole runs)" if lost else ""
         if not worse:
             least = min(one.p for one in ours)
             rest = "no difference is" if least >= CHANCE else "its lead over none of the others is"
             return (
                 f"{lead}the data do not decide: {leader}, but {rest} larger than chance"
-                f"{f' (smallest p {least:.2f})' if least >= CHANCE else ''}"
+                f"{f' (smallest p {least:.2f})' if least >= CHANCE else ''}" + fewer
             )
         text = f"{lead or 'the setting '}{leader}, beyond chance better than {_listed(worse)}"
-        return text + (f"; between it and {_listed(open_)} the data do not decide" if open_ else "")
+        text += f"; between it and {_listed(open_)} the data do not decide" if open_ else ""
+        return text + fewer
 
     def _decided_against_baseline(self, ours: list[Difference]) -> str:
         groups: dict[str, list[str]] = {"better": [], "worse": [], "undecided": []}
@@ -277,7 +296,7 @@ class Answer:
                     "seconds": Mean.of([run.seconds() for run in runs]),
                     "ended": ", ".join(
                         f"{sum(e.startswith(word) for e in ended)} {word}"
-                        for word in ("diverged", "pruned")
+                        for word in ENDINGS
                         if any(e.startswith(word) for e in ended)
                     ),
                 }
@@ -285,15 +304,16 @@ class Answer:
         return found
 
     def ranked(self) -> list[str]:
-        """Return the settings in the order of the question, the best first if they are many."""
-        if len(self.settings) <= SHOWN:
+        """Return the settings in the order of the question; if they are many or picked by a search,
+        those with most whole runs first, of these the best."""
+        if len(self.settings) <= SHOWN and not self.is_search:
             return list(self.settings)
 
-        def mean(setting: str) -> float:
+        def rank(setting: str) -> tuple[int, float]:
             values = [v for (name, _), v in self.values.items() if name == setting]
-            return self.sign * float(np.mean(values)) if values else -math.inf
+            return len(values), self.sign * float(np.mean(values)) if values else 0.0
 
-        return sorted(self.settings, key=mean, reverse=True)
+        return sorted(self.settings, key=rank, reverse=True)
 
     def columns(self) -> list[tuple[str, list[str]]]:
         """Return the table of settings as columns: header and cells."""
@@ -368,7 +388,11 @@ class Answer:
         ]
         headers = ("setting", "seed", "val/acc, %", "test/acc, %", "best epoch", "seconds", "")
         every = [(h, list(c)) for h, c in zip(headers, zip(*runs, strict=True), strict=True)]
-        machines = sorted({run.machine for run in self.outcomes if run.machine})
+        machines = Counter(run.machine for run in self.outcomes if run.machine)
+        where = "; ".join(
+            f"{count} {'' if machine.startswith('taken') else 'on '}{machine}"
+            for machine, count in sorted(machines.items())
+        )
         parts = [
             f"# {self.question}",
             f"```\n{self.command}\n```",
@@ -376,7 +400,12 @@ class Answer:
             _markdown(self.columns()),
             f"± is half the 95 % interval of the mean over seeds (Student's t). The best epoch is "
             f"that of the best {self.choose}; the test set was evaluated there, and chose nothing. "
-            "Epochs count from 0.",
+            "Epochs count from 0."
+            + (
+                " A run that did not end well is in no mean."
+                if any(run[-1] for run in runs)
+                else ""
+            ),
         ]
         if self.differences:
             parts += [
@@ -392,7 +421,7 @@ class Answer:
             "![Curves, mean and range over seeds](curves.png)",
             "## Every run",
             _markdown(every),
-            *(f"On {machine}." for machine in machines),
+            f"Runs: {where}." if where else "",
         ]
         return "\n\n".join(parts) + "\n"
 
@@ -502,17 +531,17 @@ class Answer:
 
     def write(self, folder: Path, console: Console) -> None:
         """Print the answer; write `answer.md`, `answer.csv`, `summary.png` and `curves.png`."""
-        console.print(f"\n[bold]{self.question}[/]")
-        console.print(_table(self.columns()))
-        if self.differences:
-            console.print(_table(self.compared_columns()))
-        console.print(self.conclusion(), markup=False)
         for name, figure in (("summary", self.summary_figure()), ("curves", self.curves_figure())):
             png = io.BytesIO()
             figure.savefig(png, format="png", dpi=110)
             write_whole(folder / f"{name}.png", png.getvalue())
         write_whole(folder / "answer.csv", self.csv().encode())
         write_whole(folder / "answer.md", self.markdown().encode())
+        console.print(f"\n{self.question}", style="bold", markup=False)
+        console.print(_table(self.columns()))
+        if self.differences:
+            console.print(_table(self.compared_columns()))
+        console.print(self.conclusion(), markup=False)
         console.print(
             f"\nanswer  {folder / 'answer.md'}\nview    tensorboard --logdir {folder}", markup=False
         )
@@ -537,7 +566,7 @@ def _table(columns: list[tuple[str, list[str]]]) -> Table:
     for number, (header, _) in enumerate(columns):
         table.add_column(header, justify="right" if number else "left", no_wrap=not number)
     for row in zip(*(cells for _, cells in columns), strict=True):
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     return table
 
 
@@ -545,4 +574,5 @@ def _markdown(columns: list[tuple[str, list[str]]]) -> str:
     """Return a table in Markdown."""
     rows = [[header for header, _ in columns], ["---"] * len(columns)]
     rows += [list(row) for row in zip(*(cells for _, cells in columns), strict=True)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)

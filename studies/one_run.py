@@ -1,5 +1,6 @@
 """One run of a study: `train.py fit` in a process of its own."""
 
+import contextlib
 import multiprocessing
 import os
 import shutil
@@ -13,12 +14,13 @@ from typing import Any
 import torch
 import yaml
 from filelock import FileLock
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 import train
 from callbacks import History
 from callbacks.history import Row
-from runs import forget, is_newest, read_checkpoint
+from runs import read_checkpoint
 from studies.question import DryRun
 from terminal import errors_in_one_line, quieten
 
@@ -40,7 +42,10 @@ class Reporter(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Send all rows, and wait for the answer."""
         self.connection.send(("epoch", self.rows(trainer)))
-        trainer.should_stop = trainer.should_stop or self.connection.recv()
+        try:
+            trainer.should_stop = self.connection.recv() or trainer.should_stop
+        except EOFError:
+            sys.exit("stopped with its study")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Send all rows for the last time."""
@@ -54,11 +59,11 @@ def fit(
 
     Args:
         command: The command line, should nothing be kept yet.
-        folder: Holds the run's `version_0`, and `fit.log` for what it prints.
+        folder: Holds the run's `version_<n>`, and `fit.log` for what it prints.
         devices: The value of CUDA_VISIBLE_DEVICES, if this run has GPUs of its own.
         threads: How many cores it may use.
-        link: Takes ("epoch", rows), answers whether to stop; at last ("done", rows) or
-            ("failed", why).
+        link: Takes ("epoch", rows), answers whether to stop; at last ("done", rows), ("taken",
+            (rows, study)) for a run that another study has done, or ("failed", why).
 
     """
     threading.Thread(target=_die_with_parent, daemon=True).start()
@@ -75,44 +80,88 @@ def fit(
     try:
         # A process that lost its parent may take a moment to end.
         with FileLock(folder / ".lock", timeout=60), errors_in_one_line():
-            for version in folder.glob("version_*"):
-                forget(version)  # if it was stopped in its first epoch
-            kept = [path for path in folder.glob("version_*/checkpoints/*.ckpt") if is_newest(path)]
-            if not kept and (twin := find_twin(command, folder)):
+            settings = settings_of(command)
+            newest = newest_kept(folder, settings)
+            if newest is None and (twin := find_twin(folder, settings)):
                 print(f"the same run as {twin}: taken from there")
-                shutil.copytree(twin, folder / "version_0", copy_function=os.link)
-                link.send(("done", _rows_kept(twin)))
+                copy_whole(twin, folder / twin.name)
+                link.send(("taken", (rows_of(twin), twin.parents[1].name)))
                 return
             reporter = Reporter(link)
-            train.CLI(["fit", f"--ckpt_path={kept[0]}"] if kept else command, [reporter])
+            train.CLI(["fit", f"--ckpt_path={newest}"] if newest else command, [reporter])
         link.send(("done", reporter.final))
-    except SystemExit as stop:
-        link.send(("failed", str(stop.code)))
-    except Exception as error:
-        traceback.print_exc()
-        link.send(("failed", f"{type(error).__name__}: {error}, see {folder / 'fit.log'}"))
+    except (SystemExit, Exception) as error:
+        why = str(error)
+        if isinstance(error, Exception):
+            traceback.print_exc()
+            why = f"{type(error).__name__}: {error}, see {folder / 'fit.log'}"
+        with contextlib.suppress(OSError):  # nobody may be there any more
+            link.send(("failed", why))
 
 
-def find_twin(command: list[str], folder: Path) -> Path | None:
-    """Return a whole run of another study that has the same settings and so the same results."""
-
-    def common(settings: dict[str, Any]) -> dict[str, Any]:
-        for key in ("name", "ckpt_path", "config"):
-            settings.pop(key, None)
-        del settings["trainer"]["default_root_dir"]
-        return settings
-
+def settings_of(command: list[str]) -> dict[str, Any]:
+    """Return all settings that a command line of `fit` comes to, but for what it writes where."""
     cli = DryRun(command)
-    own = common(yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))["fit"])
-    studies, seed = folder.parents[1], folder.name.rpartition(",")[2]
-    for weights in studies.glob(f"*/*,{seed}/version_*/model.pth"):
-        config = weights.with_name("config.yaml")
-        if config.exists() and common(yaml.safe_load(config.read_text())) == own:
-            return weights.parent
+    return _common(yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))["fit"])
+
+
+def _settings_in(version: Path) -> dict[str, Any] | None:
+    """Return the settings of a run that has been trained, as `settings_of` does."""
+    config = version / "config.yaml"
+    return _common(yaml.safe_load(config.read_text())) if config.exists() else None
+
+
+def _common(settings: dict[str, Any]) -> dict[str, Any]:
+    for key in ("name", "ckpt_path", "config"):
+        settings.pop(key, None)
+    del settings["trainer"]["default_root_dir"]
+    return settings
+
+
+def newest_kept(folder: Path, settings: dict[str, Any]) -> Path | None:
+    """Return the newest whole checkpoint of a run with these settings, if it was stopped, and
+    remove what was stopped before it had one."""
+    steps: dict[int, Path] = {}
+    for version in folder.glob("version_*"):
+        paths = list(version.glob("checkpoints/*.ckpt"))
+        if not paths:
+            shutil.rmtree(version)
+        elif _settings_in(version) == settings:
+            for path in paths:
+                with contextlib.suppress(MisconfigurationException):  # damaged
+                    steps[read_checkpoint(path)["global_step"]] = path
+    return steps[max(steps)] if steps else None
+
+
+def find_twin(folder: Path, settings: dict[str, Any]) -> Path | None:
+    """Return a run of another study, trained to its last epoch, that has the same settings and so
+    the same results."""
+    seed = folder.name.rpartition(",")[2]
+    for weights in sorted(folder.parents[1].glob(f"*/*,{seed}/version_*/model.pth")):
+        version = weights.parent
+        rows = rows_of(version)
+        is_whole = bool(rows) and rows[-1]["epoch"] + 1 == settings["trainer"]["max_epochs"]
+        if is_whole and _settings_in(version) == settings:
+            return version
     return None
 
 
-def _rows_kept(version: Path) -> list[Row]:
+def copy_whole(version: Path, to: Path) -> None:
+    """Copy a run, whole or not at all; on one disk, without using space twice."""
+
+    def link_or_copy(source: str, target: str) -> None:
+        try:
+            os.link(source, target)
+        except OSError:  # not every disk has links
+            shutil.copy2(source, target)
+
+    scratch = to.with_name(f".{to.name}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    shutil.copytree(version, scratch, copy_function=link_or_copy)
+    scratch.rename(to)
+
+
+def rows_of(version: Path) -> list[Row]:
     """Return the epochs of a run by its last checkpoint."""
     checkpoint = version / "checkpoints" / "last.ckpt"
     if not checkpoint.exists():

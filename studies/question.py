@@ -1,7 +1,9 @@
 """What a study asks, and whether that can be run."""
 
+import hashlib
 import itertools
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +19,7 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
+from optuna.samplers import BruteForceSampler, GridSampler
 
 import train
 
@@ -43,7 +46,9 @@ class Range:
     def distribution(self) -> BaseDistribution:
         """Return the range as Optuna takes it."""
         if isinstance(self.low, int) and isinstance(self.high, int):
-            return IntDistribution(self.low, self.high, self.log, int(self.step or 1))
+            if isinstance(self.step, float):
+                raise ValueError(f"step {self.step} between whole numbers")
+            return IntDistribution(self.low, self.high, self.log, self.step or 1)
         return FloatDistribution(self.low, self.high, self.log, self.step)
 
 
@@ -62,8 +67,8 @@ class Question:
         seeds: Each setting is run once for each of them.
         choose: What names the best epoch, and the best setting: `val/acc` or `val/loss`.
         fixed: Flags for all runs, on top of the recipe.
-        baseline: The name of a setting: compare the others with this one only, not each with each.
-        sampler: Picks the settings of a search.
+        baseline: The name of a variant: compare the others with this one only, not each with each.
+        sampler: Picks the settings of a search (default: TPE).
         pruner: Stops runs that do worse than others at the same epoch.
 
     """
@@ -107,7 +112,7 @@ class Question:
     def name_of(self, flags: Flags) -> str:
         """Return the name of a setting: its variant's, or what its flags say."""
         for name, own in self.variants.items():
-            if (own or {}) == flags:
+            if as_text(own or {}) == as_text(flags):
                 return name
         every = [*self.grid, *self.search]
         return ",".join(f"{_short(flag, every)}={_text(value)}" for flag, value in flags.items())
@@ -147,7 +152,16 @@ class Question:
         contents = [yaml.safe_load(Path(file).read_text()) for file in files]
         elsewhere = ("data.root", "data.sources", "data.download", "trainer.accelerator")
         fixed = {flag: value for flag, value in self.fixed.items() if flag not in elsewhere}
-        return json.dumps([contents, fixed, self.choose], sort_keys=True)
+        parts = [contents, fixed, self.choose] + ([self.search] if self.search else [])
+        return json.dumps(parts, sort_keys=True, default=vars)
+
+    def folder_of(self, flags: Flags, seed: int) -> str:
+        """Return the name of a run's folder, which no other run of the study has."""
+        setting = self.name_of(flags).replace(" ", "_")
+        name = re.sub(r"[^\w.,=+-]+", "_", setting)
+        if name != setting or len(name) > 100:  # others may come to the same
+            name = f"{name[:80]}-{hashlib.sha256(as_text(flags).encode()).hexdigest()[:8]}"
+        return f"{name},seed={seed}"
 
     def command(self, flags: Flags, seed: int, folder: Path, name: str) -> list[str]:
         """Return the command line of one run, without `python train.py`."""
@@ -182,9 +196,14 @@ def _short(flag: str, flags: list[str]) -> str:
     return flag
 
 
+def as_text(value: Any) -> str:
+    """Return plain data as JSON, equal for equal data."""
+    return json.dumps(value, sort_keys=True)
+
+
 def run_key(flags: Flags, seed: int) -> tuple[str, int]:
     """Return what two runs of one study must differ in."""
-    return json.dumps(flags, sort_keys=True), seed
+    return as_text(flags), seed
 
 
 class DryRun(train.CLI):
@@ -215,15 +234,21 @@ def check(question: Question, settings: dict[str, Flags]) -> dict[str, int]:
         raise MisconfigurationException(
             f"choose is {question.choose}: choose by val/acc or val/loss, never by the test set"
         )
-    if question.baseline is not None and question.baseline not in settings and settings:
+    if question.baseline is not None and question.baseline not in question.variants:
+        names = ", ".join(question.variants) or "variants, of which this study has none"
         raise MisconfigurationException(
-            f"baseline {question.baseline} is no setting: name one of {', '.join(settings)}"
+            f"baseline {question.baseline} is no variant: name one of {names}"
         )
+    if isinstance(question.sampler, GridSampler | BruteForceSampler):
+        raise MisconfigurationException("sampler: to run every combination, use grid")
+    for values in (*question.grid.values(), *question.search.values()):
+        if values == []:
+            raise MisconfigurationException(f"{kinds[0]}: a flag has no values")
     question.distributions()
-    if any(not values for values in question.grid.values()):
-        raise MisconfigurationException("grid: a flag has no values")
-    if len({json.dumps(flags, sort_keys=True) for flags in settings.values()}) < len(settings):
-        raise MisconfigurationException("variants: two of them are the same")
+    if len(set(map(as_text, settings.values()))) < len(settings):
+        raise MisconfigurationException(f"{kinds[0]}: two settings are the same")
+    if len({question.folder_of(flags, 0) for flags in settings.values()}) < len(settings):
+        raise MisconfigurationException(f"{kinds[0]}: two names differ only in spaces")
     ours = {"seed_everything": "seeds", "name": "--folder", "trainer.default_root_dir": "--folder",
             "ckpt_path": "another study", "config": "config", "checkpoint.monitor": "choose",
             "checkpoint.mode": "choose"}  # fmt: skip
@@ -238,7 +263,13 @@ def check(question: Question, settings: dict[str, Flags]) -> dict[str, int]:
             cli = DryRun(question.command(flags, question.seeds[0], Path("runs"), "check"))
         except MisconfigurationException as error:
             raise MisconfigurationException(f"setting {name}: {error}") from error
-        if cli.config.fit.data.val_size == 0:
+        config = cli.config.fit
+        if config.data.val_size == 0:
             raise MisconfigurationException(f"setting {name}: data.val_size 0 leaves no validation")
-        epochs[name] = cli.config.fit.trainer.max_epochs
+        ends = (config.checkpoint.monitor, config.trainer.default_root_dir, config.name)
+        if ends != (question.choose, "runs", "check") or config.checkpoint.save_top_k == 0:
+            raise MisconfigurationException(
+                f"setting {name}: what is kept of a run, and where, belongs to the study"
+            )
+        epochs[name] = config.trainer.max_epochs
     return epochs

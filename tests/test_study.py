@@ -1,6 +1,8 @@
 """Studies: many runs, one answer; stopped, shared, extended."""
 
+import contextlib
 import csv
+import io
 import json
 import os
 import re
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 
 import study
 from studies.answer import Answer, Outcome
+from studies.question import Question
 from tests.conftest import Run
 
 ROOT = Path(__file__).parents[1]
@@ -58,13 +61,15 @@ class Dies(nn.Module):
         return self.layers(images)
 
 
-Ask = Callable[..., str]
-
-
 @pytest.fixture
 def ask(arrays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Write a study of the small data set in an empty folder."""
     monkeypatch.chdir(tmp_path)
+    return asking(arrays)
+
+
+def asking(arrays: Path) -> Callable[..., Path]:
+    """Return what writes a study of the small data set, here."""
 
     def ask(fixed: dict[str, Any] | None = None, **settings: Any) -> Path:
         small = {
@@ -73,7 +78,7 @@ def ask(arrays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
             "data.val_size": 200,
             "data.batch_size": 100,
             "model.optimizer.lr": 0.002,
-            "trainer.max_epochs": 2,
+            "trainer.max_epochs": 1,
             "trainer.accelerator": "cpu",
         }
         varied = {*settings.get("grid", {}), *settings.get("search", {})}
@@ -81,20 +86,44 @@ def ask(arrays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
         asked = {
             "question": "Which one?",
             "config": str(ROOT / "configs" / "base.yaml"),
-            "seeds": [0, 1],
+            "seeds": [0],
             "fixed": small | (fixed or {}),
             **settings,
         }
-        file = tmp_path / "question.yaml"
+        file = Path("question.yaml")
         file.write_text(yaml.safe_dump(asked, sort_keys=False))
         return file
 
     return ask
 
 
+GRID = {"model.optimizer.lr": [0.002, 0.0001]}
+TWO = {"trainer.max_epochs": 2}
+
+
+@pytest.fixture(scope="session")
+def finished(arrays: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder with a finished study of two settings and two seeds, and what it printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.chdir(folder)
+        study.main([str(asking(arrays)(TWO, grid=GRID, seeds=[0, 1])), "--jobs", "2"])
+    return folder, printed.getvalue()
+
+
+@pytest.fixture
+def after(
+    finished: tuple[Path, str], tmp_path: Path, ask: Callable[..., Path]
+) -> Callable[..., Path]:
+    """Be where that study was run, in a copy, and write another."""
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    return ask
+
+
 def runs(folder: Path = FOLDER) -> dict[str, Path]:
     """Return the folders of the runs by name."""
-    return {path.parent.name: path for path in folder.glob("*/version_*")}
+    return {path.parent.name: path for path in sorted(folder.glob("*/version_*"))}
 
 
 def table(folder: Path = FOLDER) -> list[dict[str, str]]:
@@ -104,8 +133,8 @@ def table(folder: Path = FOLDER) -> list[dict[str, str]]:
     return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
 
 
-def record(storage: str = "sqlite:///runs/question/study.db", name: str = "question") -> list[Any]:
-    return optuna.load_study(study_name=name, storage=storage).trials
+def record(storage: str = "sqlite:///runs/question/study.db") -> list[Any]:
+    return optuna.load_study(study_name="question", storage=storage).trials
 
 
 def starts(folder: Path = FOLDER) -> int:
@@ -113,10 +142,19 @@ def starts(folder: Path = FOLDER) -> int:
     return sum(log.read_text().count("conv1.0") for log in folder.glob("*/fit.log"))
 
 
-def command(*args: object, **kwargs: Any) -> subprocess.Popen[str]:
-    """Start `python study.py` as a user does, with all that it starts in a group of its own."""
+def command(*args: object, core: int | None = None) -> subprocess.Popen[str]:
+    """Start `python study.py` as a user does, with all that it starts in a group of its own; on a
+    core of its own, if there is a choice."""
+
+    def on_core() -> None:
+        if core is not None and hasattr(os, "sched_setaffinity"):
+            cores = sorted(os.sched_getaffinity(0))
+            os.sched_setaffinity(0, {cores[core % len(cores)]})
+
     words = [sys.executable, str(ROOT / "study.py"), *map(str, args)]
-    return subprocess.Popen(words, start_new_session=True, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        words, start_new_session=True, stdout=subprocess.PIPE, text=True, preexec_fn=on_core
+    )
 
 
 def fails(capsys: pytest.CaptureFixture[str], *args: object) -> str:
@@ -136,15 +174,14 @@ def fails(capsys: pytest.CaptureFixture[str], *args: object) -> str:
 
 
 def test_a_study_runs_every_setting_with_every_seed_and_answers(
-    ask: Callable[..., Path], run: Run, capsys: pytest.CaptureFixture[str]
+    finished: tuple[Path, str], after: Callable[..., Path]
 ) -> None:
-    file = ask(grid={"model.optimizer.lr": [0.002, 0.0001]})
-    study.main([str(file), "--jobs", "2"])
-    out = capsys.readouterr().out
+    out = finished[1]
     names = [f"lr={lr},seed={seed}" for lr in (0.002, 0.0001) for seed in (0, 1)]
     assert sorted(runs()) == sorted(names)
     for name in names:
         assert f"{name}: val/acc" in out
+    assert "[4/4] " in out
 
     # the table says what the runs' own files say
     for row, lr in zip(table(), (0.002, 0.0001), strict=True):
@@ -153,73 +190,87 @@ def test_a_study_runs_every_setting_with_every_seed_and_answers(
             with (runs()[f"lr={lr},seed={seed}"] / "metrics.csv").open() as metrics:
                 epochs = [{k: float(v) for k, v in e.items()} for e in csv.DictReader(metrics)]
             chosen.append(max(epochs, key=lambda epoch: epoch["val/acc"]))
-        for key, column in (("val/acc", "val/acc"), ("test/acc", "test/acc"), ("epoch", "epoch")):
+        for key in ("val/acc", "test/acc", "epoch"):
             values = [epoch[key] for epoch in chosen]
-            assert float(row[column]) == pytest.approx(sum(values) / 2, abs=1e-6)
+            assert float(row[key]) == pytest.approx(sum(values) / 2, abs=1e-6)
     answer = (FOLDER / "answer.md").read_text()
     assert "# Which one?" in answer
-    assert f"python study.py {file}" in answer
+    assert "python study.py question.yaml --jobs 2" in answer
     for name in ("summary.png", "curves.png"):
         assert (FOLDER / name).read_bytes().startswith(b"\x89PNG")
         assert f"({name})" in answer
 
-    # each run is one that `train.py fit` makes, here with one of two cores
+
+def test_each_run_is_one_that_train_makes(after: Callable[..., Path], run: Run) -> None:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # as the study's two jobs had, where there are two cores
     run("fit", "--config", ROOT / "configs" / "base.yaml", "--data.batch_size", "100",
         "--model.optimizer.lr", "0.0001", "--seed_everything", "1", "--name", "alone")  # fmt: skip
     torch.set_num_threads(threads)
     last = Path("checkpoints/last.ckpt")
     alone = torch.load(Path("runs/alone/version_0") / last, weights_only=True)["state_dict"]
     ours = torch.load(runs()["lr=0.0001,seed=1"] / last, weights_only=True)["state_dict"]
-    assert all(torch.equal(alone[key], ours[key]) for key in alone)
+    assert all(torch.allclose(alone[key], ours[key], atol=1e-4) for key in alone)
+    assert table_of_run(Path("runs/alone/version_0")) == table_of_run(runs()["lr=0.0001,seed=1"])
 
 
-def test_adding_a_seed_runs_the_new_one_only(ask: Callable[..., Path]) -> None:
-    settings = {"grid": {"data.batch_size": [100, 200]}}
-    study.main([str(ask(seeds=[0], **settings))])
+def table_of_run(version: Path) -> list[str]:
+    """Return the validation accuracies of a run."""
+    with (version / "metrics.csv").open() as metrics:
+        return [row["val/acc"] for row in csv.DictReader(metrics)]
+
+
+def test_adding_a_seed_runs_the_new_one_only(after: Callable[..., Path]) -> None:
     before = {name: (path / "model.pth").stat().st_mtime_ns for name, path in runs().items()}
-    study.main([str(ask(seeds=[0, 1], **settings))])
-    assert sorted(runs()) == [f"batch_size={b},seed={s}" for b in (100, 200) for s in (0, 1)]
-    assert all((runs()[name] / "model.pth").stat().st_mtime_ns == t for name, t in before.items())
     assert starts() == 4
-    assert [row["seeds"] for row in table()] == ["2", "2"]
+    study.main([str(after(TWO, grid=GRID, seeds=[0, 1, 2])), "--jobs", "2"])
+    assert sorted(runs()) == [f"lr={lr},seed={s}" for lr in (0.0001, 0.002) for s in (0, 1, 2)]
+    assert all((runs()[name] / "model.pth").stat().st_mtime_ns == t for name, t in before.items())
+    assert starts() == 6
+    assert [row["seeds"] for row in table()] == ["3", "3"]
 
 
-def test_a_run_that_another_study_has_done_is_taken_from_there(ask: Callable[..., Path]) -> None:
-    file = ask(grid={"trainer.max_epochs": [1, 2]}, seeds=[0])
-    study.main([str(file)])
-    shutil.copy(file, "other.yaml")
-    study.main(["other.yaml"])
+def test_a_run_that_another_study_has_done_is_taken_from_there(
+    after: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    # one of the runs there was stopped before its last epoch: it is none to take
+    stopped = runs()["lr=0.002,seed=1"]
+    for name in ("epoch_01.ckpt", "last.ckpt"):
+        (stopped / "checkpoints" / name).unlink()
+    shutil.copy(stopped / "checkpoints" / "epoch_00.ckpt", stopped / "checkpoints" / "last.ckpt")
+    after(TWO, grid=GRID, seeds=[0, 1]).rename("other.yaml")
+    study.main(["other.yaml", "--jobs", "2"])
     other = Path("runs/other")
-    assert starts(other) == 0
+    assert starts(other) == 1
     assert table(other) == table()
-    assert (runs(other)["max_epochs=2,seed=0"] / "checkpoints" / "epoch_01.ckpt").exists()
+    assert capsys.readouterr().out.count("taken from the study question") == 3
+    assert "3 taken from the study question" in (other / "answer.md").read_text()
+    assert (runs(other)["lr=0.002,seed=0"] / "checkpoints" / "epoch_01.ckpt").exists()
 
 
-def test_hparams_of_tensorboard_show_what_differs(ask: Callable[..., Path]) -> None:
-    study.main([str(ask(grid={"model.network.dense_units": [20, 30]}, seeds=[3]))])
-    events = EventAccumulator(str(runs()["dense_units=20,seed=3"])).Reload()
+def test_hparams_of_tensorboard_show_what_differs(after: Callable[..., Path]) -> None:
+    events = EventAccumulator(str(runs()["lr=0.0001,seed=1"])).Reload()
     chosen = {key: events.Scalars(f"chosen/{key}")[-1].value for key in ("val/acc", "epoch")}
-    assert chosen["val/acc"] == pytest.approx(float(table()[0]["val/acc"]), abs=1e-6)
-    assert chosen["epoch"] == float(table()[0]["epoch"])
+    with (runs()["lr=0.0001,seed=1"] / "metrics.csv").open() as metrics:
+        best = max(csv.DictReader(metrics), key=lambda epoch: float(epoch["val/acc"]))
+    assert chosen == pytest.approx({key: float(best[key]) for key in chosen}, abs=1e-6)
     content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     start = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info
-    assert start.hparams["model.network.dense_units"].number_value == 20
-    assert start.hparams["seed_everything"].number_value == 3
+    assert start.hparams["model.optimizer.lr"].number_value == 0.0001
+    assert start.hparams["seed_everything"].number_value == 1
 
 
 def test_a_run_that_diverges_is_reported_and_stops_nothing(
     ask: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    study.main([str(ask(grid={"model.optimizer.lr": [1000, 0.002]}, seeds=[0]))])
+    study.main([str(ask(TWO, grid={"model.optimizer.lr": [1000, 0.002]})), "--jobs", "2"])
     out = capsys.readouterr().out
     assert re.search(r"lr=1000,seed=0: diverged: train/loss \S+ in epoch 1", out)
     assert "lr=0.002,seed=0: val/acc" in out
     wild, sane = table()
     assert (wild["seeds"], wild["ended"], wild["val/acc"]) == ("0", "1 diverged", "")
     assert (sane["seeds"], sane["ended"]) == ("1", "")
-    assert "the setting lr=1000 diverged in 1 of 1 runs" in out.replace("\n", " ")
+    assert "the setting lr=1000 diverged in 1 of 1 runs" in (FOLDER / "answer.md").read_text()
 
 
 def test_a_run_that_fails_stops_nothing_and_is_tried_again(
@@ -227,21 +278,23 @@ def test_a_run_that_fails_stops_nothing_and_is_tried_again(
 ) -> None:
     variants = {
         "fails": {"model.network": {"class_path": "tests.test_study.Fails"}},
-        "dies": {"model.network": {"class_path": "tests.test_study.Dies"}},
+        "dies [red]": {"model.network": {"class_path": "tests.test_study.Dies"}},
         "works": {},
     }
-    file = ask(variants=variants, seeds=[0])
+    file = ask(variants=variants)
     Path("fail").touch()
     with pytest.raises(SystemExit, match="2 failed"):
-        study.main([str(file)])
+        study.main([str(file), "--jobs", "2"])
     out = capsys.readouterr().out
     assert "fails,seed=0: failed: RuntimeError: out of luck" in out
-    assert "dies,seed=0: failed: its process ended with exit code -9" in out
+    assert re.search(r"dies\S+,seed=0: failed: its process ended with exit code -9", out)
     assert "works,seed=0: val/acc" in out
     Path("fail").unlink()
     with pytest.raises(SystemExit, match="1 failed"):
-        study.main([str(file)])
-    assert "works,seed=0" not in capsys.readouterr().out.split("Which one?")[0]
+        study.main([str(file), "--jobs", "2"])
+    out = capsys.readouterr().out
+    assert "works,seed=0" not in out.split("Which one?")[0]
+    assert "dies [red]" in out, "names are no markup"
     assert [row["seeds"] for row in table()] == ["1", "0", "1"]
 
 
@@ -256,7 +309,9 @@ def test_a_search_picks_settings_prunes_and_gives_each_all_seeds(
         "class_path": "optuna.pruners.ThresholdPruner",
         "init_args": {"lower": 0.3, "n_warmup_steps": 1},
     }
-    study.main([str(ask(search=search, trials=3, pruner=pruner, fixed={"trainer.max_epochs": 3}))])
+    sampler = {"class_path": "optuna.samplers.RandomSampler", "init_args": {"seed": 0}}
+    asked = {"search": search, "trials": 3, "seeds": [0, 1], "sampler": sampler, "pruner": pruner}
+    study.main([str(ask({"trainer.max_epochs": 3}, **asked)), "--jobs", "2"])
     trials = record()
     picked = [trial for trial in trials if "picked" in trial.user_attrs]
     assert len(picked) == 3
@@ -269,63 +324,99 @@ def test_a_search_picks_settings_prunes_and_gives_each_all_seeds(
         assert (trial.state == TrialState.PRUNED) == (min(late) < 0.3)
         assert trial.state == TrialState.PRUNED or len(rows) == 3
     assert {trial.state for trial in picked} == {TrialState.PRUNED, TrialState.COMPLETE}
+    assert [row["seeds"] for row in table()] == sorted(row["seeds"] for row in table())[::-1]
+
+
+def test_a_search_goes_on_with_what_it_picked_and_ends_when_all_is_picked(
+    ask: Callable[..., Path],
+) -> None:
+    search = {"data.batch_size": [100, 200]}
+    network = {"model.network": {"class_path": "tests.test_study.Fails"}}
+    file = ask(network, search=search, trials=9)
+    Path("fail").touch()
+    with pytest.raises(SystemExit, match="no run has ended yet"):
+        study.main([str(file), "--jobs", "2"])
+    Path("fail").unlink()
+    study.main([str(file), "--jobs", "2"])
+    assert sorted(row["setting"] for row in table()) == ["batch_size=100", "batch_size=200"]
+    done = [trial for trial in record() if trial.state == TrialState.COMPLETE]
+    assert len(done) == 2
 
 
 # ----------------------------------------------------------------------- stopped, shared, resumed
 
 
-def killed_in_an_epoch(process: subprocess.Popen[str], whole: bool) -> None:
-    """Kill a study, with its runs or without, when its second run has some epochs."""
+def killed_in_an_epoch(process: subprocess.Popen[str], epoch: int, whole: bool) -> None:
+    """Kill a study, with its runs or without, when one of its two runs has had an epoch."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         logs = [log.read_text() for log in FOLDER.glob("*/fit.log")]
-        if len(logs) == 2 and any(re.search(r"^ +2 ", log, re.M) for log in logs[1:] + logs[:1]):
+        if len(logs) == 2 and any(re.search(rf"^ +{epoch} ", log, re.M) for log in logs):
             break
         assert process.poll() is None
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL) if whole else process.kill()
     process.communicate()
-
-
-@pytest.mark.parametrize("whole", [True, False])
-def test_killed_in_an_epoch_and_started_again_it_answers_the_same(
-    ask: Callable[..., Path], whole: bool
-) -> None:
-    augment = {"data.augment": [{"class_path": "cifar10.augment.RandomFlip"}]}
-    epochs = {"trainer.max_epochs": 12}
-    file = ask(variants={"plain": {}, "flipped": augment}, seeds=[0], fixed=epochs)
-    process = command(file, "--jobs", 2)
-    killed_in_an_epoch(process, whole)
     assert not (FOLDER / "answer.csv").exists()
     assert not any((path / "model.pth").exists() for path in runs().values()), "killed too late"
-    out, _ = command(file, "--jobs", 2).communicate()
-    assert "Which one?" in out
+
+
+def test_killed_in_an_epoch_and_started_again_it_answers_the_same(
+    ask: Callable[..., Path],
+) -> None:
+    augment = {"data.augment": [{"class_path": "cifar10.augment.RandomFlip"}]}
+    file = ask({"trainer.max_epochs": 12}, variants={"plain": {}, "flipped": augment})
+    killed_in_an_epoch(command(file, "--jobs", 2), epoch=2, whole=True)
+    killed_in_an_epoch(command(file, "--jobs", 2), epoch=5, whole=False)
+    study.main([str(file), "--jobs", "2"])
     broken = table()
     logs = [log.read_text() for log in FOLDER.glob("*/fit.log")]
-    assert starts() == 4
+    assert starts() >= 4
     assert all(log.count("\n    0 ") == 1 for log in logs), "no run began from its start again"
     shutil.rmtree("runs")
     study.main([str(file), "--jobs", "2"])
     assert table() == broken
 
 
-def counted_once(storage: str) -> None:
-    """Assert that every run of the study was done, once."""
+def test_interrupted_it_leaves_its_runs_to_the_next(
+    ask: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    file = ask(TWO, variants={"one": {}})
+    with monkeypatch.context() as patch:
+        patch.setattr("study.Runner._stops", interrupt)
+        with pytest.raises(SystemExit) as stopped:
+            study.main([str(file), "--jobs", "2"])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "stopped; the same command goes on\n"
+    assert [trial.state for trial in record()] == [TrialState.FAIL]
+    study.main([str(file), "--jobs", "2"])
+    assert [row["seeds"] for row in table()] == ["1"]
+
+
+def test_other_settings_in_the_same_folder_are_another_run(ask: Callable[..., Path]) -> None:
+    study.main([str(ask(variants={"one": {}})), "--jobs", "2"])
+    first = table()
+    file = ask(TWO, variants={"one": {}})
+    study.main([str(file), "--jobs", "2", "--storage", "sqlite:///second.db"])
+    assert [path.name for path in sorted(FOLDER.glob("*/version_*"))] == ["version_0", "version_1"]
+    assert table_of_run(FOLDER / "one,seed=0" / "version_0") == [first[0]["val/acc"]]
+    assert len(table_of_run(FOLDER / "one,seed=0" / "version_1")) == 2
+
+
+def shared(ask: Callable[..., Path], storage: str) -> None:
+    """Start one study twice at once, and assert that every run was done, once."""
+    file = ask({"trainer.max_epochs": 4}, grid={"data.batch_size": [100, 200]}, seeds=[0, 1])
+    both = [command(file, "--storage", storage, core=core) for core in range(2)]
+    outs = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
     trials = [t for t in record(storage) if t.state == TrialState.COMPLETE]
     keys = [(json.dumps(t.user_attrs["flags"]), t.user_attrs["seed"]) for t in trials]
     assert len(keys) == len(set(keys)) == 4
     assert starts() == 4
-    workers = {trial.user_attrs["worker"] for trial in trials}
-    assert len(workers) == 2, "both took part"
-
-
-def shared(ask: Callable[..., Path], storage: str) -> None:
-    """Start one study twice at once."""
-    file = ask(grid={"data.batch_size": [100, 200]}, fixed={"trainer.max_epochs": 6})
-    both = [command(file, "--storage", storage) for _ in range(2)]
-    outs = [process.communicate()[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    counted_once(storage)
+    assert len({trial.user_attrs["worker"] for trial in trials}) == 2, "both took part"
     answers = [out[out.index("Which one?") :] for out in outs]
     assert answers[0] == answers[1]
 
@@ -367,10 +458,10 @@ def test_two_processes_share_a_study_in_postgresql(ask: Callable[..., Path], pos
 
 
 def test_a_journal_on_a_shared_disk_is_a_storage(ask: Callable[..., Path]) -> None:
-    file = ask(grid={"data.batch_size": [100]}, seeds=[0])
-    study.main([str(file), "--storage", "journal:journal.log"])
+    file = ask(grid={"data.batch_size": [100]})
+    study.main([str(file), "--jobs", "2", "--storage", "journal:journal.log"])
     before = table()
-    study.main([str(file), "--storage", "journal:journal.log"])
+    study.main([str(file), "--jobs", "2", "--storage", "journal:journal.log"])
     assert table() == before
     assert starts() == 1
 
@@ -378,20 +469,20 @@ def test_a_journal_on_a_shared_disk_is_a_storage(ask: Callable[..., Path]) -> No
 def test_a_worker_elsewhere_keeps_its_run_until_it_falls_silent(
     ask: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = ask(grid={"data.batch_size": [100]}, seeds=[0])
+    file = ask(grid={"data.batch_size": [100]})
     FOLDER.mkdir(parents=True)
     storage = "sqlite:///runs/question/study.db"
     elsewhere = optuna.create_study(study_name="question", storage=storage, direction="maximize")
     elsewhere.enqueue_trial({}, {"flags": {"data.batch_size": 100}, "seed": 0})
     elsewhere.ask().set_user_attr("worker", "elsewhere.1")
-    monkeypatch.setattr("studies.record.SILENCE", 10.0)
+    monkeypatch.setattr("studies.record.SILENCE", 3.0)
     began = time.time()
-    study.main([str(file)])
+    study.main([str(file), "--jobs", "2"])
     out = capsys.readouterr().out
     assert out.index("waits for the runs of others") < out.index("batch_size=100,seed=0: val/acc")
     states = [trial.state for trial in record()]
     assert states == [TrialState.FAIL, TrialState.COMPLETE]
-    assert record()[1].datetime_start.timestamp() > began + 9, "not before it was silent for long"
+    assert record()[1].datetime_start.timestamp() > began + 3, "not before it was silent for long"
 
 
 # ----------------------------------------------------------------- refused before anything runs
@@ -412,8 +503,17 @@ def test_a_worker_elsewhere_keeps_its_run_until_it_falls_silent(
         ({"grid": {"trainer.max_epochs": [1]}, "sedes": [1]}, "sedes: did you mean seeds"),
         ({"grid": {"trainer.max_epochs": [1]}, "seeds": [1, 1]}, "seeds"),
         ({"grid": {"data.augment": []}}, "no values"),
-        ({"variants": {"a": {}, "b": {}}}, "two of them are the same"),
-        ({"variants": {"a": {}}, "baseline": "c"}, "baseline c is no setting"),
+        ({"variants": {"a": {}, "b": {}}}, "two settings are the same"),
+        ({"variants": {"a": {}}, "baseline": "c"}, "baseline c is no variant: name one of a"),
+        ({"variants": {"a b": {}, "a_b": {"seed": 1}}}, "two names differ only in spaces"),
+        ({"grid": {"data.batch_size": [1]}, "baseline": "batch_size=1"}, "has none"),
+        ({"search": {"data.batch_size": []}}, "no values"),
+        ({"search": {"data.batch_size": {"low": 1, "high": 9, "step": 0.5}}}, "step 0.5"),
+        (
+            {"search": {"data.batch_size": [1]}, "sampler": "optuna.samplers.BruteForceSampler"},
+            "use grid",
+        ),
+        ({"variants": {"a": {"checkpoint": {"monitor": "train/acc"}}}}, "belongs to the study"),
         ({"grid": {"trainer.max_epochs": [1]}, "config": "nowhere.yaml"}, "nowhere.yaml"),
     ],
 )
@@ -445,13 +545,20 @@ def test_a_storage_that_cannot_be_opened_is_refused_in_one_line(
         assert "\n" not in str(stopped.value.code)
 
 
-def test_a_changed_recipe_is_not_mixed_with_the_old_one(ask: Callable[..., Path]) -> None:
-    grid = {"data.batch_size": [100]}
-    study.main([str(ask(grid=grid, seeds=[0], fixed={"trainer.max_epochs": 1}))])
+def test_a_changed_recipe_is_not_mixed_with_the_old_one(after: Callable[..., Path]) -> None:
     with pytest.raises(SystemExit, match="begun with another recipe"):
-        study.main([str(ask(grid=grid, seeds=[0], fixed={"trainer.max_epochs": 2}))])
+        study.main([str(after({"trainer.max_epochs": 3}, grid=GRID))])
+    assert starts() == 4
+
+
+def test_the_answer_so_far_runs_nothing_and_leaves_nothing(after: Callable[..., Path]) -> None:
+    file = after(TWO, grid=GRID, seeds=[0])
+    study.main(["--jobs", "0", str(file)])
+    assert starts() == 4
+    assert [row["seeds"] for row in table()] == ["1", "1"]
     with pytest.raises(SystemExit, match="no run has ended yet"):
-        study.main([str(ask(grid=grid, seeds=[0])), "--folder", "runs/b", "--jobs", "0"])
+        study.main([str(file), "--folder", "runs/b", "--jobs", "0"])
+    assert not Path("runs/b").exists()
 
 
 def test_every_study_of_the_project_can_run(
@@ -520,10 +627,16 @@ def outcomes(values: dict[str, list[float]], **ended: str) -> list[Outcome]:
     ]  # fmt: skip
 
 
-def answer(values: dict[str, list[float]], levels: Any = None, **kwargs: Any) -> Answer:
+def answer(
+    values: dict[str, list[float]],
+    levels: dict[str, dict[str, str]] | None = None,
+    ended: dict[str, str] | None = None,
+    baseline: str | None = None,
+    is_search: bool = False,
+) -> Answer:
     settings = levels or {setting: {"": setting} for setting in values}
-    ended = kwargs.pop("ended", {})
-    return Answer("Q?", "c", "val/acc", settings, outcomes(values, **ended), **kwargs)
+    runs_ = outcomes(values, **(ended or {}))
+    return Answer("Q?", "c", "val/acc", settings, runs_, baseline, is_search)
 
 
 def test_means_have_the_interval_of_student_t() -> None:
@@ -535,6 +648,17 @@ def test_means_have_the_interval_of_student_t() -> None:
     assert (row["epoch"].value, row["seconds"].value) == (1, 6)
     (alone,) = answer({"a": [0.5]}).columns()[2][1]
     assert alone == "50.00"
+
+
+def test_folders_of_runs_have_names_of_their_own() -> None:
+    names = {"a/b": {"data.batch_size": 1}, "a|b": {"data.batch_size": 2}, "x" * 300: {}}
+    question = Question("Q?", "base.yaml", variants=names)
+    folders = {question.folder_of(flags, 0) for flags in names.values()}
+    assert len(folders) == 3
+    assert all(len(name) < 120 and re.fullmatch(r"[\w.,=+-]+,seed=0", name) for name in folders)
+    assert Question("Q?", "c", variants={"weight decay": {}}).folder_of({}, 3) == (
+        "weight_decay,seed=3"
+    )
 
 
 def test_differences_are_paired_and_corrected_after_holm() -> None:
@@ -564,28 +688,43 @@ def test_the_sentence_says_what_the_data_decide() -> None:
     assert "between it and b the data do not decide" in sentence
     noise = {"a": [0.5, 0.6, 0.7], "b": [0.6, 0.5, 0.71]}
     assert answer(noise).conclusion().startswith("The data do not decide: b has the best")
-    assert answer({"a": [0.5], "b": [0.6]}).conclusion() == "Too few runs to compare."
+    few = {"a": [0.5, 0.5], "b": [0.6, 0.7]}
+    assert answer(few).differences == []
+    assert answer(few).conclusion().startswith("Too few runs to compare: it takes 3 seeds")
+    same = {"a": [0.5, 0.6, 0.7], "b": [0.6, 0.7, 0.8]}  # no spread says nothing of chance
+    assert "do not decide" in answer(same).conclusion()
     with_base = answer(clear, baseline="a")
     assert {(d.one, d.other) for d in with_base.differences} == {("a", "b"), ("a", "c")}
     assert with_base.conclusion().startswith("Beyond chance better than a: b (+10.03")
 
 
-def test_a_diverged_run_is_in_no_mean_and_in_no_pair() -> None:
-    values = {"a": [0.5, 0.6, 0.7], "b": [0.61, 0.7, 0.1]}
-    found = answer(values, ended={"b_2": "diverged: at once"})
-    (difference,) = found.differences
-    assert difference.pairs == 2
+def test_a_diverged_run_is_in_no_mean_and_in_no_pair_and_its_setting_does_not_lead() -> None:
+    values = {"a": [0.5, 0.6, 0.7, 0.6], "b": [0.61, 0.7, 0.82, 0.1], "c": [0.4, 0.51, 0.6, 0.5]}
+    found = answer(values, ended={"b_3": "diverged: at once"})
+    assert {(d.one, d.other): d.pairs for d in found.differences} == {
+        ("a", "b"): 3, ("a", "c"): 4, ("b", "c"): 3,
+    }  # fmt: skip
     row = found.by_setting()[1]
-    assert (row["seeds"], row["ended"]) == (2, "1 diverged")
-    assert row["val/acc"].value == pytest.approx(0.655)
-    assert "the setting b diverged in 1 of 3 runs" in found.conclusion()
+    assert (row["seeds"], row["ended"]) == (3, "1 diverged")
+    assert row["val/acc"].value == pytest.approx(0.71)
+    sentence = found.conclusion()
+    assert sentence.startswith("The setting a has the best mean val/acc")
+    assert "b left out: too few whole runs" in sentence
+    assert "the setting b diverged in 1 of 4 runs" in sentence
+
+
+def test_a_search_says_that_the_best_looks_better_than_it_is() -> None:
+    values = {"a": [0.5, 0.6, 0.7], "b": [0.61], "c": [0.52, 0.63, 0.72]}
+    found = answer(values, is_search=True)
+    assert found.ranked() == ["c", "a", "b"], "b has too few runs to lead"
+    assert "the best of 3 settings looks better by val/acc than it is" in found.conclusion()
 
 
 def test_factors_of_a_grid_are_compared_over_the_levels_of_the_others() -> None:
     levels = {f"{x}{y}": {"x": x, "y": y} for x in "pq" for y in "rs"}
     values = {
         "pr": [0.50, 0.60, 0.55], "ps": [0.52, 0.59, 0.56],
-        "qr": [0.60, 0.71, 0.66], "qs": [0.63, 0.69, 0.66],
+        "qr": [0.60, 0.71, 0.66], "qs": [0.63, 0.69, 0.67],
     }  # fmt: skip
     by_x, by_y = answer(values, levels).differences
     p = [(a + b) / 2 for a, b in zip(values["pr"], values["ps"], strict=True)]
@@ -600,7 +739,9 @@ def test_factors_of_a_grid_are_compared_over_the_levels_of_the_others() -> None:
 
 
 def test_a_loss_chooses_the_lowest() -> None:
-    runs_ = outcomes({"a": [0.5, 0.6], "b": [0.7, 0.8]})
+    runs_ = outcomes({"a": [0.5, 0.6, 0.6], "b": [0.7, 0.81, 0.8]})
     found = Answer("Q?", "c", "val/loss", {"a": {"": "a"}, "b": {"": "b"}}, runs_)
-    assert [row["val/loss"].value for row in found.by_setting()] == pytest.approx([1.45, 1.25])
-    assert found.conclusion().startswith("The setting b has the best mean val/loss, 1.2500")
+    assert [row["val/loss"].value for row in found.by_setting()] == pytest.approx(
+        [4.3 / 3, 3.69 / 3]
+    )
+    assert found.conclusion().startswith("The setting b has the best mean val/loss, 1.2300")
