@@ -428,7 +428,6 @@ def test_two_processes_share_a_study_in_sqlite(ask: Callable[..., Path]) -> None
 @pytest.fixture(scope="session")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A PostgreSQL server of this session's own."""
-    pytest.importorskip("psycopg2", reason="needs psycopg2")
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     initdb = str(found[-1]) if found else shutil.which("initdb")
     if initdb is None:
