@@ -165,7 +165,12 @@ class ImageClassifier(LightningModule):
     def _loss(self, pixels: Tensor, labels: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean loss [] and the number of right predictions int64 [] of a batch: pixels
         uint8 [B, 3, 32, 32], labels and indices int64 [B]."""
-        logits = self.network(self.transform(pixels, indices))
+        return self._score(self._logits(pixels, indices), labels)
+
+    def _logits(self, pixels: Tensor, indices: Tensor) -> Tensor:
+        return self.network(self.transform(pixels, indices))
+
+    def _score(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         scores = logits.softmax(dim=1) if self.softmax_before_loss else logits
         return F.cross_entropy(scores, labels), (logits.argmax(dim=1) == labels).sum()
 
@@ -189,15 +194,20 @@ class ImageClassifier(LightningModule):
         self.log_dict(values, on_step=False, on_epoch=True)
         metrics.reset()
 
-    def _evaluate(self, batch: Batch, metrics: Means) -> None:
-        nothing = batch.labels.new_zeros(())  # for a rank whose share of the batch is empty
+    def _evaluate(self, batch: Batch, metrics: Means) -> Tensor:
         size = len(batch.labels)
-        loss, correct = self._loss(*batch) if size else (nothing, nothing)
-        metrics.update(loss, correct, size)
+        if not size:  # a rank whose share of the batch is empty
+            nothing = batch.labels.new_zeros(())
+            metrics.update(nothing, nothing, 0)
+            return torch.zeros(0, len(CLASSES), device=batch.labels.device)
+        logits = self._logits(batch.images, batch.indices)
+        metrics.update(*self._score(logits, batch.labels), size)
+        return logits
 
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Evaluate one batch of the validation set, or of the test set for its curve."""
-        self._evaluate(batch, self.val_metrics if dataloader_idx == 0 else self.test_metrics)
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Evaluate one batch of the validation set, or of the test set for its curve; return its
+        logits [B, 10]."""
+        return self._evaluate(batch, self.test_metrics if dataloader_idx else self.val_metrics)
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the sets that were evaluated."""
@@ -205,9 +215,9 @@ class ImageClassifier(LightningModule):
             if metrics.update_called:
                 self._log_epoch(stage, metrics)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Evaluate one batch of the test set."""
-        self._evaluate(batch, self.test_metrics)
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Evaluate one batch of the test set; return its logits [B, 10]."""
+        return self._evaluate(batch, self.test_metrics)
 
     def on_test_epoch_end(self) -> None:
         """Log the test set's metrics."""
@@ -215,7 +225,9 @@ class ImageClassifier(LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return class probabilities [B, 10]."""
-        return self.network(self.transform(batch.images, batch.indices)).softmax(dim=1)
+        if not len(batch.images):  # of the files of this batch none is an image
+            return torch.zeros(0, len(CLASSES))
+        return self._logits(batch.images, batch.indices).softmax(dim=1)
 
 
 @torch.no_grad()

@@ -33,8 +33,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from torch.utils.tensorboard import SummaryWriter
 
-from callbacks import History, ImagesBar, LayerTable
+from callbacks import History, ImagesBar, LayerTable, PredictionsKeeper
 from cifar10.archive import CLASSES
 from datamodule import CIFAR10DataModule
 from lightning_module import ImageClassifier
@@ -327,12 +329,36 @@ class CLI(LightningCLI):
         self._evaluated(self.trainer.validate(**kwargs, weights_only=True, verbose=False))
 
     def test(self, **kwargs: Any) -> None:
-        """Evaluate the checkpoint on the test set; write the results to its run's folder."""
+        """Evaluate the checkpoint on the test set; write results and figures to its run's folder,
+        the figures to TensorBoard too."""
+        from reports.evaluation import Evaluation  # slow to import
+
+        keeper = PredictionsKeeper()
+        self.trainer.callbacks.append(keeper)  # type: ignore[attr-defined]
         results = self._evaluated(self.trainer.test(**kwargs, weights_only=True, verbose=False))
-        if self.trainer.is_global_zero and not self.config.test.trainer.fast_dev_run:
-            file = self.run_folder / "test.json"
-            write_whole(file, json.dumps(results, indent=2).encode())
-            print(f"written to {file}")
+        test, val = keeper.predictions(), None
+        if self.config.test.data.val_size:
+            self.trainer.validate(**kwargs, weights_only=True, verbose=False)
+            val = keeper.predictions()
+        if not self.trainer.is_global_zero or self.config.test.trainer.fast_dev_run:
+            return
+        evaluation = Evaluation(test, val)
+        terminal = Console(highlight=False)
+        terminal.print(evaluation.summary(), evaluation.table(), sep="\n", soft_wrap=True)
+        file = self.run_folder / "test.json"
+        write_whole(file, json.dumps({**results, **evaluation.values()}, indent=2).encode())
+        figures = evaluation.figures(self.datamodule.test_set.images)
+        for name, figure in figures.items():
+            png = io.BytesIO()
+            figure.savefig(png, format="png", dpi=110)
+            write_whole(self.run_folder / f"{name}.png", png.getvalue())
+        if any(self.run_folder.glob("events.out.*")):
+            step = read_checkpoint(kwargs["ckpt_path"])["global_step"]
+            with SummaryWriter(self.run_folder) as board:
+                for name, figure in figures.items():
+                    board.add_figure(f"test/{name}", figure, step)
+        names = ", ".join(f"{name}.png" for name in figures)
+        print(f"written to {file}, {names}")
 
     def _evaluated(self, metrics: Any) -> dict[str, Any]:
         path = self.config[self.subcommand].ckpt_path

@@ -2,6 +2,7 @@
 
 from callbacks.history import History
 from callbacks.layer_table import LayerTable
+from callbacks.predictions import ConfusionMatrix, PredictionsKeeper
 from callbacks.progress import ImagesBar
 
-__all__ = ["History", "ImagesBar", "LayerTable"]
+__all__ = ["ConfusionMatrix", "History", "ImagesBar", "LayerTable", "PredictionsKeeper"]
