@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from cifar10 import archive
 from cifar10.augment import Transform
 from cifar10.batches import Batch, Batches, ImageSet, shuffled, split
+from cifar10.pictures import Pictures, find_pictures
 
 # An evaluation's batch is as large as pays: on two cores 500 images are 1.4 times as fast as 1,000,
 # and no slower than any other number; a GPU wants more at a time.
@@ -36,6 +38,8 @@ class CIFAR10DataModule(LightningDataModule):
         augment: Steps from float images [B, 3, 32, 32] in [0, 1] to what the network sees, in order
             (`cifar10.augment`). Only `Normalize` runs in evaluation too.
         test_curve: Evaluate the test set after every epoch too, for drawing only.
+        images: Pictures to `predict` in place of the test set: a file, a folder, a pattern such as
+            'photos/*.jpg', or a list of such.
 
     """
 
@@ -50,6 +54,7 @@ class CIFAR10DataModule(LightningDataModule):
         split_seed: NonNegativeInt = 0,
         augment: Sequence[nn.Module] = (),
         test_curve: bool = False,
+        images: str | list[str] | None = None,
     ) -> None:
         super().__init__()
         self.root = root
@@ -61,6 +66,12 @@ class CIFAR10DataModule(LightningDataModule):
         self.split_seed = split_seed
         self.augment = augment
         self.test_curve = test_curve
+        self.images = images
+
+    @cached_property
+    def pictures(self) -> Pictures:
+        """The pictures of `images`."""
+        return Pictures(find_pictures(self.images or []))
 
     def _load(self) -> archive.CIFAR10:
         return archive.load(
@@ -68,8 +79,9 @@ class CIFAR10DataModule(LightningDataModule):
         )
 
     def prepare_data(self) -> None:
-        """Fetch the images once per machine."""
-        self._load()
+        """Fetch the images once per machine, if they are needed."""
+        if not self._predicts_pictures:
+            self._load()
 
     def setup(self, stage: str) -> None:
         """Put the images on the device of the model, and split them.
@@ -80,6 +92,12 @@ class CIFAR10DataModule(LightningDataModule):
             CIFAR10Error: `val_size` leaves no training image.
 
         """
+        self.device = self._trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        # Read once: the module reseeds the same generator at every epoch.
+        self.seed = torch.initial_seed()
+        self.transform = Transform(self.augment, self.seed)
+        if self._predicts_pictures:
+            return
         data = self._load()
         size = len(data.train_labels)
         if self.val_size >= size:
@@ -87,7 +105,6 @@ class CIFAR10DataModule(LightningDataModule):
                 f"data.val_size {self.val_size} leaves no training image of {size}: "
                 f"choose at most {size - 1}"
             )
-        self.device = self._trainer.strategy.root_device if self.trainer else torch.device("cpu")
         train, val = split(size, self.val_size, self.split_seed)
         self.train_set = ImageSet(data.train_images, data.train_labels.long(), train).to(
             self.device
@@ -96,9 +113,10 @@ class CIFAR10DataModule(LightningDataModule):
         everything = torch.arange(len(data.test_labels))
         test_set = ImageSet(data.test_images, data.test_labels.long(), everything)
         self.test_set = test_set.to(self.device)
-        # Read once: the module reseeds the same generator at every epoch.
-        self.seed = torch.initial_seed()
-        self.transform = Transform(self.augment, self.seed)
+
+    @property
+    def _predicts_pictures(self) -> bool:
+        return self.images is not None and self._trainer.state.fn == "predict"
 
     @property
     def _trainer(self) -> Trainer:
@@ -138,14 +156,14 @@ class CIFAR10DataModule(LightningDataModule):
         """Return the 10,000 test images."""
         return self._eval_batches(self.test_set)
 
-    def predict_dataloader(self) -> Batches:
-        """Return the 10,000 test images."""
-        return self._eval_batches(self.test_set)
+    def predict_dataloader(self) -> Any:
+        """Return the pictures of `images`; without, the 10,000 test images."""
+        return self.pictures.batches() if self.images else self._eval_batches(self.test_set)
 
     def transfer_batch_to_device(
         self, batch: Any, device: torch.device, dataloader_idx: int
     ) -> Any:
-        """Return a batch as it is: it lies on the device already."""
+        """Return a batch on the device, where all lie already but those of pictures."""
         if isinstance(batch, Batch):
-            return batch
+            return Batch(*(tensor.to(device) for tensor in batch))
         return super().transfer_batch_to_device(batch, device, dataloader_idx)

@@ -11,7 +11,6 @@ A run lies in runs/<name>/version_<n>/. A checkpoint carries the settings of its
 """
 
 import contextlib
-import csv
 import ctypes
 import io
 import json
@@ -36,8 +35,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
-from callbacks import History, ImagesBar, LayerTable, PredictionsKeeper
-from cifar10.archive import CLASSES
+from callbacks import History, ImagesBar, LayerTable, PredictionsKeeper, PredictionTable
 from datamodule import CIFAR10DataModule
 from lightning_module import ImageClassifier
 from runs import (
@@ -370,18 +368,20 @@ class CLI(LightningCLI):
         return {"checkpoint": Path(path).name, **row}
 
     def predict(self, **kwargs: Any) -> None:
-        """Predict the test images; write class and probability of each to the run's folder."""
-        batches: Any = self.trainer.predict(**kwargs, weights_only=True)
-        if not self.trainer.is_global_zero:
-            return
-        probabilities = torch.cat(batches)
-        table = io.StringIO()
-        writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(["image", "class", "probability"])
-        for image, (probability, label) in enumerate(zip(*probabilities.max(dim=1), strict=True)):
-            writer.writerow([image, CLASSES[label], f"{probability:.4f}"])
-        write_whole(self.run_folder / "predictions.csv", table.getvalue().encode())
-        print(f"written to {self.run_folder / 'predictions.csv'}")
+        """Predict pictures, or the test images; write a line for each to `predictions.csv` in the
+        checkpoint's run, and show those of a few pictures.
+
+        Raises:
+            SystemExit: Some files are no pictures; the others are done.
+        """
+        if self.trainer.world_size > 1:
+            raise MisconfigurationException("predict takes one device: --trainer.devices 1")
+        files = self.datamodule.pictures.files if self.config.predict.data.images else None
+        with PredictionTable(self.run_folder / "predictions.csv", files) as table:
+            self.trainer.callbacks.append(table)  # type: ignore[attr-defined]
+            self.trainer.predict(**kwargs, weights_only=True, return_predictions=False)
+        if table.skipped:
+            sys.exit(f"error: {table.skipped} of {len(files or [])} files are no pictures")
 
 
 def _listed(value: Any) -> list[Any]:

@@ -2,7 +2,9 @@
 
 from callbacks.history import History
 from callbacks.layer_table import LayerTable
-from callbacks.predictions import ConfusionMatrix, PredictionsKeeper
+from callbacks.predictions import ConfusionMatrix, PredictionsKeeper, PredictionTable
 from callbacks.progress import ImagesBar
 
-__all__ = ["ConfusionMatrix", "History", "ImagesBar", "LayerTable", "PredictionsKeeper"]
+__all__ = [
+    "ConfusionMatrix", "History", "ImagesBar", "LayerTable", "PredictionTable", "PredictionsKeeper",
+]  # fmt: skip

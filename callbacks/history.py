@@ -193,7 +193,15 @@ def _typed(trainer: Trainer) -> dict[str, Any]:
     modules = {"model": trainer.lightning_module, "data": trainer.datamodule}  # type: ignore[attr-defined]
     for part, module in modules.items():
         settings = dict(getattr(module, "hparams", {}))
-        for key in ("_instantiator", "root", "download", "sources", "verify", "log_steps"):
+        for key in (
+            "_instantiator",
+            "root",
+            "download",
+            "sources",
+            "verify",
+            "log_steps",
+            "images",
+        ):
             settings.pop(key, None)
         add(part, settings)
     return found

@@ -1,14 +1,26 @@
 """Keeps what a network says of every image, for whoever wants more than two means."""
 
+import csv
+import os
+import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 from torchmetrics import Metric
+from tqdm import tqdm
 
+from cifar10.archive import CLASSES
 from cifar10.batches import Batch
+
+SHOWN = 30  # pictures on the terminal
 
 
 class Predictions(NamedTuple):
@@ -115,3 +127,76 @@ class ConfusionMatrix(PredictionsKeeper):
                 logger.experiment.add_figure(
                     "val/confusion", confusion_figure(confusion), trainer.global_step
                 )
+
+
+class PredictionTable(Callback):
+    """Writes the two most probable classes of every image to a CSV file, batch by batch; to be used
+    in `with`, after which the file is whole, or not there.
+
+    Args:
+        path: The file, which is there when all is done.
+        files: The pictures' files, or None if the images have numbers only.
+
+    """
+
+    def __init__(self, path: Path, files: list[Path] | None) -> None:
+        self.path, self.files = path, files
+        self.first: list[list[str]] = []  # rows to show
+        self.skipped = 0
+        self.due = 0  # the index of the next image
+
+    def __enter__(self) -> "PredictionTable":
+        self.scratch = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        self.file = self.scratch.open("w", newline="")
+        self.writer = csv.writer(self.file, lineterminator="\n")
+        name = "image" if self.files is None else "file"
+        self.writer.writerow([name, "class", "probability", "runner_up", "runner_up_probability"])
+        return self
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write a batch: probabilities [B, 10]."""
+        best = outputs.topk(2)
+        for index, values, classes in zip(
+            batch.indices.tolist(), best.values.tolist(), best.indices.tolist(), strict=True
+        ):
+            self._skip_to(index)
+            name = str(index if self.files is None else self.files[index])
+            pairs = zip(classes, values, strict=True)
+            row = [name, *(w for c, v in pairs for w in (CLASSES[c], f"{v:.4f}"))]
+            self.writer.writerow(row)
+            if len(self.first) < SHOWN:
+                self.first.append(row)
+            self.due = index + 1
+
+    def _skip_to(self, index: int) -> None:
+        """Name the files before `index` that gave no picture."""
+        for file in (self.files or [])[self.due : index]:
+            tqdm.write(f"skipped {file}: no picture, or a damaged one", file=sys.stderr)
+            self.skipped += 1
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Finish the file, and show the first pictures; or leave nothing half-written."""
+        self.file.close()
+        if kind is not None:
+            self.scratch.unlink()
+            return
+        self._skip_to(len(self.files or []))
+        self.scratch.replace(self.path)
+        if self.files is not None and self.first:
+            table = Table(box=box.SIMPLE, header_style="bold", pad_edge=False)
+            for header in ("file", "class", "probability", "runner-up", "probability"):
+                table.add_column(header, justify="right" if header[0] == "p" else "left")
+            for name, first, p, second, q in self.first:
+                table.add_row(Text(name), first, f"{float(p):.1%}", second, f"{float(q):.1%}")
+            Console(highlight=False).print(table)
+            if (more := len(self.files) - self.skipped - len(self.first)) > 0:
+                print(f"and {more} more")
+        print(f"written to {self.path}")

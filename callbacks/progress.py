@@ -36,6 +36,11 @@ class ImagesBar(TQDMProgressBar):
         """Return a bar that is not shown."""
         return Tqdm(disable=True)
 
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw every batch: pictures take a moment to read."""
+        self._refresh_rate = 1
+        super().on_predict_start(trainer, pl_module)
+
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
