@@ -35,9 +35,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
-from callbacks import History, ImagesBar, LayerTable, PredictionsKeeper, PredictionTable
+from callbacks import Board, History, ImagesBar, LayerTable, PredictionsKeeper, PredictionTable
 from datamodule import CIFAR10DataModule
 from lightning_module import ImageClassifier
+from reports.card import model_card, with_result
 from runs import (
     RUN_SETTINGS,
     WholeCheckpointIO,
@@ -234,6 +235,8 @@ class CLI(LightningCLI):
 
         callbacks = [*_listed(options.callbacks), History(writes=not options.fast_dev_run)]
         callbacks += self.watching
+        if is_fit and not options.fast_dev_run:
+            callbacks.append(Board())
         has_bar = options.enable_progress_bar is not False and sys.stdout.isatty()
         if has_bar and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(ImagesBar())
@@ -301,6 +304,13 @@ class CLI(LightningCLI):
         weights = io.BytesIO()
         torch.save(self.model.network.state_dict(), weights)
         write_whole(self.run_folder / "model.pth", weights.getvalue())
+        history = next(c for c in self.trainer.callbacks if isinstance(c, History))  # type: ignore[attr-defined]
+        settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))["fit"]
+        card = model_card(
+            self.run_folder, settings, self.model.network, self.model.device, history.rows,
+            history.best(self.trainer),
+        )  # fmt: skip
+        write_whole(self.run_folder / "model.md", card.encode())
         print(f"\n{self._summary()}")
 
     def _summary(self) -> str:
@@ -355,6 +365,10 @@ class CLI(LightningCLI):
             with SummaryWriter(self.run_folder) as board:
                 for name, figure in figures.items():
                     board.add_figure(f"test/{name}", figure, step)
+        card = self.run_folder / "model.md"
+        if card.exists():
+            text = with_result(card.read_text(), results["checkpoint"], evaluation.summary())
+            write_whole(card, text.encode())
         names = ", ".join(f"{name}.png" for name in figures)
         print(f"written to {file}, {names}")
 

@@ -115,7 +115,7 @@ class History(Callback):
             pl_module.log("train/images_per_second", self.images_per_second)
         self.rows.append({"epoch": trainer.current_epoch, **measured, **speed})
         if trainer.is_global_zero:
-            self._print(is_best=self.rows[-1] is _best(self.rows, trainer))
+            self._print(is_best=self.rows[-1] is self.best(trainer))
         if self.writes and (folder := trainer.log_dir) and trainer.is_global_zero:
             write_whole(Path(folder) / "metrics.csv", _csv(self.rows))
 
@@ -140,7 +140,7 @@ class History(Callback):
         """Draw the curves; fill TensorBoard's tab HParams."""
         if not (self.writes and (folder := trainer.log_dir) and self.rows):
             return
-        best = _best(self.rows, trainer)
+        best = self.best(trainer)
         if trainer.is_global_zero:
             write_whole(Path(folder) / "curves.png", _curves(self.rows, best))
         chosen = {f"chosen/{key}": best[key] for key in CHOSEN if best and key in best}
@@ -153,6 +153,16 @@ class History(Callback):
                 for summary in run:
                     logger.experiment._get_file_writer().add_summary(summary, trainer.global_step)
 
+    def best(self, trainer: Trainer) -> Row | None:
+        """Return the first epoch of the best value that the run's ModelCheckpoint watches."""
+        callback = trainer.checkpoint_callback
+        if not isinstance(callback, ModelCheckpoint) or callback.monitor is None:
+            return None
+        key, choose = callback.monitor, max if callback.mode == "max" else min
+        return choose(
+            (row for row in self.rows if key in row), key=lambda row: row[key], default=None
+        )
+
 
 def _say(line: str) -> None:
     """Print a line, above the progress bar if there is one."""
@@ -164,15 +174,6 @@ def _measured(trainer: Trainer, *stages: str) -> Row:
     metrics = trainer.callback_metrics
     keys = [f"{stage}/{name}" for stage in stages for name in QUANTITIES]
     return {key: round(float(metrics[key]), 6) for key in keys if key in metrics}
-
-
-def _best(rows: list[Row], trainer: Trainer) -> Row | None:
-    """Return the first epoch of the best value that the run's ModelCheckpoint watches."""
-    callback = trainer.checkpoint_callback
-    if not isinstance(callback, ModelCheckpoint) or callback.monitor is None:
-        return None
-    key, choose = callback.monitor, max if callback.mode == "max" else min
-    return choose((row for row in rows if key in row), key=lambda row: row[key], default=None)
 
 
 def _typed(trainer: Trainer) -> dict[str, Any]:

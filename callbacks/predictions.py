@@ -196,7 +196,10 @@ class PredictionTable(Callback):
                 table.add_column(header, justify="right" if header[0] == "p" else "left")
             for name, first, p, second, q in self.first:
                 table.add_row(Text(name), first, f"{float(p):.1%}", second, f"{float(q):.1%}")
-            Console(highlight=False).print(table)
+            terminal = Console(highlight=False)
+            if not terminal.is_terminal:
+                terminal.width = 200  # long names on one line
+            terminal.print(table)
             if (more := len(self.files) - self.skipped - len(self.first)) > 0:
                 print(f"and {more} more")
         print(f"written to {self.path}")

@@ -45,8 +45,8 @@ def find_pictures(images: str | Sequence[str]) -> list[Path]:
 def read_picture(path: Path) -> Tensor:
     """Return a picture of any size and mode as uint8 [3, 32, 32].
 
-    It is turned upright, as its EXIF data say; what is transparent becomes white; of the largest
-    square in its middle each pixel is averaged. A picture of 32 x 32 stays as it is.
+    It is turned upright, as its EXIF data say; what is transparent becomes white; the
+    largest square in its middle is made smaller. A picture of 32 x 32 stays as it is.
 
     Raises:
         Exception: Of any kind, from Pillow, for a file that is no picture, or a damaged one.

@@ -142,7 +142,7 @@ class Evaluation:
         if self.temperature is not None:
             title = f"temperature {self.temperature:.2f}"
             panels.append((title, logits / self.temperature, self.scaled))
-        figure = Figure(figsize=(4.6 * len(panels), 4.6), layout="constrained")
+        figure = Figure(figsize=(4.2 * len(panels), 4.3), layout="constrained")
         for axes, (title, scores, numbers) in zip(
             figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
         ):
@@ -155,21 +155,21 @@ class Evaluation:
         confidence, predicted = self.test.logits.softmax(dim=1).max(dim=1)
         wrong = (predicted != self.test.labels).nonzero()[:, 0]
         worst = wrong[confidence[wrong].argsort(descending=True)][:SHOWN]
-        figure = Figure(figsize=(10, 11.4), layout="constrained")
+        figure = Figure(figsize=(9, 11.4), layout="constrained")
         for axes in figure.subplots(6, 6).flat:
             axes.set_axis_off()
         for axes, i in zip(figure.axes, worst.tolist(), strict=False):
             axes.imshow(images[i].permute(1, 2, 0).cpu())
             taken, true = CLASSES[predicted[i]], CLASSES[self.test.labels[i]]
-            axes.set_title(f"{taken} {confidence[i]:.0%}\nis: {true}", fontsize=9)
-        figure.suptitle(f"The {len(worst)} most confident mistakes: predicted, true")
+            axes.set_title(f"{taken} {confidence[i]:.0%}\nis: {true}", fontsize=11)
+        figure.suptitle(f"The {len(worst)} most confident mistakes", fontsize=14)
         return figure
 
 
 def confusion_figure(confusion: Tensor) -> Figure:
     """Draw a confusion matrix int64 [10, 10]: how many of each class are taken for which."""
     share = (confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)).cpu().numpy()
-    figure = Figure(figsize=(7.6, 6.6), layout="constrained")
+    figure = Figure(figsize=(6.8, 6), layout="constrained")
     axes = figure.subplots()
     picture = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(N), CLASSES, rotation=45, ha="right", rotation_mode="anchor")
@@ -177,7 +177,7 @@ def confusion_figure(confusion: Tensor) -> Figure:
     axes.set(xlabel="predicted", ylabel="true")
     for (row, column), count in np.ndenumerate(confusion.cpu().numpy()):
         color = "white" if share[row, column] > 0.5 else "black"
-        axes.text(column, row, str(count), ha="center", va="center", color=color, fontsize=9)
+        axes.text(column, row, str(count), ha="center", va="center", color=color)
     figure.colorbar(picture, label="share of the true class", shrink=0.85)
     return figure
 

@@ -90,7 +90,8 @@ def test_recipes_say_what_the_report_says(
 def test_fit_leaves_a_whole_run_and_says_how_to_go_on(run: Run) -> None:
     out = run("fit", "--config", BASE, "--trainer.max_epochs", "3")
     assert sorted(p.name for p in RUN_0.iterdir() if not p.name.startswith("events")) == [
-        "checkpoints", "config.yaml", "curves.png", "hparams.yaml", "metrics.csv", "model.pth",
+        "checkpoints", "config.yaml", "curves.png", "hparams.yaml", "metrics.csv", "model.md",
+        "model.pth",
     ]  # fmt: skip
     names = sorted(p.name for p in (RUN_0 / "checkpoints").iterdir())
     assert names == ["epoch_00.ckpt", "epoch_01.ckpt", "epoch_02.ckpt", "last.ckpt"]

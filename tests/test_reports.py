@@ -1,0 +1,266 @@
+"""What a trained model says of itself: the test report, the card, TensorBoard, predictions."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn import functional as F
+
+from callbacks.predictions import Predictions
+from cifar10 import archive
+from cifar10.batches import Batch
+from cifar10.pictures import read_picture
+from lightning_module import ImageClassifier
+from networks import ConvNet
+from reports.evaluation import Evaluation, fit_temperature
+from tests.conftest import TEST_SIZE, Run
+
+BASE = Path(__file__).parents[1] / "configs" / "base.yaml"
+RUN_0 = Path("runs/base/version_0")
+LAST = RUN_0 / "checkpoints/last.ckpt"
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+# ---------------------------------------------------------------------------------- the numbers
+
+
+def some_predictions(size: int = 2000, seed: int = 0) -> Predictions:
+    """Return predictions whose probabilities are right: labels are drawn from them."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 1.5 * torch.randn(size, 10, generator=generator)
+    labels = torch.multinomial(logits.softmax(dim=1), 1, generator=generator)[:, 0]
+    return Predictions(logits, labels, torch.arange(size))
+
+
+def test_accuracy_has_the_interval_of_wilson() -> None:
+    found = Evaluation(some_predictions())
+    test = found.test
+    right, n, z = int((test.logits.argmax(1) == test.labels).sum()), 2000, 1.959964
+    middle = (right + z * z / 2) / (n + z * z)
+    half = z / (n + z * z) * math.sqrt(right * (n - right) / n + z * z / 4)
+    assert found.accuracy == right / n
+    assert (found.low, found.high) == pytest.approx((middle - half, middle + half), abs=1e-6)
+
+
+def test_classes_are_counted_from_the_confusion_matrix() -> None:
+    found = Evaluation(some_predictions())
+    logits, labels, _ = found.test
+    predicted = logits.argmax(dim=1)
+    for true, taken in ((0, 0), (3, 5), (9, 1)):
+        count = ((labels == true) & (predicted == taken)).sum()
+        assert found.confusion[true, taken] == count
+    values = found.values()
+    right = ((labels == 3) & (predicted == 3)).sum().item()
+    precision, recall = right / (predicted == 3).sum().item(), right / (labels == 3).sum().item()
+    cat = values["classes"]["cat"]
+    assert (cat["precision"], cat["recall"]) == pytest.approx((precision, recall), abs=1e-6)
+    assert cat["f1"] == pytest.approx(2 * precision * recall / (precision + recall), abs=1e-6)
+    top2 = (logits.topk(2).indices == labels[:, None]).any(dim=1).float().mean().item()
+    assert values["top2_accuracy"] == pytest.approx(top2, abs=1e-6)
+
+
+def test_temperature_undoes_what_made_the_logits_too_large() -> None:
+    test, val = some_predictions(5000), some_predictions(5000, seed=1)
+    assert fit_temperature(3 * val.logits, val.labels) == pytest.approx(3, rel=0.05)
+    sure = Evaluation(test._replace(logits=3 * test.logits), val._replace(logits=3 * val.logits))
+    assert sure.calibration["ece"] > 0.2
+    assert sure.scaled["ece"] < 0.03
+    assert sure.scaled["nll"] < sure.calibration["nll"]
+    assert sure.accuracy == Evaluation(test).accuracy
+
+
+# ------------------------------------------------------------------------------------- the report
+
+
+def test_the_report_says_what_a_plain_loop_finds(run: Run, arrays: Path) -> None:
+    run("fit", "--config", BASE, "--data.test_curve", "true")
+    out = run("test", "--ckpt_path", LAST)
+    result = json.loads((RUN_0 / "test.json").read_text())
+
+    network = ConvNet().eval()
+    network.load_state_dict(torch.load(RUN_0 / "model.pth", weights_only=True))
+    data = archive.load(arrays, verify=False)
+    with torch.no_grad():
+        logits = network(data.test_images / 255)
+    right = int((logits.argmax(dim=1) == data.test_labels).sum())
+    assert result["accuracy"]["value"] == pytest.approx(right / TEST_SIZE)
+    assert result["accuracy"]["value"] == pytest.approx(
+        float(rows(RUN_0 / "metrics.csv")[-1]["test/acc"])
+    )
+    assert result["calibration"]["nll"] == pytest.approx(
+        F.cross_entropy(logits, data.test_labels.long()).item(), abs=1e-4
+    )
+    assert sum(result["confusion"][i][i] for i in range(10)) == right
+    assert result["temperature"]["value"] > 0
+    assert f"accuracy     {right / TEST_SIZE:.2%}, 95 % interval" in out
+    assert "most often taken for" in out
+
+    for name in ("confusion", "reliability", "mistakes"):
+        assert (RUN_0 / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    events = EventAccumulator(str(RUN_0)).Reload()
+    images = {"test/confusion", "test/reliability", "test/mistakes", "train/images"}
+    assert images == set(events.Tags()["images"])
+    assert events.Images("test/confusion")[0].step == 32
+    assert events.Tags()["graph"]
+
+    card = (RUN_0 / "model.md").read_text()
+    for words in ("78,658 parameters", archive.ARCHIVE_MD5, "split_seed 0", "commit ", "seed 0",
+                  "config.yaml", "200 of the training images", "not verified", "2 of 2 epochs",
+                  "Of `last.ckpt`", f"accuracy     {right / TEST_SIZE:.2%}"):  # fmt: skip
+        assert words in card
+    run("test", "--ckpt_path", RUN_0 / "checkpoints/epoch_00.ckpt")
+    again = (RUN_0 / "model.md").read_text()
+    assert again.count("## On the test set") == 1
+    assert "Of `epoch_00.ckpt`" in again
+
+
+def test_without_a_validation_set_there_is_no_temperature(run: Run) -> None:
+    run("fit", "--config", BASE, "--data.val_size", "0", "--trainer.max_epochs", "1")
+    run("test", "--ckpt_path", LAST)
+    result = json.loads((RUN_0 / "test.json").read_text())
+    assert "temperature" not in result
+    assert result["accuracy"]["low"] < result["accuracy"]["value"] < result["accuracy"]["high"]
+
+
+def test_tensorboard_shows_rates_norms_and_confusions_and_changes_nothing(
+    run: Run, tmp_path: Path
+) -> None:
+    augment = tmp_path / "augment.yaml"
+    augment.write_text(
+        "data:\n  augment:\n    - class_path: cifar10.augment.RandomFlip\n"
+        "    - class_path: cifar10.augment.Normalize\n"
+    )
+    schedule = ("--model.lr_scheduler", "torch.optim.lr_scheduler.StepLR",
+                "--model.lr_scheduler.step_size", "1")  # fmt: skip
+    both = ("fit", "--config", BASE, "--config", augment, *schedule)
+    run(*both, "--name", "watched", "--trainer.callbacks+=callbacks.ConfusionMatrix",
+        "--trainer.callbacks.every_n_epochs", "2")  # fmt: skip
+    run(*both, "--name", "alone", "--trainer.logger", "false")
+    events = EventAccumulator("runs/watched/version_0").Reload()
+    assert [e.value for e in events.Scalars("lr")] == pytest.approx([0.002, 0.0002])
+    weights = torch.load("runs/watched/version_0/model.pth", weights_only=True)
+    norm = events.Scalars("weight_norm/conv1.0")[-1].value
+    assert norm == pytest.approx(weights["conv1.0.weight"].norm().item(), rel=1e-5)
+    assert len(events.Scalars("weight_norm/dense3")) == 2
+    assert len(events.Images("val/confusion")) == 1
+    alone = torch.load("runs/alone/version_0/model.pth", weights_only=True)
+    assert all(torch.equal(weights[key], alone[key]) for key in weights)
+
+
+# ------------------------------------------------------------------------------------- pictures
+
+
+@pytest.fixture
+def pictures(arrays: Path, tmp_path: Path) -> Path:
+    """A folder with the first test images as PNG."""
+    folder = tmp_path / "pictures"
+    (folder / "more").mkdir(parents=True)
+    for i, image in enumerate(archive.load(arrays, verify=False).test_images[:20]):
+        name = f"more/{i:02}.png" if i >= 10 else f"{i:02}.png"
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / name)
+    (folder / ".hidden").write_text("")
+    return folder
+
+
+def test_pictures_are_predicted_as_the_test_images_they_are(
+    run: Run, pictures: Path, tmp_path: Path
+) -> None:
+    run("fit", "--config", BASE)
+    run("predict", "--ckpt_path", LAST)
+    expected = rows(RUN_0 / "predictions.csv")
+    nowhere = ("--data.root", tmp_path / "no data set is needed")
+    out = run("predict", "--ckpt_path", LAST, "--data.images", pictures, *nowhere)
+    found = rows(RUN_0 / "predictions.csv")
+    assert [Path(row["file"]).stem for row in found] == [f"{i:02}" for i in range(20)]
+    for row, other in zip(found, expected, strict=False):
+        for key in ("class", "runner_up"):
+            assert row[key] == other[key]
+        assert float(row["probability"]) == pytest.approx(float(other["probability"]), abs=2e-4)
+    assert "pictures/07.png" in out
+    assert found[7]["class"] in out
+    for words, count in (
+        (pictures / "*.png", 10),
+        (pictures / "**/*.png", 20),
+        (f"[{pictures / '00.png'}, {pictures / 'more'}]", 11),
+    ):
+        run("predict", "--ckpt_path", LAST, "--data.images", words, *nowhere)
+        assert len(rows(RUN_0 / "predictions.csv")) == count
+
+
+def test_a_file_that_is_no_picture_is_named_and_the_rest_is_done(
+    run: Run, fails: Run, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("fit", "--config", BASE, "--trainer.max_epochs", "1")
+    (pictures / "05.png").write_bytes((pictures / "05.png").read_bytes()[:200])
+    (pictures / "notes [1].txt").write_text("no picture")
+    with pytest.raises(SystemExit, match="error: 2 of 21 files are no pictures"):
+        run("predict", "--ckpt_path", LAST, "--data.images", pictures)
+    printed = capsys.readouterr()
+    assert "05.png: no picture, or a damaged one" in printed.err
+    assert "notes [1].txt: no picture" in printed.err
+    assert len(rows(RUN_0 / "predictions.csv")) == 19
+    assert "no such file" in fails("predict", "--ckpt_path", LAST, "--data.images", "nowhere.jpg")
+    assert not list(RUN_0.glob(".*"))
+
+
+def square(size: int, *, turned: bool = False) -> Image.Image:
+    """Return a picture that is red on the left and blue on the right; turned, on top and below."""
+    pixels = np.zeros((size, size, 3), np.uint8)
+    pixels[:, : size // 2, 0] = pixels[:, size // 2 :, 2] = 200
+    return Image.fromarray(pixels.swapaxes(0, 1) if turned else pixels)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.gif", "a.webp", "a.bmp", "a.tif"])
+def test_formats_are_read_alike(tmp_path: Path, name: str) -> None:
+    square(320).save(tmp_path / name)
+    image = read_picture(tmp_path / name)
+    assert (image.shape, image.dtype) == ((3, 32, 32), torch.uint8)
+    assert image[:, 16, 4].tolist() == pytest.approx([200, 0, 0], abs=8)
+    assert image[:, 16, 27].tolist() == pytest.approx([0, 0, 200], abs=8)
+
+
+def test_modes_sizes_and_rotation(tmp_path: Path) -> None:
+    file = tmp_path / "a.png"
+    turn = Image.Exif()
+    turn[0x0112] = 8  # to be turned left to stand upright
+    square(64, turned=True).save(file, exif=turn)
+    upright = read_picture(file)
+    for row in (4, 27):
+        assert upright[:, row, 4].tolist() == [200, 0, 0]
+        assert upright[:, row, 27].tolist() == [0, 0, 200]
+
+    wide = Image.new("RGB", (400, 100), "lime")
+    wide.paste(square(100), (150, 0))
+    wide.save(file)
+    middle = read_picture(file)
+    assert middle[:, 16, 4].tolist() == [200, 0, 0], "the square in its middle"
+    assert middle[:, 16, 27].tolist() == [0, 0, 200]
+
+    clear = square(64).convert("RGBA")
+    clear.putalpha(0)
+    clear.save(file)
+    assert read_picture(file).min() == 255, "what is transparent is white"
+
+    grey = np.full((32, 32), 130, np.uint8)
+    Image.fromarray(grey).save(file)
+    assert {*read_picture(file).flatten().tolist()} == {130}
+    Image.fromarray(grey.astype(np.uint16) * 256).save(file)
+    assert {*read_picture(file).flatten().tolist()} == {130}, "16 bits"
+    Image.fromarray(grey).convert("1").save(file)
+    assert read_picture(file).shape == (3, 32, 32)
+
+
+def test_a_batch_without_a_picture_has_no_prediction() -> None:
+    none = torch.zeros(0, dtype=torch.int64)
+    batch = Batch(torch.zeros(0, 3, 32, 32, dtype=torch.uint8), none, none)
+    assert ImageClassifier(ConvNet()).predict_step(batch, 0).shape == (0, 10)
