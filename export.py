@@ -1,0 +1,259 @@
+"""The third door: a checkpoint leaves as a file that needs nothing of this project.
+
+    python export.py --ckpt_path X --format onnx --out model.onnx
+    python export.py --ckpt_path X --format torch --out model.pt2       # a torch.export program
+    python export.py --ckpt_path X --format weights --out model.pth     # with a card, model.json
+    python export.py --ckpt_path X --format page --out page             # to try it in a browser
+
+The first two take pixels uint8 [B, 3, 32, 32] and return probabilities float32 [B, 10]: what the
+recipe does to pixels is inside. Each export is loaded again and compared with the checkpoint on
+1,000 test images before it is there; docs/export.md says how each is used.
+"""
+
+import importlib.util
+import json
+import shutil
+import sys
+import tarfile
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning
+import torch
+from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import instantiate_class
+from torch import Tensor, nn
+
+from cifar10 import archive
+from cifar10.augment import Normalize, Transform
+from datamodule import CIFAR10DataModule
+from lightning_module import ImageClassifier
+from runs import read_checkpoint, run_of
+from terminal import OneLineParser, errors_in_one_line, quieten
+
+Predict = Callable[[Tensor], Tensor]
+
+NEEDS = ("onnx", "onnxscript", "onnxruntime")
+RUNTIME = "onnxruntime-web@1.30.0"
+RUNTIME_BYTES = 33_106_585
+RUNTIME_FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
+PAGE_FILES = {"index.html", "model.onnx", *RUNTIME_FILES}
+COMPARED = 1000  # test images
+
+
+class Classifier(nn.Module):
+    """A network from pixels to probabilities."""
+
+    def __init__(self, network: nn.Module, transform: Transform) -> None:
+        super().__init__()
+        self.network = network
+        self.transform = transform
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map pixels uint8 [B, 3, 32, 32] to probabilities float32 [B, 10]."""
+        # Indices matter to augmentation only, which evaluation leaves out.
+        return self.network(self.transform(images, images)).softmax(dim=1)
+
+
+def load(path: str, root: str | None) -> tuple[Classifier, dict[str, Any], Tensor]:
+    """Return the classifier of a checkpoint, its card, and test images uint8 [N, 3, 32, 32].
+
+    Args:
+        path: The checkpoint, which is read as data; it runs no code.
+        root: The folder of the images, if not the checkpoint's.
+
+    Raises:
+        MisconfigurationException: No such checkpoint, or not one of this laboratory.
+        CIFAR10Error: The images cannot be had.
+    """
+    checkpoint = read_checkpoint(path)
+    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
+    try:
+        model = ImageClassifier.load_from_checkpoint(path, **options)
+        data = CIFAR10DataModule.load_from_checkpoint(path, **options)
+        settings = checkpoint["hyper_parameters"]["network"]
+        rows = checkpoint["callbacks"]["History"]["rows"]
+    except (KeyError, TypeError, AttributeError, ImportError, ValueError) as error:
+        raise MisconfigurationException(
+            f"{path} does not say how to build its network: {type(error).__name__}: {error}"
+        ) from error
+    started_in = Path(checkpoint.get("run", {}).get("started_in", ""))
+    there = data.root if Path(data.root).is_dir() else str(started_in / data.root)
+    images = archive.load(
+        root or there, download=data.download, sources=data.sources, verify=data.verify
+    ).test_images
+    chosen = [row for row in rows if row["epoch"] == checkpoint["epoch"]]
+    card = {
+        "network": settings,
+        "classes": archive.CLASSES,
+        "input": "float32 [B, 3, 32, 32], RGB: pixels / 255, then (x - mean) / std per channel",
+        **_normalisation(data.augment),
+        "output": "logits [B, 10]; softmax makes probabilities of them",
+        "recipe": checkpoint.get("run", {}).get("name"),
+        "epoch": checkpoint["epoch"],
+        **{key: row[key] for row in chosen for key in ("val/acc", "val/loss") if key in row},
+        "versions": {"torch": torch.__version__, "lightning": lightning.__version__},
+    }
+    return Classifier(model.network, Transform(data.augment)).eval(), card, images
+
+
+def _normalisation(steps: Any) -> dict[str, list[float]]:
+    """Return the mean and the standard deviation that all normalising steps together come to."""
+    mean, std = torch.zeros(3), torch.ones(3)
+    for step in steps:
+        if isinstance(step, Normalize):
+            mean, std = mean + std * step.mean.view(-1), std * step.std.view(-1)
+    return {"mean": mean.tolist(), "std": std.tolist()}
+
+
+# ------------------------------------------------------------------------------------- formats
+
+
+def export_onnx(classifier: Classifier, card: dict[str, Any], file: Path) -> Predict:
+    """Write an ONNX model, and return what ONNX Runtime makes of it."""
+    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MisconfigurationException(
+            f"ONNX needs {', '.join(missing)}: pip install -e '.[export]'"
+        )
+    import onnxruntime
+
+    program = torch.onnx.export(
+        classifier, (_example(),), dynamo=True, verbose=False, external_data=False,
+        input_names=["images"], output_names=["probabilities"], dynamic_shapes=_dynamic(),
+    )  # fmt: skip
+    assert program is not None
+    said = {"classes": card["classes"], "recipe": card["recipe"], "epoch": card["epoch"]}
+    program.model.metadata_props.update({key: json.dumps(value) for key, value in said.items()})
+    program.save(file)
+    session = onnxruntime.InferenceSession(file.read_bytes(), providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def export_torch(classifier: Classifier, card: dict[str, Any], file: Path) -> Predict:
+    """Write a `torch.export` program, and return it loaded again."""
+    program = torch.export.export(classifier, (_example(),), dynamic_shapes=_dynamic())
+    torch.export.save(program, file, extra_files={"card.json": json.dumps(card)})
+    return torch.export.load(file).module()
+
+
+def export_weights(classifier: Classifier, card: dict[str, Any], file: Path) -> Predict:
+    """Write the network's weights and, in JSON beside them, how to use them; return a network built
+    from the two."""
+    torch.save(classifier.network.state_dict(), file)
+    file.with_suffix(".json").write_text(json.dumps(card, indent=2) + "\n")
+    said = json.loads(file.with_suffix(".json").read_text())
+    network: nn.Module = instantiate_class((), said["network"])
+    network.load_state_dict(torch.load(file, weights_only=True))
+    normalise = Normalize(said["mean"], said["std"])
+    network.eval()
+    return lambda images: network(normalise(images / 255)).softmax(dim=1)
+
+
+def export_page(classifier: Classifier, card: dict[str, Any], folder: Path) -> Predict:
+    """Write a folder with a page, the ONNX model, and what runs it in a browser, from npm."""
+    folder.mkdir()
+    predict = export_onnx(classifier, card, folder / "model.onnx")
+    said = json.dumps({key: card[key] for key in ("classes", "recipe", "epoch")})
+    page = Path(__file__).with_name("page.html").read_text()
+    page = page.replace("CARD", said.replace("<", "\\u003c"))
+    (folder / "index.html").write_text(page)
+    with tempfile.TemporaryDirectory() as scratch:
+        package = archive.npm_pack(RUNTIME, Path(scratch), total=RUNTIME_BYTES)
+        with tarfile.open(package) as files:
+            for name in RUNTIME_FILES:
+                content = files.extractfile(f"package/dist/{name}")
+                assert content is not None
+                (folder / name).write_bytes(content.read())
+    return predict
+
+
+FORMATS = {
+    "onnx": export_onnx,
+    "torch": export_torch,
+    "weights": export_weights,
+    "page": export_page,
+}
+
+
+def _example() -> Tensor:
+    return torch.zeros(2, 3, 32, 32, dtype=torch.uint8)  # of one image the batch would be fixed
+
+
+def _dynamic() -> tuple[dict[int, Any]]:
+    return ({0: torch.export.Dim("batch", min=1)},)
+
+
+# ----------------------------------------------------------------------------------- the command
+
+
+@torch.no_grad()
+def compare(expected: Predict, found: Predict, images: Tensor) -> float:
+    """Return the largest difference between two predictions of probabilities.
+
+    Raises:
+        MisconfigurationException: They name another class for any of the images.
+    """
+    parts = [(expected(part), found(part)) for part in torch.split(images, 250)]
+    ours, theirs = (torch.cat(part) for part in zip(*parts, strict=True))
+    wrong = int((ours.argmax(dim=1) != theirs.argmax(dim=1)).sum())
+    if wrong:
+        raise MisconfigurationException(
+            f"the export names another class for {wrong} of {len(images)} images: it is not kept"
+        )
+    return float((ours - theirs).abs().max())
+
+
+def _check_out(out: Path, options: Namespace) -> None:
+    """Refuse to write over what is no earlier export."""
+    if out.is_dir() and options.format != "page":
+        raise MisconfigurationException(f"--out {out} is a folder: name a file")
+    is_other = out.is_file() or (out.is_dir() and {p.name for p in out.iterdir()} - PAGE_FILES)
+    if options.format == "page" and is_other:
+        raise MisconfigurationException(f"--out {out} holds other things: name a new folder")
+    if options.format == "weights" and out.suffix == ".json":
+        raise MisconfigurationException(f"--out {out}: the weights' card will be the .json file")
+    if out.exists() and run_of(Path(options.ckpt_path)).resolve() in out.resolve().parents:
+        raise MisconfigurationException(f"--out {out} is a file of the run: name a new one")
+
+
+def _main(args: list[str]) -> None:
+    parser = OneLineParser(prog="export.py", description="Export a checkpoint.")
+    parser.add_argument("--ckpt_path", type=str, required=True, help="the checkpoint")
+    parser.add_argument("--format", type=Literal[tuple(FORMATS)], required=True)
+    parser.add_argument("--out", type=str, required=True, help="a file; of page a folder")
+    parser.add_argument("--data.root", type=str | None, default=None, help="the images' folder")
+    options = parser.parse_args(args)
+    out = Path(options.out)
+    _check_out(out, options)
+    classifier, card, images = load(options.ckpt_path, options.data.root)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+        file = Path(scratch, out.name)
+        predict = FORMATS[options.format](classifier, card, file)
+        difference = compare(classifier, predict, images[:COMPARED])
+        if out.is_dir():
+            shutil.rmtree(out)
+        for part in sorted(Path(scratch).iterdir(), reverse=True):
+            part.replace(out.with_name(part.name))
+    count = min(COMPARED, len(images))
+    print(f"the same classes for {count} test images, probabilities within {difference:.1e}")
+    print(f"written to {out}")
+    if options.format == "page":
+        print(f"view    python -m http.server --directory {out}    then http://localhost:8000")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; a user's mistake gives one line and an exit code that is not 0."""
+    quieten()
+    warnings.filterwarnings("ignore", module="torch")
+    with errors_in_one_line():
+        _main(sys.argv[1:] if args is None else args)
+
+
+if __name__ == "__main__":
+    main()
