@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning
+import requests
 import torch
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -163,7 +164,11 @@ def export_page(classifier: Classifier, card: dict[str, Any], folder: Path) -> P
     page = page.replace("CARD", said.replace("<", "\\u003c"))
     (folder / "index.html").write_text(page)
     with tempfile.TemporaryDirectory() as scratch:
-        package = archive.npm_pack(RUNTIME, Path(scratch), total=RUNTIME_BYTES)
+        try:
+            package = archive.npm_pack(RUNTIME, Path(scratch), total=RUNTIME_BYTES)
+        except (archive.CIFAR10Error, requests.Timeout) as error:
+            reason = str(error) or "it sent nothing for 15 s"
+            raise MisconfigurationException(f"a page needs {RUNTIME} from npm: {reason}") from error
         with tarfile.open(package) as files:
             for name in RUNTIME_FILES:
                 content = files.extractfile(f"package/dist/{name}")
