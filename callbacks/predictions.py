@@ -53,7 +53,7 @@ class _Logits(Metric):
         # Of several ranks they come as one tensor.
         whole = [part if isinstance(part, Tensor) else torch.cat(part) for part in parts]
         order = whole[2].argsort()
-        return Predictions(*(part[order] for part in whole))
+        return Predictions(*(part[order].cpu() for part in whole))
 
 
 class PredictionsKeeper(Callback):
@@ -76,25 +76,12 @@ class PredictionsKeeper(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep a batch; of the test set in a test only."""
+        """Keep a batch; of the test set's curve none."""
         if dataloader_idx == 0:
             self.kept.update(outputs, batch)
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin anew."""
-        self.on_validation_start(trainer, pl_module)
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep a batch."""
-        self.kept.update(outputs, batch)
+    on_test_start = on_validation_start
+    on_test_batch_end = on_validation_batch_end
 
     def predictions(self) -> Predictions:
         """Return the predictions, in the order of the images in the data set."""
