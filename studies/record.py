@@ -84,6 +84,7 @@ class Worker:
         self.name = f"{socket.gethostname()}.{uuid.uuid4().hex[:12]}"
         self.workers = folder / ".workers"
         self.alive = FileLock(self.workers / self.name)
+        self.turn = FileLock(folder / ".lock")
 
     def __enter__(self) -> "Worker":
         self.workers.mkdir(exist_ok=True)
@@ -151,10 +152,15 @@ class Worker:
     def take(self) -> optuna.Trial | None:
         """Return a trial that from now on is this worker's; None if there is none to be had now.
 
-        Optuna hands out waiting trials one by one, in the order of their numbers. So of two workers
-        that want the same run at once, the one with the lower number has it before the other looks.
+        Optuna hands out waiting trials in the order of their numbers. So of two workers that want
+        the same run at once, the one with the lower number has it before the other looks. From
+        SQLite it can hand out one trial twice: workers that share the folder take turns.
         """
-        self._free_the_dead()
+        with self.turn:
+            self._free_the_dead()
+            return self._take()
+
+    def _take(self) -> optuna.Trial | None:
         while True:
             if not any(t.state == TrialState.WAITING and self._wants(t) for t in self.trials()):
                 if missing := self.missing():

@@ -1,6 +1,7 @@
 """A small learnable data set in the official form, and a way to run the command line."""
 
 import io
+import os
 import pickle
 import tarfile
 from collections.abc import Callable
@@ -8,6 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+# Several tests run at a time, each on a core. Said before torch is imported, here and in what they
+# start.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import train
 from cifar10 import archive
