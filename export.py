@@ -10,7 +10,9 @@ recipe does to pixels is inside. Each export is loaded again and compared with t
 1,000 test images before it is there; docs/export.md says how each is used.
 """
 
+import contextlib
 import importlib.util
+import io
 import json
 import shutil
 import sys
@@ -72,15 +74,22 @@ def load(path: str, root: str | None) -> tuple[Classifier, dict[str, Any], Tenso
         CIFAR10Error: The images cannot be had.
     """
     checkpoint = read_checkpoint(path)
-    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
+    options: dict[str, Any] = {
+        "map_location": "cpu",
+        "weights_only": True,
+        "_instantiator": "lightning.pytorch.cli.instantiate_module",  # whatever the file says
+    }
+    said = io.StringIO()  # by jsonargparse, many lines
     try:
-        model = ImageClassifier.load_from_checkpoint(path, **options)
-        data = CIFAR10DataModule.load_from_checkpoint(path, **options)
+        with contextlib.redirect_stderr(said):
+            model = ImageClassifier.load_from_checkpoint(path, **options)
+            data = CIFAR10DataModule.load_from_checkpoint(path, **options)
         settings = checkpoint["hyper_parameters"]["network"]
         rows = checkpoint["callbacks"]["History"]["rows"]
-    except (KeyError, TypeError, AttributeError, ImportError, ValueError) as error:
+    except (SystemExit, Exception) as error:  # settings can be wrong in any way
+        reason = " ".join(f"{said.getvalue() or error}".split())
         raise MisconfigurationException(
-            f"{path} does not say how to build its network: {type(error).__name__}: {error}"
+            f"{path} does not say how to build its network: {reason}"
         ) from error
     started_in = Path(checkpoint.get("run", {}).get("started_in", ""))
     there = data.root if Path(data.root).is_dir() else str(started_in / data.root)

@@ -348,7 +348,8 @@ class CLI(LightningCLI):
         if self.config.test.data.val_size:
             self.trainer.validate(**kwargs, weights_only=True, verbose=False)
             val = keeper.predictions()
-        if not self.trainer.is_global_zero or self.config.test.trainer.fast_dev_run:
+        is_to_write = self.trainer.is_global_zero and not self.config.test.trainer.fast_dev_run
+        if test is None or not is_to_write:
             return
         evaluation = Evaluation(test, val)
         terminal = Console(highlight=False)

@@ -83,9 +83,12 @@ class PredictionsKeeper(Callback):
     on_test_start = on_validation_start
     on_test_batch_end = on_validation_batch_end
 
-    def predictions(self) -> Predictions:
-        """Return the predictions, in the order of the images in the data set."""
-        return self.kept.compute()
+    def predictions(self) -> Predictions | None:
+        """Return the predictions, in the order of the images in the data set, and forget them; None
+        if there was no batch."""
+        found = self.kept.compute() if self.kept.update_called else None
+        self.kept.reset()
+        return found
 
 
 class ConfusionMatrix(PredictionsKeeper):
@@ -106,9 +109,12 @@ class ConfusionMatrix(PredictionsKeeper):
         from reports.evaluation import confusion_figure, confusion_of  # slow to import
 
         is_due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        if trainer.state.fn != "fit" or not is_due or not self.kept.update_called:
+        if trainer.state.fn != "fit" or not is_due:
             return
-        confusion = confusion_of(self.predictions())  # takes all ranks
+        predictions = self.predictions()  # takes all ranks
+        if predictions is None:
+            return
+        confusion = confusion_of(predictions)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 logger.experiment.add_figure(

@@ -89,8 +89,10 @@ def with_result(card: str, checkpoint: str, summary: str) -> str:
     return f"{card.partition(RESULT)[0]}{RESULT}\nOf `{checkpoint}`:\n\n{lines}\n"
 
 
-def _call(settings: dict[str, Any]) -> str:
+def _call(settings: Any) -> str:
     """Return a class and its arguments, as in `Adam(lr=0.0005)`; those that are null left out."""
+    if not isinstance(settings, dict):
+        return f"`{settings}`"
     arguments = settings.get("init_args", {})
     said = ", ".join(f"{key}={value}" for key, value in arguments.items() if value is not None)
     return f"`{settings['class_path'].rpartition('.')[2]}({said})`"

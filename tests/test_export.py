@@ -172,6 +172,12 @@ def test_wrong_calls_are_refused_in_one_line_and_leave_nothing(
     Path("full").mkdir()
     Path("full/letter.txt").write_text("dear")
     Path("damaged.ckpt").write_bytes(CHECKPOINT.read_bytes()[:5000])
+    hostile = torch.load(CHECKPOINT, weights_only=True)
+    hostile["hyper_parameters"]["_instantiator"] = "subprocess.Popen"
+    hostile["hyper_parameters"]["network"] = {
+        "class_path": "subprocess.Popen", "init_args": {"args": ["touch", "hacked"]},
+    }  # fmt: skip
+    torch.save(hostile, "hostile.ckpt")
     before = sorted(Path().rglob("*"))
 
     def refused(message: str, format_: str, file: str, checkpoint: Path = CHECKPOINT) -> None:
@@ -187,6 +193,7 @@ def test_wrong_calls_are_refused_in_one_line_and_leave_nothing(
 
     refused("no checkpoint nowhere.ckpt", "onnx", "m.onnx", Path("nowhere.ckpt"))
     refused("not a checkpoint", "onnx", "m.onnx", Path("damaged.ckpt"))
+    refused("does not say how to build its network", "onnx", "m.onnx", Path("hostile.ckpt"))
     refused("full is a folder", "torch", "full")
     refused("full holds other things", "page", "full")
     refused("is a file of the run", "onnx", str(CHECKPOINT))
