@@ -66,6 +66,8 @@ class CIFAR10DataModule(LightningDataModule):
         self.split_seed = split_seed
         self.augment = augment
         self.test_curve = test_curve
+        if images is not None and not images:
+            raise archive.CIFAR10Error("data.images names no file")
         self.images = images
 
     @cached_property

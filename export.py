@@ -35,7 +35,7 @@ from cifar10 import archive
 from cifar10.augment import Normalize, Transform
 from datamodule import CIFAR10DataModule
 from lightning_module import ImageClassifier
-from runs import read_checkpoint, run_of
+from runs import read_checkpoint
 from terminal import OneLineParser, errors_in_one_line, quieten
 
 Predict = Callable[[Tensor], Tensor]
@@ -210,29 +210,45 @@ def compare(expected: Predict, found: Predict, images: Tensor) -> float:
     """Return the largest difference between two predictions of probabilities.
 
     Raises:
-        MisconfigurationException: They name another class for any of the images.
+        MisconfigurationException: They name another class for any of the images, but for near ties,
+            or differ by more than 0.001.
     """
     parts = [(expected(part), found(part)) for part in torch.split(images, 250)]
     ours, theirs = (torch.cat(part) for part in zip(*parts, strict=True))
-    wrong = int((ours.argmax(dim=1) != theirs.argmax(dim=1)).sum())
-    if wrong:
+    difference = float((ours - theirs).abs().max())
+    # By how much the class that theirs names is less probable.
+    behind = ours.max(dim=1).values - ours.gather(1, theirs.argmax(dim=1, keepdim=True))[:, 0]
+    if wrong := int((behind > 1e-4).sum()):
         raise MisconfigurationException(
             f"the export names another class for {wrong} of {len(images)} images: it is not kept"
         )
-    return float((ours - theirs).abs().max())
+    if not difference < 1e-3:  # as it is where the network says no numbers
+        raise MisconfigurationException(
+            f"the export's probabilities differ by {difference:.1e}: it is not kept"
+        )
+    return difference
 
 
 def _check_out(out: Path, options: Namespace) -> None:
     """Refuse to write over what is no earlier export."""
-    if out.is_dir() and options.format != "page":
-        raise MisconfigurationException(f"--out {out} is a folder: name a file")
-    is_other = out.is_file() or (out.is_dir() and {p.name for p in out.iterdir()} - PAGE_FILES)
-    if options.format == "page" and is_other:
-        raise MisconfigurationException(f"--out {out} holds other things: name a new folder")
+    checkpoint = Path(options.ckpt_path).resolve()
+    if options.format == "page":
+        there = {path.name for path in out.iterdir()} if out.is_dir() else set()
+        if out.is_file() or there not in (set(), PAGE_FILES):
+            raise MisconfigurationException(f"--out {out} holds other things: name a new folder")
+        return
     if options.format == "weights" and out.suffix == ".json":
         raise MisconfigurationException(f"--out {out}: the weights' card will be the .json file")
-    if out.exists() and run_of(Path(options.ckpt_path)).resolve() in out.resolve().parents:
-        raise MisconfigurationException(f"--out {out} is a file of the run: name a new one")
+    for file in [out] + [out.with_suffix(".json")] * (options.format == "weights"):
+        if file.is_dir():
+            raise MisconfigurationException(f"--out {out} is a folder: name a file")
+        is_the_runs = checkpoint.parent.name == "checkpoints" and (
+            checkpoint.parents[1] in file.resolve().parents
+        )
+        if file.exists() and (is_the_runs or file.resolve() == checkpoint):
+            raise MisconfigurationException(f"--out {file} is a file of the run: name a new one")
+        if file != out and file.exists() and '"network"' not in file.read_text(errors="replace"):
+            raise MisconfigurationException(f"--out {file} is no card of weights: name a new file")
 
 
 def _main(args: list[str]) -> None:

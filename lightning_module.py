@@ -171,6 +171,7 @@ class ImageClassifier(LightningModule):
         return self.network(self.transform(pixels, indices))
 
     def _score(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = logits.float()  # of weights in bfloat16 too
         scores = logits.softmax(dim=1) if self.softmax_before_loss else logits
         return F.cross_entropy(scores, labels), (logits.argmax(dim=1) == labels).sum()
 
@@ -227,7 +228,7 @@ class ImageClassifier(LightningModule):
         """Return class probabilities [B, 10]."""
         if not len(batch.images):  # of the files of this batch none is an image
             return torch.zeros(0, len(CLASSES))
-        return self._logits(batch.images, batch.indices).softmax(dim=1)
+        return self._logits(batch.images, batch.indices).float().softmax(dim=1)
 
 
 @torch.no_grad()

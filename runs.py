@@ -6,6 +6,7 @@ figures, `model.pth` and `checkpoints/`.
 
 import argparse
 import contextlib
+import hashlib
 import io
 import os
 import platform
@@ -28,6 +29,15 @@ def processor() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def code_version() -> str:
+    """Return what tells one version of the code that trains, and of PyTorch, from another."""
+    here = Path(__file__).parent
+    files = [here / name for name in ("train.py", "lightning_module.py", "datamodule.py")]
+    files += sorted(file for room in ("cifar10", "networks") for file in (here / room).glob("*.py"))
+    content = b"".join(file.read_bytes() for file in files) + torch.__version__.encode()
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -173,6 +183,7 @@ def with_checkpoint_settings(args: list[str], subcommands: Collection[str]) -> l
         )
     restored = dict(checkpoint.get("run", {}))
     started_in = restored.pop("started_in", "")
+    restored.pop("code", None)
     if subcommand != "fit":
         precision = restored.get("trainer", {}).get("precision")
         restored = {"name": restored.get("name"), "trainer": {"precision": precision}}

@@ -26,7 +26,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import lightning
 import optuna
 import torch
 from jsonargparse import ActionConfigFile
@@ -38,11 +37,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from callbacks.history import Row
-from runs import processor
 from studies.answer import Answer, Outcome
 from studies.one_run import fit
 from studies.question import Question, check
-from studies.record import HEARTBEAT, STORAGE_ERRORS, Worker, open_record
+from studies.record import HEARTBEAT, STORAGE_ERRORS, Worker, open_record, without_password
 from terminal import OneLineParser, errors_in_one_line, quieten
 
 SLOW_TO_IMPORT = [
@@ -65,7 +63,7 @@ class Running:
 
 
 def shares(jobs: int) -> list[tuple[str | None, int]]:
-    """Return for each job the GPUs that are its own, None if there are none, and its cores."""
+    """Return for each job its GPU, None if there are none, and how many cores are its own."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     threads = max(1, cores // jobs)
@@ -74,15 +72,7 @@ def shares(jobs: int) -> list[tuple[str | None, int]]:
         return [(None, threads)] * jobs
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else [str(i) for i in range(count)]
-    return [(",".join(gpus[i::jobs] or [gpus[i % count]]), threads) for i in range(jobs)]
-
-
-def machine(threads: int) -> str:
-    """Return what a run's speed, and the last digits of its results, depend on."""
-    device = f"{threads} of {os.cpu_count()} cores of {processor()}"
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    return f"{device}, torch {torch.__version__}, lightning {lightning.__version__}"
+    return [(gpus[i % count], threads) for i in range(jobs)]
 
 
 class Runner:
@@ -155,14 +145,14 @@ class Runner:
                     there,
                 ),
             )
-            process.start()
-            there.close()
             bar = self.progress.add_task(
                 escape(f"  {setting}, seed {seed}"),
                 total=self.epochs.get(setting, max(self.epochs.values())),
                 state="starts",
             )
+            process.start()
             self.running[here] = Running(trial, name, process, slot, bar)
+            there.close()
         return len(self.running) > before
 
     def _others(self) -> bool:
@@ -177,22 +167,19 @@ class Runner:
         """Take one message of a run."""
         one = self.running[link]
         try:
-            kind, content = link.recv()
+            kind, *content = link.recv()
         except (EOFError, OSError):
             one.process.join()
-            kind, content = "failed", f"its process ended with exit code {one.process.exitcode}"
+            kind, content = "failed", [f"its process ended with exit code {one.process.exitcode}"]
         try:
             if kind == "epoch":
                 with contextlib.suppress(OSError):  # it may have ended since
-                    link.send(self._stops(one, content))
+                    link.send(self._stops(one, *content))
                 return
             if kind == "done":
-                self._keep(one, content, machine(self.shares[one.slot][1]))
-            elif kind == "taken":
-                rows, study = content
-                self._keep(one, rows, f"taken from the study {study}")
+                self._keep(one, *content)
             else:
-                self._fail(one, content.removeprefix("error: "))
+                self._fail(one, content[0].removeprefix("error: "))
         except optuna.exceptions.UpdateFinishedTrialError:
             self._print(
                 f"{one.name}: taken over by another worker, which heard nothing of this one"
@@ -323,7 +310,7 @@ def _main(args: list[str]) -> None:
     folder = Path(typed.folder or Path("runs", Path(str(typed.file[-1])).stem))
     epochs = check(question, question.settings() or question.extremes())
     nothing = MisconfigurationException(f"{folder}: no run has ended yet, so there is no answer")
-    if not (typed.jobs or folder.exists()):
+    if not (typed.jobs or typed.storage or folder.exists()):
         raise nothing
     try:
         worker = Worker(question, open_record(question, folder, typed.storage), folder)
@@ -344,7 +331,7 @@ def _main(args: list[str]) -> None:
         raise nothing
     answer = Answer(
         question.question,
-        shlex.join(["python", "study.py", *args]),
+        without_password(shlex.join(["python", "study.py", *args])),
         question.choose,
         question.levels(settings),
         outcomes,

@@ -38,11 +38,12 @@ from torch.utils.tensorboard import SummaryWriter
 from callbacks import Board, History, ImagesBar, LayerTable, PredictionsKeeper, PredictionTable
 from datamodule import CIFAR10DataModule
 from lightning_module import ImageClassifier
-from reports.card import model_card, with_result
+from reports.card import commit, model_card, with_result
 from runs import (
     RUN_SETTINGS,
     WholeCheckpointIO,
     claim,
+    code_version,
     forget,
     is_newest,
     read_checkpoint,
@@ -66,8 +67,12 @@ class SaveConfig(SaveConfigCallback):
         """Save `config.yaml`."""
         self.config = self.config.clone()
         self.config.ckpt_path = None  # `--config config.yaml` repeats the run from its start
-        super().setup(trainer, pl_module, "fit")
-        self.settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        text = self.parser.dump(self.config, skip_none=False)
+        if trainer.is_global_zero and trainer.log_dir and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            Path(trainer.log_dir).mkdir(parents=True, exist_ok=True)
+            write_whole(Path(trainer.log_dir) / "config.yaml", text.encode())
+        self.settings = yaml.safe_load(text)
+        self.code = code_version()
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -75,6 +80,7 @@ class SaveConfig(SaveConfigCallback):
         """Add those settings that Lightning does not: of the run and its trainer."""
         checkpoint["run"] = {key: self.settings[key] for key in RUN_SETTINGS}
         checkpoint["run"]["started_in"] = str(Path.cwd())  # what relative paths start from
+        checkpoint["run"]["code"] = self.code
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -288,8 +294,10 @@ class CLI(LightningCLI):
 
     def fit(self, **kwargs: Any) -> None:
         """Train; afterwards write the weights, and say how it went and what can be done next."""
-        max_epochs = self.config.fit.trainer.max_epochs
-        if kwargs["ckpt_path"] and read_checkpoint(kwargs["ckpt_path"])["epoch"] + 1 == max_epochs:
+        max_epochs, code = self.config.fit.trainer.max_epochs, commit()
+        path = kwargs["ckpt_path"]
+        was_done = path is not None and read_checkpoint(path)["epoch"] + 1 == max_epochs
+        if was_done:
             print(f"all {max_epochs} epochs are done: to go on, raise --trainer.max_epochs")
         try:
             self.trainer.fit(**kwargs, weights_only=True)  # a checkpoint is data: it runs no code
@@ -306,11 +314,13 @@ class CLI(LightningCLI):
         write_whole(self.run_folder / "model.pth", weights.getvalue())
         history = next(c for c in self.trainer.callbacks if isinstance(c, History))  # type: ignore[attr-defined]
         settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))["fit"]
+        device, best = self.trainer.strategy.root_device, history.best(self.trainer)
         card = model_card(
-            self.run_folder, settings, self.model.network, self.model.device, history.rows,
-            history.best(self.trainer),
-        )  # fmt: skip
-        write_whole(self.run_folder / "model.md", card.encode())
+            self.run_folder, settings, self.model.network, device, history.rows, best, code
+        )
+        file = self.run_folder / "model.md"
+        if not (was_done and file.exists()):
+            write_whole(file, card.encode())
         print(f"\n{self._summary()}")
 
     def _summary(self) -> str:
@@ -348,12 +358,17 @@ class CLI(LightningCLI):
         if self.config.test.data.val_size:
             self.trainer.validate(**kwargs, weights_only=True, verbose=False)
             val = keeper.predictions()
-        is_to_write = self.trainer.is_global_zero and not self.config.test.trainer.fast_dev_run
-        if test is None or not is_to_write:
+        if test is None or not test.logits.isfinite().all():
+            reason = "the network diverged: it says no numbers" if test else "no image was tested"
+            raise MisconfigurationException(f"{kwargs['ckpt_path']}: {reason}")
+        if not self.trainer.is_global_zero:
             return
         evaluation = Evaluation(test, val)
         terminal = Console(highlight=False)
         terminal.print(evaluation.summary(), evaluation.table(), sep="\n", soft_wrap=True)
+        if len(test.labels) < len(self.datamodule.test_set):
+            print(f"of {len(test.labels)} images only: nothing is written")
+            return
         file = self.run_folder / "test.json"
         write_whole(file, json.dumps({**results, **evaluation.values()}, indent=2).encode())
         figures = evaluation.figures(self.datamodule.test_set.images)
@@ -392,6 +407,9 @@ class CLI(LightningCLI):
         if self.trainer.world_size > 1:
             raise MisconfigurationException("predict takes one device: --trainer.devices 1")
         files = self.datamodule.pictures.files if self.config.predict.data.images else None
+        if self.config.predict.trainer.fast_dev_run:
+            self.trainer.predict(**kwargs, weights_only=True)
+            return
         with PredictionTable(self.run_folder / "predictions.csv", files) as table:
             self.trainer.callbacks.append(table)  # type: ignore[attr-defined]
             self.trainer.predict(**kwargs, weights_only=True, return_predictions=False)

@@ -29,7 +29,8 @@ class Board(Callback):
             return
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                with torch.no_grad(), torch.random.fork_rng():  # watched or not, it is the same run
+                # The numbers that this draws change no run: the module seeds every epoch.
+                with torch.no_grad():
                     self._add_images(logger.experiment, trainer, pl_module)
                     _add_graph(logger.experiment, pl_module)
 

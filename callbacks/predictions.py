@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from cifar10.archive import CLASSES
 from cifar10.batches import Batch
+from cifar10.pictures import BATCH_SIZE
 
 SHOWN = 30  # pictures on the terminal
 
@@ -52,8 +53,9 @@ class _Logits(Metric):
         parts = (self.logits, self.labels, self.indices)
         # Of several ranks they come as one tensor.
         whole = [part if isinstance(part, Tensor) else torch.cat(part) for part in parts]
-        order = whole[2].argsort()
-        return Predictions(*(part[order].cpu() for part in whole))
+        logits, labels, indices = whole[0].cpu(), whole[1].view(-1).cpu(), whole[2].view(-1).cpu()
+        order = indices.argsort()
+        return Predictions(logits[order], labels[order], indices[order])
 
 
 class PredictionsKeeper(Callback):
@@ -135,7 +137,7 @@ class PredictionTable(Callback):
     def __init__(self, path: Path, files: list[Path] | None) -> None:
         self.path, self.files = path, files
         self.first: list[list[str]] = []  # rows to show
-        self.skipped = 0
+        self.written = self.skipped = 0
         self.due = 0  # the index of the next image
 
     def __enter__(self) -> "PredictionTable":
@@ -168,12 +170,15 @@ class PredictionTable(Callback):
             if len(self.first) < SHOWN:
                 self.first.append(row)
             self.due = index + 1
+            self.written += 1
+        self._skip_to(BATCH_SIZE * (batch_idx + 1))
 
     def _skip_to(self, index: int) -> None:
         """Name the files before `index` that gave no picture."""
         for file in (self.files or [])[self.due : index]:
             tqdm.write(f"skipped {file}: no picture, or a damaged one", file=sys.stderr)
             self.skipped += 1
+        self.due = index
 
     def __exit__(self, kind: object, *_: object) -> None:
         """Finish the file, and show the first pictures; or leave nothing half-written."""
@@ -181,7 +186,6 @@ class PredictionTable(Callback):
         if kind is not None:
             self.scratch.unlink()
             return
-        self._skip_to(len(self.files or []))
         self.scratch.replace(self.path)
         if self.files is not None and self.first:
             table = Table(box=box.SIMPLE, header_style="bold", pad_edge=False)
@@ -193,6 +197,6 @@ class PredictionTable(Callback):
             if not terminal.is_terminal:
                 terminal.width = 200  # long names on one line
             terminal.print(table)
-            if (more := len(self.files) - self.skipped - len(self.first)) > 0:
+            if (more := self.written - len(self.first)) > 0:
                 print(f"and {more} more")
         print(f"written to {self.path}")

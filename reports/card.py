@@ -41,6 +41,7 @@ def model_card(
     device: torch.device,
     rows: list[Row],
     best: Row | None,
+    code: str,
 ) -> str:
     """Return the card of a run that has been trained, as Markdown.
 
@@ -51,6 +52,7 @@ def model_card(
         device: Where.
         rows: Its epochs.
         best: The epoch that validation chose.
+        code: The commit that it was trained by.
 
     """
     model, data, trainer = (settings[part] for part in ("model", "data", "trainer"))
@@ -61,7 +63,7 @@ def model_card(
     steps = [_call(step) for step in data["augment"]] or ["none"]
     lines = {
         "Repeat": f"`python train.py fit --config {config}`",
-        "Code": f"commit {commit()}",
+        "Code": f"commit {code}",
         "Network": f"{_call(model['network'])}, {sum(p.numel() for p in network.parameters()):,} "
         "parameters",
         "Data": f"CIFAR-10, python version, md5 {archive.ARCHIVE_MD5}"
@@ -71,7 +73,9 @@ def model_card(
         "Augmentation": ", ".join(steps),
         "Training": f"{len(rows)} of {trainer['max_epochs']} epochs of batches of "
         f"{data['batch_size']}, {_call(model['optimizer'])}, seed {settings['seed_everything']}, "
-        f"precision {trainer['precision'] or '32-true'}",
+        f"precision {trainer['precision'] or '32-true'}"
+        + (f", {_call(model['lr_scheduler'])}" if model["lr_scheduler"] else "")
+        + (", softmax before the loss" if model["softmax_before_loss"] else ""),
         "Time": f"{sum(row['seconds'] for row in rows):.0f} s on {cores}{hardware}",
         "Versions": f"torch {torch.__version__}, torchvision {torchvision.__version__}, lightning "
         f"{lightning.__version__}, Python {platform.python_version()}, {platform.system()}",

@@ -107,6 +107,7 @@ class Difference:
     other: str
     pairs: int
     mean: Mean
+    test: Mean  # of test/acc in the same epochs
     p: float  # corrected for the number of comparisons, once all are known
 
     @property
@@ -142,12 +143,16 @@ class Answer:
     def __post_init__(self) -> None:
         self.is_percent = self.choose.endswith("acc")
         self.sign = 1 if self.is_percent else -1  # of better
-        self.values = {
-            (run.setting, run.seed): best[self.choose]
-            for run in self.outcomes
-            if not run.ended and (best := run.best(self.choose))
-        }
+        self.values = self._of_each_run(self.choose)
         self.differences = self._compared()
+
+    def _of_each_run(self, key: str) -> dict[tuple[str, int], float]:
+        """Return a metric of the best epoch for each setting and seed that have a whole run."""
+        return {
+            (run.setting, run.seed): best[key]
+            for run in self.outcomes
+            if not run.ended and (best := run.best(self.choose)) and key in best
+        }
 
     def whole(self, setting: str) -> list[Outcome]:
         """Return the runs of a setting that are in its mean."""
@@ -155,17 +160,19 @@ class Answer:
 
     # ------------------------------------------------------------------------------ statistics
 
-    def by_level(self, factor: str) -> dict[str, dict[int, float]]:
-        """Return for each level of a factor the value of `choose` by seed, as a mean over the
-        levels of the other factors; a seed that lacks one of these settings does not count."""
+    def by_level(
+        self, factor: str, values: dict[tuple[str, int], float]
+    ) -> dict[str, dict[int, float]]:
+        """Return for each level of a factor the values by seed, as means over the levels of the
+        other factors; a seed that lacks one of these settings does not count."""
         seeds = sorted({run.seed for run in self.outcomes})
         found: dict[str, dict[int, float]] = {}
         for level in dict.fromkeys(levels[factor] for levels in self.settings.values()):
             names = [name for name, levels in self.settings.items() if levels[factor] == level]
             found[level] = {
-                seed: float(np.mean([self.values[name, seed] for name in names]))
+                seed: float(np.mean([values[name, seed] for name in names]))
                 for seed in seeds
-                if all((name, seed) in self.values for name in names)
+                if all((name, seed) in values for name in names)
             }
         return found
 
@@ -177,8 +184,9 @@ class Answer:
     def _compared(self) -> list[Difference]:
         """Compare the levels of each factor by paired t-tests, corrected together after Holm."""
         found = []
+        test = self._of_each_run("test/acc")
         for factor in self.factors():
-            levels = self.by_level(factor)
+            levels, tested = self.by_level(factor, self.values), self.by_level(factor, test)
             for one, other in itertools.combinations(levels, 2):
                 if self.baseline is not None and self.baseline not in (one, other):
                     continue
@@ -189,10 +197,12 @@ class Answer:
                     continue
                 pairs = [(levels[other][seed], levels[one][seed]) for seed in seeds]
                 gains = [a - b for a, b in pairs]
+                both = tested[one].keys() & tested[other].keys()
+                on_test = Mean.of([tested[other][seed] - tested[one][seed] for seed in both])
                 # Pairs that all differ by the same do not show how much chance does.
                 varies = max(gains) - min(gains) > 1e-9
                 p = float(stats.ttest_rel(*zip(*pairs, strict=True)).pvalue) if varies else 1.0
-                found.append(Difference(factor, one, other, len(seeds), Mean.of(gains), p))
+                found.append(Difference(factor, one, other, len(seeds), Mean.of(gains), on_test, p))
         if found:
             corrected = multipletests([one.p for one in found], method="holm")[1]
             for difference, p in zip(found, corrected, strict=True):
@@ -204,6 +214,11 @@ class Answer:
         clauses = [clause for factor in self.factors() if (clause := self._decided(factor))]
         if not clauses:
             clauses = [f"too few runs to compare: it takes {PAIRS} seeds of two settings"]
+        if self.epochs_differ():
+            clauses.append(
+                "some have more epochs, of which the best is higher by chance too: their test/acc "
+                "tells more"
+            )
         if self.is_search:
             clauses.append(
                 f"the best of {len(self.settings)} settings looks better by {self.choose} than it "
@@ -221,13 +236,17 @@ class Answer:
         text = "; ".join(clauses)
         return f"{text[:1].upper()}{text[1:]}."
 
+    def epochs_differ(self) -> bool:
+        """Whether whole runs differ in how many epochs they have."""
+        return len({len(run.rows) for run in self.outcomes if not run.ended}) > 1
+
     def _decided(self, factor: str) -> str:
         ours = [one for one in self.differences if one.factor == factor]
         if not ours:
             return ""
         if self.baseline is not None:
             return self._decided_against_baseline(ours)
-        levels = self.by_level(factor)
+        levels = self.by_level(factor, self.values)
         most = max(map(len, levels.values()))  # others have lost runs, and not by chance
         means = {k: float(np.mean(list(v.values()))) for k, v in levels.items() if len(v) == most}
         best = max(means, key=lambda level: self.sign * means[level])
@@ -256,6 +275,8 @@ class Answer:
     def _decided_against_baseline(self, ours: list[Difference]) -> str:
         groups: dict[str, list[str]] = {"better": [], "worse": [], "undecided": []}
         for one in ours:
+            if one.pairs < max(other.pairs for other in ours):
+                continue
             gain = self.sign * one.mean.value
             kind = ("better" if gain > 0 else "worse") if one.is_real else "undecided"
             groups[kind].append(f"{one.other} ({self._gain(one.mean)})")
@@ -266,6 +287,10 @@ class Answer:
         ]
         if groups["undecided"]:
             texts.append(f"the data do not decide about {_listed(groups['undecided'])}")
+        most = max(one.pairs for one in ours)
+        compared = {one.other for one in ours if one.pairs == most}
+        if lost := [level for level in self.settings if level not in {*compared, self.baseline}]:
+            texts.append(f"{_listed(lost)} left out: too few whole runs")
         return "; ".join(texts)
 
     def _value(self, mean: Mean) -> str:
@@ -347,6 +372,7 @@ class Answer:
             ("compared", [_joined(f"{d.other} - {d.one}", d.factor) for d in shown]),
             ("pairs", [str(d.pairs) for d in shown]),
             (f"difference in {self.choose}{unit}", [self._gain(d.mean) for d in shown]),
+            ("in test/acc, points", [d.test.text("+.2f", True) for d in shown]),
             ("corrected p", [f"{d.p:.3f}" for d in shown]),
             ("larger than chance", ["yes" if d.is_real else "no" for d in shown]),
         ]

@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import lightning
 import torch
 import yaml
 from filelock import FileLock
@@ -20,8 +21,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 import train
 from callbacks import History
 from callbacks.history import Row
-from runs import read_checkpoint
-from studies.question import DryRun
+from runs import claim, code_version, processor, read_checkpoint
+from studies.question import ELSEWHERE, DryRun
 from terminal import errors_in_one_line, quieten
 
 
@@ -48,8 +49,13 @@ class Reporter(Callback):
             sys.exit("stopped with its study")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Send all rows for the last time."""
-        self.final = self.rows(trainer)
+        """Keep all rows, and what the run's speed and its last digits depend on."""
+        device = trainer.strategy.root_device
+        name = f"{torch.get_num_threads()} of {os.cpu_count()} cores of {processor()}"
+        if device.type == "cuda":
+            name = torch.cuda.get_device_name(device)
+        versions = f"torch {torch.__version__}, lightning {lightning.__version__}"
+        self.result = self.rows(trainer), f"{name}, {versions}"
 
 
 def fit(
@@ -62,8 +68,8 @@ def fit(
         folder: Holds the run's `version_<n>`, and `fit.log` for what it prints.
         devices: The value of CUDA_VISIBLE_DEVICES, if this run has GPUs of its own.
         threads: How many cores it may use.
-        link: Takes ("epoch", rows), answers whether to stop; at last ("done", rows), ("taken",
-            (rows, study)) for a run that another study has done, or ("failed", why).
+        link: Takes ("epoch", rows), answers whether to stop; at last ("done", rows, machine), in
+            place of the machine the study that a run was taken from, or ("failed", why).
 
     """
     threading.Thread(target=_die_with_parent, daemon=True).start()
@@ -84,12 +90,16 @@ def fit(
             newest = newest_kept(folder, settings)
             if newest is None and (twin := find_twin(folder, settings)):
                 print(f"the same run as {twin}: taken from there")
-                copy_whole(twin, folder / twin.name)
-                link.send(("taken", (rows_of(twin), twin.parents[1].name)))
+                copy_whole(twin, claim(folder))
+                link.send(("done", rows_of(twin), f"taken from the study {twin.parents[1].name}"))
                 return
+            if newest:
+                here = tuple(f"--{flag}=" for flag in ELSEWHERE)
+                own = [word for word in command if word.startswith(here)]
+                command = ["fit", f"--ckpt_path={newest}", *own]
             reporter = Reporter(link)
-            train.CLI(["fit", f"--ckpt_path={newest}"] if newest else command, [reporter])
-        link.send(("done", reporter.final))
+            train.CLI(command, [reporter])
+        link.send(("done", *reporter.result))
     except (SystemExit, Exception) as error:
         why = str(error)
         if isinstance(error, Exception):
@@ -107,14 +117,16 @@ def settings_of(command: list[str]) -> dict[str, Any]:
 
 def _settings_in(version: Path) -> dict[str, Any] | None:
     """Return the settings of a run that has been trained, as `settings_of` does."""
-    config = version / "config.yaml"
-    return _common(yaml.safe_load(config.read_text())) if config.exists() else None
+    try:
+        return _common(yaml.safe_load((version / "config.yaml").read_text()))
+    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError):
+        return None  # damaged, or another's
 
 
 def _common(settings: dict[str, Any]) -> dict[str, Any]:
-    for key in ("name", "ckpt_path", "config"):
-        settings.pop(key, None)
-    del settings["trainer"]["default_root_dir"]
+    for key in ("name", "ckpt_path", "config", "trainer.default_root_dir", *ELSEWHERE):
+        part, _, name = key.rpartition(".")
+        (settings[part] if part else settings).pop(name, None)
     return settings
 
 
@@ -124,7 +136,7 @@ def newest_kept(folder: Path, settings: dict[str, Any]) -> Path | None:
     steps: dict[int, Path] = {}
     for version in folder.glob("version_*"):
         paths = list(version.glob("checkpoints/*.ckpt"))
-        if not paths:
+        if not paths and not (version / "model.pth").exists():
             shutil.rmtree(version)
         elif _settings_in(version) == settings:
             for path in paths:
@@ -134,20 +146,23 @@ def newest_kept(folder: Path, settings: dict[str, Any]) -> Path | None:
 
 
 def find_twin(folder: Path, settings: dict[str, Any]) -> Path | None:
-    """Return a run of another study, trained to its last epoch, that has the same settings and so
-    the same results."""
+    """Return a run of another study, trained to its last epoch by the same code, that has the same
+    settings and so the same results."""
     seed = folder.name.rpartition(",")[2]
     for weights in sorted(folder.parents[1].glob(f"*/*,{seed}/version_*/model.pth")):
         version = weights.parent
-        rows = rows_of(version)
-        is_whole = bool(rows) and rows[-1]["epoch"] + 1 == settings["trainer"]["max_epochs"]
-        if is_whole and _settings_in(version) == settings:
-            return version
+        if _settings_in(version) != settings:
+            continue
+        with contextlib.suppress(MisconfigurationException, KeyError):  # damaged, or another's
+            last = read_checkpoint(version / "checkpoints" / "last.ckpt")
+            is_whole = last["epoch"] + 1 == settings["trainer"]["max_epochs"]
+            if is_whole and last["run"]["code"] == code_version():
+                return version
     return None
 
 
 def copy_whole(version: Path, to: Path) -> None:
-    """Copy a run, whole or not at all; on one disk, without using space twice."""
+    """Copy a run to an empty folder, whole or not at all; on one disk it takes no space twice."""
 
     def link_or_copy(source: str, target: str) -> None:
         try:
@@ -158,15 +173,14 @@ def copy_whole(version: Path, to: Path) -> None:
     scratch = to.with_name(f".{to.name}")
     shutil.rmtree(scratch, ignore_errors=True)
     shutil.copytree(version, scratch, copy_function=link_or_copy)
+    to.rmdir()
     scratch.rename(to)
 
 
 def rows_of(version: Path) -> list[Row]:
     """Return the epochs of a run by its last checkpoint."""
-    checkpoint = version / "checkpoints" / "last.ckpt"
-    if not checkpoint.exists():
-        return []
-    rows: list[Row] = read_checkpoint(checkpoint)["callbacks"]["History"]["rows"]
+    checkpoint = read_checkpoint(version / "checkpoints" / "last.ckpt")
+    rows: list[Row] = checkpoint["callbacks"]["History"]["rows"]
     return rows
 
 

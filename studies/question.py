@@ -25,6 +25,9 @@ import train
 
 Flags = dict[str, Any]
 
+# Flags that may differ from machine to machine within a study.
+ELSEWHERE = ("data.root", "data.sources", "data.download", "trainer.accelerator")
+
 
 @dataclass
 class Range:
@@ -150,8 +153,7 @@ class Question:
         """Return all that the runs have in common and that can change a result, as JSON."""
         files = [self.config] if isinstance(self.config, str) else self.config
         contents = [yaml.safe_load(Path(file).read_text()) for file in files]
-        elsewhere = ("data.root", "data.sources", "data.download", "trainer.accelerator")
-        fixed = {flag: value for flag, value in self.fixed.items() if flag not in elsewhere}
+        fixed = {flag: value for flag, value in self.fixed.items() if flag not in ELSEWHERE}
         parts = [contents, fixed, self.choose] + ([self.search] if self.search else [])
         return json.dumps(parts, sort_keys=True, default=vars)
 
@@ -271,5 +273,7 @@ def check(question: Question, settings: dict[str, Flags]) -> dict[str, int]:
             raise MisconfigurationException(
                 f"setting {name}: what is kept of a run, and where, belongs to the study"
             )
+        if not (config.trainer.max_epochs or 0) > 0:
+            raise MisconfigurationException(f"setting {name}: trainer.max_epochs must be a number")
         epochs[name] = config.trainer.max_epochs
     return epochs

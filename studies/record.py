@@ -1,6 +1,7 @@
 """The record of a study, kept by Optuna: who does which run, and what came of it."""
 
 import contextlib
+import re
 import socket
 import time
 import uuid
@@ -46,7 +47,7 @@ def open_record(question: Question, folder: Path, storage: str | None) -> optuna
             )
     except (*STORAGE_ERRORS, ImportError) as error:
         reason = str(error).splitlines()[0]
-        raise MisconfigurationException(f"storage {storage}: {reason}") from error
+        raise MisconfigurationException(without_password(f"storage {storage}: {reason}")) from error
     recipe = record.user_attrs.get("recipe")
     if recipe is None:
         record.set_user_attr("recipe", question.recipe())
@@ -56,6 +57,11 @@ def open_record(question: Question, folder: Path, storage: str | None) -> optuna
             "since. Give this one a folder of its own with --folder"
         )
     return record
+
+
+def without_password(text: str) -> str:
+    """Return a text without the passwords of its URLs."""
+    return re.sub(r"(://[^:/@\s]*):[^@\s]+@", r"\1:...@", text)
 
 
 def _storage(url: str) -> optuna.storages.BaseStorage:

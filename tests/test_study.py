@@ -584,7 +584,7 @@ def test_every_study_of_the_project_can_run(
         (None, 0, 1, [(None, 6)]),
         (None, 2, 2, [("0", 3), ("1", 3)]),
         (None, 2, 3, [("0", 2), ("1", 2), ("0", 2)]),
-        ("4,5,7", 3, 2, [("4,7", 3), ("5", 3)]),
+        ("4,5,7", 3, 2, [("4", 3), ("5", 3)]),
     ],
 )
 def test_each_job_has_its_share_of_cores_or_gpus(
