@@ -158,10 +158,17 @@ def test_a_network_of_ones_own_is_exported(out: Out) -> None:
 def test_an_export_that_differs_is_not_kept(out: Out, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("model.onnx").write_text("an earlier one")
     before = sorted(Path().iterdir())
-    wrong = lambda *_: lambda images: torch.eye(10)[torch.zeros(len(images), dtype=torch.int64)]  # noqa: E731
-    monkeypatch.setitem(export.FORMATS, "onnx", wrong)
-    with pytest.raises(SystemExit, match="error: the export names another class for"):
-        out("onnx", "model.onnx")
+
+    def one_class(images: Tensor) -> Tensor:
+        return torch.eye(10)[torch.zeros(len(images), dtype=torch.int64)]
+
+    def less_sure(images: Tensor) -> Tensor:
+        return 0.9 * expected(images) + 0.01
+
+    for wrong, message in ((one_class, "names another class for"), (less_sure, "differ by")):
+        monkeypatch.setitem(export.FORMATS, "onnx", lambda *_, wrong=wrong: wrong)
+        with pytest.raises(SystemExit, match=f"error: the export.* {message}"):
+            out("onnx", "model.onnx")
     assert sorted(Path().iterdir()) == before
     assert Path("model.onnx").read_text() == "an earlier one"
 
@@ -178,6 +185,9 @@ def test_wrong_calls_are_refused_in_one_line_and_leave_nothing(
         "class_path": "subprocess.Popen", "init_args": {"args": ["touch", "hacked"]},
     }  # fmt: skip
     torch.save(hostile, "hostile.ckpt")
+    Path("notes.json").write_text("{}")
+    Path("mine").mkdir()
+    Path("mine/index.html").write_text("my own page")
     before = sorted(Path().rglob("*"))
 
     def refused(message: str, format_: str, file: str, checkpoint: Path = CHECKPOINT) -> None:
@@ -198,6 +208,9 @@ def test_wrong_calls_are_refused_in_one_line_and_leave_nothing(
     refused("full holds other things", "page", "full")
     refused("is a file of the run", "onnx", str(CHECKPOINT))
     refused(".json", "weights", "m.json")
+    refused("notes.json is no card of weights", "weights", "notes.pth")
+    refused("is a file of the run", "weights", str(CHECKPOINT.parents[1] / "model.pth"))
+    refused("mine holds other things", "page", "mine")
     refused("format", "keras", "m")
     with monkeypatch.context() as patch:
         patch.setattr(export, "NEEDS", ("onnx", "no_such_package"))

@@ -132,6 +132,27 @@ def test_without_a_validation_set_there_is_no_temperature(run: Run) -> None:
     assert result["accuracy"]["low"] < result["accuracy"]["value"] < result["accuracy"]["high"]
 
 
+def test_a_part_of_a_test_is_no_result(run: Run, fails: Run) -> None:
+    run("fit", "--config", BASE, "--trainer.max_epochs", "1", "--data.val_size", "800",
+        "--data.batch_size", "100")  # fmt: skip
+    out = run("test", "--ckpt_path", LAST, "--trainer.limit_val_batches", "0")
+    assert "temperature" not in out, "it is fitted on validation only"
+    (RUN_0 / "test.json").unlink()
+    assert "no image was tested" in fails(
+        "test", "--ckpt_path", LAST, "--trainer.limit_test_batches", "0"
+    )
+    assert not (RUN_0 / "test.json").exists()
+
+
+def test_a_network_that_says_no_numbers_is_not_evaluated(run: Run, fails: Run) -> None:
+    run("fit", "--config", BASE, "--trainer.max_epochs", "1")
+    checkpoint = torch.load(LAST, weights_only=True)
+    checkpoint["state_dict"]["network.dense3.bias"][3] = math.nan
+    torch.save(checkpoint, LAST)
+    assert "the network diverged" in fails("test", "--ckpt_path", LAST)
+    assert not (RUN_0 / "test.json").exists()
+
+
 def test_tensorboard_shows_rates_norms_and_confusions_and_changes_nothing(
     run: Run, tmp_path: Path
 ) -> None:
@@ -210,6 +231,7 @@ def test_a_file_that_is_no_picture_is_named_and_the_rest_is_done(
     assert "notes [1].txt: no picture" in printed.err
     assert len(rows(RUN_0 / "predictions.csv")) == 19
     assert "no such file" in fails("predict", "--ckpt_path", LAST, "--data.images", "nowhere.jpg")
+    assert "names no file" in fails("predict", "--ckpt_path", LAST, "--data.images", "")
     assert not list(RUN_0.glob(".*"))
 
 

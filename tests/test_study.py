@@ -29,6 +29,7 @@ from torch import Tensor, nn
 import study
 from studies.answer import Answer, Outcome
 from studies.question import Question
+from studies.record import without_password
 from tests.conftest import Run
 
 ROOT = Path(__file__).parents[1]
@@ -246,6 +247,21 @@ def test_a_run_that_another_study_has_done_is_taken_from_there(
     assert capsys.readouterr().out.count("taken from the study question") == 3
     assert "3 taken from the study question" in (other / "answer.md").read_text()
     assert (runs(other)["lr=0.002,seed=0"] / "checkpoints" / "epoch_01.ckpt").exists()
+
+    # nor one that other code has trained
+    for path in [*runs().values(), *runs(other).values()]:
+        checkpoint = torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)
+        checkpoint["run"]["code"] = "older"
+        torch.save(checkpoint, path / "checkpoints" / "last.ckpt")
+    after(TWO, grid={"model.optimizer.lr": [0.002]}).rename("third.yaml")
+    study.main(["third.yaml", "--jobs", "2"])
+    assert starts(Path("runs/third")) == 1
+
+
+def test_a_password_is_not_written_down() -> None:
+    text = "--storage postgresql://me:s3:cret@host:5432/db"
+    assert without_password(text) == "--storage postgresql://me:...@host:5432/db"
+    assert without_password("sqlite:////tmp/a.db") == "sqlite:////tmp/a.db"
 
 
 def test_hparams_of_tensorboard_show_what_differs(after: Callable[..., Path]) -> None:
@@ -513,6 +529,7 @@ def test_a_worker_elsewhere_keeps_its_run_until_it_falls_silent(
             "use grid",
         ),
         ({"variants": {"a": {"checkpoint": {"monitor": "train/acc"}}}}, "belongs to the study"),
+        ({"grid": {"trainer.max_epochs": [-1]}}, "trainer.max_epochs must be a number"),
         ({"grid": {"trainer.max_epochs": [1]}, "config": "nowhere.yaml"}, "nowhere.yaml"),
     ],
 )
@@ -710,6 +727,24 @@ def test_a_diverged_run_is_in_no_mean_and_in_no_pair_and_its_setting_does_not_le
     assert sentence.startswith("The setting a has the best mean val/acc")
     assert "b left out: too few whole runs" in sentence
     assert "the setting b diverged in 1 of 4 runs" in sentence
+
+
+def test_the_best_of_more_epochs_is_not_taken_at_its_word() -> None:
+    values = {"a": [0.5, 0.6, 0.7], "b": [0.61, 0.7, 0.82]}
+    found = answer(values)
+    assert "more epochs" not in found.conclusion()
+    (difference,) = found.differences
+    assert difference.test.value == pytest.approx((0.11 + 0.1 + 0.12) / 6)
+    for run in found.outcomes[:3]:
+        run.rows.append({**run.rows[0], "epoch": 3})
+    assert "some have more epochs" in found.conclusion()
+
+
+def test_a_variant_that_lost_runs_is_left_out_of_the_sentence() -> None:
+    values = {"a": [0.5, 0.6, 0.7, 0.6], "b": [0.61, 0.7, 0.82, 0.7], "c": [0.7, 0.8, 0.91, 0.1]}
+    sentence = answer(values, baseline="a", ended={"c_3": "diverged: at once"}).conclusion()
+    assert sentence.startswith("Beyond chance better than a: b (+")
+    assert "c left out: too few whole runs" in sentence
 
 
 def test_a_search_says_that_the_best_looks_better_than_it_is() -> None:
