@@ -14,7 +14,8 @@ import contextlib
 import importlib.util
 import io
 import json
-import shutil
+import logging
+import shlex
 import sys
 import tarfile
 import tempfile
@@ -26,17 +27,17 @@ from typing import Any, Literal
 import lightning
 import requests
 import torch
-from jsonargparse import Namespace
+import yaml
+from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import instantiate_class
 from torch import Tensor, nn
 
 from cifar10 import archive
 from cifar10.augment import Normalize, Transform
 from datamodule import CIFAR10DataModule
 from lightning_module import ImageClassifier
-from runs import read_checkpoint
-from terminal import OneLineParser, errors_in_one_line, quieten
+from runs import read_checkpoint, with_checkpoint_settings
+from terminal import KNOWN_ERRORS, OneLineParser, errors_in_one_line, quieten
 
 Predict = Callable[[Tensor], Tensor]
 
@@ -82,19 +83,20 @@ def load(path: str, root: str | None) -> tuple[Classifier, dict[str, Any], Tenso
     said = io.StringIO()  # by jsonargparse, many lines
     try:
         with contextlib.redirect_stderr(said):
+            restored = with_checkpoint_settings(["test", "--ckpt_path", path], ["test"])[2]
+            root = root or yaml.safe_load(restored)["data"].get("root", "data")
             model = ImageClassifier.load_from_checkpoint(path, **options)
-            data = CIFAR10DataModule.load_from_checkpoint(path, **options)
+            data = CIFAR10DataModule.load_from_checkpoint(path, **options, root=root)
         settings = checkpoint["hyper_parameters"]["network"]
-        rows = checkpoint["callbacks"]["History"]["rows"]
+        # A checkpoint of weights only has no callbacks.
+        rows = checkpoint.get("callbacks", {}).get("History", {}).get("rows", [])
     except (SystemExit, Exception) as error:  # settings can be wrong in any way
         reason = " ".join(f"{said.getvalue() or error}".split())
         raise MisconfigurationException(
             f"{path} does not say how to build its network: {reason}"
         ) from error
-    started_in = Path(checkpoint.get("run", {}).get("started_in", ""))
-    there = data.root if Path(data.root).is_dir() else str(started_in / data.root)
     images = archive.load(
-        root or there, download=data.download, sources=data.sources, verify=data.verify
+        data.root, download=data.download, sources=data.sources, verify=data.verify
     ).test_images
     chosen = [row for row in rows if row["epoch"] == checkpoint["epoch"]]
     card = {
@@ -125,11 +127,6 @@ def _normalisation(steps: Any) -> dict[str, list[float]]:
 
 def export_onnx(classifier: Classifier, card: dict[str, Any], file: Path) -> Predict:
     """Write an ONNX model, and return what ONNX Runtime makes of it."""
-    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MisconfigurationException(
-            f"ONNX needs {', '.join(missing)}: pip install -e '.[export]'"
-        )
     import onnxruntime
 
     program = torch.onnx.export(
@@ -137,8 +134,8 @@ def export_onnx(classifier: Classifier, card: dict[str, Any], file: Path) -> Pre
         input_names=["images"], output_names=["probabilities"], dynamic_shapes=_dynamic(),
     )  # fmt: skip
     assert program is not None
-    said = {"classes": card["classes"], "recipe": card["recipe"], "epoch": card["epoch"]}
-    program.model.metadata_props.update({key: json.dumps(value) for key, value in said.items()})
+    keys = {"classes", "recipe", "epoch", "val/acc"} & card.keys()
+    program.model.metadata_props.update({key: json.dumps(card[key]) for key in sorted(keys)})
     program.save(file)
     session = onnxruntime.InferenceSession(file.read_bytes(), providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
@@ -157,7 +154,9 @@ def export_weights(classifier: Classifier, card: dict[str, Any], file: Path) -> 
     torch.save(classifier.network.state_dict(), file)
     file.with_suffix(".json").write_text(json.dumps(card, indent=2) + "\n")
     said = json.loads(file.with_suffix(".json").read_text())
-    network: nn.Module = instantiate_class((), said["network"])
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("network", type=nn.Module)
+    network = parser.instantiate(parser.parse_object({"network": said["network"]})).network
     network.load_state_dict(torch.load(file, weights_only=True))
     normalise = Normalize(said["mean"], said["std"])
     network.eval()
@@ -167,23 +166,24 @@ def export_weights(classifier: Classifier, card: dict[str, Any], file: Path) -> 
 def export_page(classifier: Classifier, card: dict[str, Any], folder: Path) -> Predict:
     """Write a folder with a page, the ONNX model, and what runs it in a browser, from npm."""
     folder.mkdir()
-    predict = export_onnx(classifier, card, folder / "model.onnx")
-    said = json.dumps({key: card[key] for key in ("classes", "recipe", "epoch")})
-    page = Path(__file__).with_name("page.html").read_text()
-    page = page.replace("CARD", said.replace("<", "\\u003c"))
-    (folder / "index.html").write_text(page)
     with tempfile.TemporaryDirectory() as scratch:
         try:
             package = archive.npm_pack(RUNTIME, Path(scratch), total=RUNTIME_BYTES)
         except (archive.CIFAR10Error, requests.Timeout) as error:
-            reason = str(error) or "it sent nothing for 15 s"
-            raise MisconfigurationException(f"a page needs {RUNTIME} from npm: {reason}") from error
+            raise MisconfigurationException(
+                f"--format page needs {RUNTIME} from npm, but {str(error) or 'it sent nothing'}: "
+                "install npm, or see that it reaches its registry"
+            ) from error
         with tarfile.open(package) as files:
             for name in RUNTIME_FILES:
                 content = files.extractfile(f"package/dist/{name}")
                 assert content is not None
                 (folder / name).write_bytes(content.read())
-    return predict
+    said = json.dumps({key: card[key] for key in ("classes", "recipe", "epoch")})
+    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    page = page.replace("CARD", said.replace("<", "\\u003c"))
+    (folder / "index.html").write_text(page, encoding="utf-8")
+    return export_onnx(classifier, card, folder / "model.onnx")
 
 
 FORMATS = {
@@ -229,26 +229,64 @@ def compare(expected: Predict, found: Predict, images: Tensor) -> float:
     return difference
 
 
+def _check_packages(format_: str) -> None:
+    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
+    if format_ in ("onnx", "page") and missing:
+        raise MisconfigurationException(
+            f"--format {format_} needs {', '.join(missing)}: pip install -e '.[export]'"
+        )
+
+
 def _check_out(out: Path, options: Namespace) -> None:
     """Refuse to write over what is no earlier export."""
     checkpoint = Path(options.ckpt_path).resolve()
+    if out.name in ("", ".."):
+        raise MisconfigurationException(f"--out {out}: name a new file, or of a page a folder")
     if options.format == "page":
         there = {path.name for path in out.iterdir()} if out.is_dir() else set()
-        if out.is_file() or there not in (set(), PAGE_FILES):
+        if (out.exists() and not out.is_dir()) or there not in (set(), PAGE_FILES):
             raise MisconfigurationException(f"--out {out} holds other things: name a new folder")
         return
+    if options.format == "torch" and out.suffix != ".pt2":
+        raise MisconfigurationException(f"--out {out}: PyTorch wants a name that ends in .pt2")
     if options.format == "weights" and out.suffix == ".json":
         raise MisconfigurationException(f"--out {out}: the weights' card will be the .json file")
     for file in [out] + [out.with_suffix(".json")] * (options.format == "weights"):
-        if file.is_dir():
-            raise MisconfigurationException(f"--out {out} is a folder: name a file")
-        is_the_runs = checkpoint.parent.name == "checkpoints" and (
-            checkpoint.parents[1] in file.resolve().parents
+        if file.exists() and not file.is_file():
+            raise MisconfigurationException(f"--out {file} is no file: name a new one")
+        is_the_runs = file.suffix == ".ckpt" or (
+            checkpoint.parent.name == "checkpoints"
+            and checkpoint.parents[1] in file.resolve().parents
+            and file.suffix not in (".onnx", ".pt2")  # which are earlier exports
         )
         if file.exists() and (is_the_runs or file.resolve() == checkpoint):
             raise MisconfigurationException(f"--out {file} is a file of the run: name a new one")
         if file != out and file.exists() and '"network"' not in file.read_text(errors="replace"):
             raise MisconfigurationException(f"--out {file} is no card of weights: name a new file")
+
+
+def _write(options: Namespace, classifier: Classifier, card: dict[str, Any], file: Path) -> Predict:
+    """Write a scratch file of the format, without what PyTorch says meanwhile.
+
+    Raises:
+        MisconfigurationException: The network has code that the format cannot hold.
+    """
+    noise = io.StringIO()
+    logging.getLogger("torch").setLevel(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stderr(noise), contextlib.redirect_stdout(noise):
+            predict = FORMATS[options.format](classifier, card, file)
+            predict(torch.zeros(3, 3, 32, 32, dtype=torch.uint8))  # a batch unlike the example's
+    except KNOWN_ERRORS:
+        raise
+    except Exception as error:  # a network can be beyond a format in any way
+        cause = error.__cause__ or error
+        reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
+        raise MisconfigurationException(
+            f"--format {options.format} cannot hold {type(classifier.network).__name__} ({reason})"
+            + (": --format weights can" if options.format != "weights" else "")
+        ) from error
+    return predict
 
 
 def _main(args: list[str]) -> None:
@@ -259,22 +297,27 @@ def _main(args: list[str]) -> None:
     parser.add_argument("--data.root", type=str | None, default=None, help="the images' folder")
     options = parser.parse_args(args)
     out = Path(options.out)
+    _check_packages(options.format)
     _check_out(out, options)
     classifier, card, images = load(options.ckpt_path, options.data.root)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-        file = Path(scratch, out.name)
-        predict = FORMATS[options.format](classifier, card, file)
+    # Folders that are not there yet are made when there is something to put into them.
+    near = next(folder for folder in out.absolute().parents if folder.is_dir())
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=near) as scratch:
+        new = Path(scratch, "new")
+        new.mkdir()
+        predict = _write(options, classifier, card, new / out.name)
         difference = compare(classifier, predict, images[:COMPARED])
+        out.parent.mkdir(parents=True, exist_ok=True)
         if out.is_dir():
-            shutil.rmtree(out)
-        for part in sorted(Path(scratch).iterdir(), reverse=True):
+            out.replace(Path(scratch, "earlier"))
+        for part in sorted(new.iterdir(), reverse=True):
             part.replace(out.with_name(part.name))
     count = min(COMPARED, len(images))
     print(f"the same classes for {count} test images, probabilities within {difference:.1e}")
     print(f"written to {out}")
     if options.format == "page":
-        print(f"view    python -m http.server --directory {out}    then http://localhost:8000")
+        server = f"python -m http.server --directory {shlex.quote(str(out))}"
+        print(f"view    {server}    then http://localhost:8000")
 
 
 def main(args: list[str] | None = None) -> None:

@@ -1,6 +1,8 @@
 """What leaves the laboratory: the same predictions, in a file that needs nothing of it."""
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +23,17 @@ from networks import ConvNet
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = Path("runs/normalised/version_0/checkpoints/epoch_01.ckpt")
 MEAN, STD = (0.49140, 0.48216, 0.44653), (0.24703, 0.24349, 0.26159)
+
+
+class Branching(nn.Module):
+    """A network whose way depends on the image, which a program without Python cannot follow."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layer(images.flatten(1) if images.sum() > 0 else -images.flatten(1))
 
 
 class Tiny(nn.Module):
@@ -95,14 +108,29 @@ def expected(images: Tensor) -> Tensor:
     return network((images / 255 - mean) / std).softmax(dim=1)
 
 
-def elsewhere(code: str, folder: Path) -> Tensor:
-    """Run Python that knows nothing of this project; it saves its probabilities as p.npy."""
-    np.save(folder / "images.npy", some(7).numpy())
-    subprocess.run([sys.executable, "-I", "-c", code], cwd=folder, check=True, timeout=100)
-    return torch.from_numpy(np.load(folder / "p.npy"))
+def as_documented(file: str, folder: Path, *more: Path) -> None:
+    """Run the lines of docs/export.md that use a file, where nothing of this project is but what
+    is copied there; expect the class and probabilities of the checkpoint."""
+    text = (ROOT / "docs" / "export.md").read_text()
+    (code,) = [c for c in re.findall(r"```python\n(.*?)```", text, re.S) if f'"{file}"' in c]
+    code += "import sys; numpy.save('p.npy', numpy.asarray(probabilities.tolist()))\n"
+    code += f"assert {str(ROOT)!r} not in sys.path\n"
+    away = folder / "away"
+    away.mkdir()
+    for path in (*folder.glob("model.*"), *more):
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, away / path.name)
+    image = some(1)
+    Image.fromarray(image[0].permute(1, 2, 0).numpy()).save(away / "photo.png")
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=away, check=True, timeout=100, text=True,
+        stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": ""},
+    )  # fmt: skip
+    found = torch.from_numpy(np.load(away / "p.npy")).float()
+    assert torch.allclose(found, expected(image), atol=1e-5)
+    assert ran.stdout.strip() == archive.CLASSES[int(expected(image).argmax())]
 
 
-def test_onnx_says_the_same_for_every_size_of_batch(out: Out) -> None:
+def test_onnx_says_the_same_for_every_size_of_batch(out: Out, tmp_path: Path) -> None:
     printed = out("onnx", "exports/model.onnx")
     assert "the same classes for 200 test images, probabilities within" in printed
     session = onnxruntime.InferenceSession("exports/model.onnx")
@@ -112,26 +140,24 @@ def test_onnx_says_the_same_for_every_size_of_batch(out: Out) -> None:
         assert torch.allclose(torch.from_numpy(found), expected(some(count)), atol=1e-5)
     metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(metadata["classes"]) == list(archive.CLASSES)
-    assert json.loads(metadata["epoch"]) == 1
+    assert (json.loads(metadata["recipe"]), json.loads(metadata["epoch"])) == ("normalised", 1)
+    assert 0 < json.loads(metadata["val/acc"]) <= 1
     assert [path.name for path in Path("exports").iterdir()] == ["model.onnx"]
+    Path("exports/model.onnx").rename("model.onnx")
+    as_documented("model.onnx", tmp_path)
 
 
 def test_a_torch_program_needs_nothing_of_this_project(out: Out, tmp_path: Path) -> None:
     out("torch", "model.pt2")
-    found = elsewhere(
-        "import json, numpy, torch\n"
-        "extra = {'card.json': ''}\n"
-        "program = torch.export.load('model.pt2', extra_files=extra).module()\n"
-        "images = torch.from_numpy(numpy.load('images.npy'))\n"
-        "assert len(json.loads(extra['card.json'])['classes']) == 10\n"
-        "numpy.save('p.npy', program(images).detach().numpy())\n",
-        tmp_path,
-    )
-    assert torch.allclose(found, expected(some(7)), atol=1e-5)
+    program = torch.export.load("model.pt2").module()
+    for count in (1, 7):
+        assert torch.allclose(program(some(count)), expected(some(count)), atol=1e-5)
+    as_documented("model.pt2", tmp_path)
 
 
-def test_weights_come_with_a_card_that_says_how_to_use_them(out: Out) -> None:
+def test_weights_come_with_a_card_that_says_how_to_use_them(out: Out, tmp_path: Path) -> None:
     out("weights", "model.pth")
+    out("weights", "model.pth")  # replaces the first
     card = json.loads(Path("model.json").read_text())
     assert card["network"]["class_path"] == "networks.ConvNet"
     assert card["mean"] == pytest.approx(MEAN)
@@ -139,11 +165,17 @@ def test_weights_come_with_a_card_that_says_how_to_use_them(out: Out) -> None:
     assert card["classes"] == list(archive.CLASSES)
     assert (card["recipe"], card["epoch"]) == ("normalised", 1)
     assert 0 < card["val/acc"] <= 1
-    network = ConvNet(**card["network"]["init_args"]).eval()
-    network.load_state_dict(torch.load("model.pth", weights_only=True))
-    mean, std = (torch.tensor(card[key]).view(3, 1, 1) for key in ("mean", "std"))
-    probabilities = network((some(3) / 255 - mean) / std).softmax(dim=1)
-    assert torch.allclose(probabilities, expected(some(3)), atol=1e-6)
+    as_documented("model.pth", tmp_path, ROOT / "networks")
+
+
+def test_a_checkpoint_of_weights_only_is_exported(out: Out) -> None:
+    checkpoint = torch.load(CHECKPOINT, weights_only=True)
+    for key in ("callbacks", "optimizer_states", "lr_schedulers", "loops"):
+        del checkpoint[key]
+    torch.save(checkpoint, "weights.ckpt")
+    for _ in range(2):  # the second time it replaces the first
+        out("weights", "model.pth", Path("weights.ckpt"))
+    assert "val/acc" not in json.loads(Path("model.json").read_text())
 
 
 def test_a_network_of_ones_own_is_exported(out: Out) -> None:
@@ -173,11 +205,43 @@ def test_an_export_that_differs_is_not_kept(out: Out, monkeypatch: pytest.Monkey
     assert Path("model.onnx").read_text() == "an earlier one"
 
 
+def changed(name: str, network: nn.Module, **settings: object) -> Path:
+    """Save the checkpoint with another network in it."""
+    checkpoint = torch.load(CHECKPOINT, weights_only=True)
+    checkpoint["hyper_parameters"]["network"] = settings
+    weights = network.state_dict()
+    checkpoint["state_dict"] = {f"network.{key}": value for key, value in weights.items()}
+    torch.save(checkpoint, name)
+    return Path(name)
+
+
+def test_what_a_format_cannot_hold_is_refused_in_one_line(out: Out) -> None:
+    layer = nn.Linear(3072, 10)
+    linear = {"class_path": "torch.nn.Linear", "init_args": {"in_features": 3072,
+              "out_features": 10}}  # fmt: skip
+    settings = {"class_path": "tests.test_export.Branching", "init_args": {"layer": linear}}
+    branching = changed("branching.ckpt", Branching(layer), **settings)
+    out("weights", "model.pth", branching)  # a network that is made of another
+    for format_, file in (("onnx", "new/model.onnx"), ("torch", "new/model.pt2")):
+        with pytest.raises(SystemExit) as stopped:
+            out(format_, file, branching)
+        message = str(stopped.value.code)
+        assert message.startswith(f"error: --format {format_} cannot hold Branching (")
+        assert message.endswith("): --format weights can")
+        assert len(message.splitlines()) == 1
+    nn.init.constant_(layer.bias, float("nan"))
+    diverged = changed("diverged.ckpt", Branching(layer), **settings)
+    with pytest.raises(SystemExit, match="error: the export's probabilities differ by nan"):
+        out("weights", "new/model.pth", diverged)
+    assert not Path("new").exists()
+
+
 def test_wrong_calls_are_refused_in_one_line_and_leave_nothing(
     out: Out, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("full").mkdir()
     Path("full/letter.txt").write_text("dear")
+    Path("link.ckpt").symlink_to(CHECKPOINT)
     Path("damaged.ckpt").write_bytes(CHECKPOINT.read_bytes()[:5000])
     hostile = torch.load(CHECKPOINT, weights_only=True)
     hostile["hyper_parameters"]["_instantiator"] = "subprocess.Popen"
@@ -188,7 +252,11 @@ def test_wrong_calls_are_refused_in_one_line_and_leave_nothing(
     Path("notes.json").write_text("{}")
     Path("mine").mkdir()
     Path("mine/index.html").write_text("my own page")
-    before = sorted(Path().rglob("*"))
+
+    def files() -> dict[Path, bytes]:
+        return {p: p.read_bytes() if p.is_file() else b"" for p in Path().rglob("*")}
+
+    before = files()
 
     def refused(message: str, format_: str, file: str, checkpoint: Path = CHECKPOINT) -> None:
         with pytest.raises(SystemExit) as stopped:
@@ -199,24 +267,29 @@ def test_wrong_calls_are_refused_in_one_line_and_leave_nothing(
         assert line.startswith("error: ")
         assert message in line
         assert len(line.strip().splitlines()) == 1
-        assert sorted(Path().rglob("*")) == before
+        assert files() == before
 
     refused("no checkpoint nowhere.ckpt", "onnx", "m.onnx", Path("nowhere.ckpt"))
     refused("not a checkpoint", "onnx", "m.onnx", Path("damaged.ckpt"))
     refused("does not say how to build its network", "onnx", "m.onnx", Path("hostile.ckpt"))
-    refused("full is a folder", "torch", "full")
+    refused("full is no file", "onnx", "full")
     refused("full holds other things", "page", "full")
+    refused("--out .: name a new", "page", ".")
+    refused("--out .: name a new", "weights", ".")
     refused("is a file of the run", "onnx", str(CHECKPOINT))
-    refused(".json", "weights", "m.json")
+    refused("is a file of the run", "onnx", str(CHECKPOINT), Path("link.ckpt"))
+    refused("card will be the .json file", "weights", "m.json")
+    refused("ends in .pt2", "torch", "m.torch")
     refused("notes.json is no card of weights", "weights", "notes.pth")
     refused("is a file of the run", "weights", str(CHECKPOINT.parents[1] / "model.pth"))
     refused("mine holds other things", "page", "mine")
     refused("format", "keras", "m")
     with monkeypatch.context() as patch:
         patch.setattr(export, "NEEDS", ("onnx", "no_such_package"))
-        refused("needs no_such_package: pip install -e '.[export]'", "onnx", "m.onnx")
+        said = "needs no_such_package: pip install -e '.[export]'"
+        refused(f"--format onnx {said}", "onnx", "m.onnx")
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    refused("npm command is not installed", "page", "page")
+    refused("the npm command is not installed: install npm", "page", "new/page")
 
 
 @pytest.mark.real_images
@@ -225,7 +298,7 @@ def test_the_page_in_a_browser_says_what_the_network_says(out: Out, arrays: Path
     if not (shutil.which("chromium") and shutil.which("chromedriver")):
         pytest.skip("needs chromium and chromedriver")
     out("page", "page")
-    assert "http" not in Path("page/index.html").read_text(), "nothing from elsewhere"
+    assert "://" not in Path("page/index.html").read_text(), "nothing from elsewhere"
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.wait import WebDriverWait
 
