@@ -259,6 +259,8 @@ class Answer:
         open_ = [level for level, one in against.items() if not one.is_real]
         lead = f"for {factor}, " if factor else ""
         leader = f"{best} has the best mean {self.choose}, {self._value(Mean(means[best]))}"
+        if len(means) > 1 and max(means.values()) - min(means.values()) < 1e-9:
+            return f"{lead}all have the same mean {self.choose}, {self._value(Mean(means[best]))}"
         lost = [level for level in levels if level not in means]
         fewer = f" ({_listed(lost)} left out: too few whole runs)" if lost else ""
         if not worse:

@@ -709,6 +709,8 @@ def test_the_sentence_says_what_the_data_decide() -> None:
     assert answer(few).conclusion().startswith("Too few runs to compare: it takes 3 seeds")
     same = {"a": [0.5, 0.6, 0.7], "b": [0.6, 0.7, 0.8]}  # no spread says nothing of chance
     assert "do not decide" in answer(same).conclusion()
+    equal = {"a": [0.5, 0.6, 0.7], "b": [0.5, 0.6, 0.7]}
+    assert answer(equal).conclusion() == "All have the same mean val/acc, 60.00 %."
     with_base = answer(clear, baseline="a")
     assert {(d.one, d.other) for d in with_base.differences} == {("a", "b"), ("a", "c")}
     assert with_base.conclusion().startswith("Beyond chance better than a: b (+10.03")
