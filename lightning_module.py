@@ -1,23 +1,29 @@
 """What is trained and how one step goes: network, loss, optimizer, metrics."""
 
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from jsonargparse.typing import ClosedUnitInterval
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from cifar10.archive import CLASSES
-from cifar10.augment import Transform
+from cifar10.augment import TestTimeAugmentation, Transform, average_over_views
 from cifar10.batches import Batch
 
 CompileMode = Literal[
     "off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
 ]
+
+
+INIT_IMAGES = 5000  # that a network's `init_from` sees
 
 
 class Means(Metric):
@@ -55,13 +61,18 @@ class ImageClassifier(LightningModule):
     Args:
         network: Maps float images [B, 3, 32, 32] to logits [B, 10].
         optimizer: Makes the optimizer from the parameters.
-        lr_scheduler: Makes the scheduler, stepped once an epoch, from the optimizer.
+        lr_scheduler: Makes the scheduler from the optimizer. One that has `total_steps`, such as
+            `OneCycleLR`, is told them and goes on with every step; any other with every epoch.
+        label_smoothing: Of the training loss, in [0, 1]: the part of the target that is spread
+            evenly over all classes.
         softmax_before_loss: Apply softmax to the logits before the loss, which applies its own: the
             slip in the report's code, kept to measure what it costs.
         compile: Train with a step that `torch.compile` has compiled in this mode, from pixels to
             loss; true means `default`. On a GPU `reduce-overhead` and `max-autotune` use CUDA
             graphs.
         log_steps: Log `train/loss_step` too, every `trainer.log_every_n_steps` steps.
+        tta: Test-time augmentation of `validate`, `test` and `predict`: the views of an image whose
+            logits are averaged (`average_over_views`). During `fit` there is none.
 
     Raises:
         MisconfigurationException: The network does not map [B, 3, 32, 32] to [B, 10].
@@ -73,9 +84,11 @@ class ImageClassifier(LightningModule):
         network: nn.Module,
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=5e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
+        label_smoothing: ClosedUnitInterval = 0.0,
         softmax_before_loss: bool = False,
         compile: CompileMode | bool = "off",
         log_steps: bool = False,
+        tta: TestTimeAugmentation = "none",
     ) -> None:
         super().__init__()
         self.network = network
@@ -87,6 +100,8 @@ class ImageClassifier(LightningModule):
             compile = "default" if compile else "off"
         self.compile_mode = compile
         self.log_steps = log_steps
+        self.label_smoothing = label_smoothing
+        self.tta = tta
         self.transform = Transform()
         self.train_metrics = Means()
         self.val_metrics = Means()
@@ -102,6 +117,13 @@ class ImageClassifier(LightningModule):
         """Take over the data module's way from pixels to images, to make it part of the step."""
         datamodule = getattr(self.trainer, "datamodule", None)
         self.transform = getattr(datamodule, "transform", self.transform)
+        if stage == "fit" and datamodule is not None and hasattr(self.network, "init_from"):
+            train_set = datamodule.train_set
+            pixels, _, indices = train_set.batch(train_set.indices[:INIT_IMAGES])
+            with torch.no_grad():
+                images = self.transform.eval()(pixels.cpu(), indices.cpu())
+            self.transform.train()
+            self.network.init_from(images)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute. Lightning notes some fifty times a step which hook runs; `nn.Module`
@@ -122,8 +144,9 @@ class ImageClassifier(LightningModule):
             MisconfigurationException: Values that the optimizer or the scheduler refuses.
         """
         try:
-            optimizer = self.make_optimizer(self.network.parameters())
-            scheduler = self.make_lr_scheduler(optimizer) if self.make_lr_scheduler else None
+            named = self.network.named_parameters()
+            optimizer = self.make_optimizer([(n, p) for n, p in named if p.requires_grad])
+            scheduler = self._scheduler(optimizer) if self.make_lr_scheduler else None
         except (TypeError, ValueError) as error:
             raise MisconfigurationException(f"model.optimizer or lr_scheduler: {error}") from error
         if scheduler is None:
@@ -132,9 +155,25 @@ class ImageClassifier(LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {
                 "scheduler": scheduler,
+                "interval": "step" if hasattr(scheduler, "total_steps") else "epoch",
                 "monitor": getattr(scheduler, "monitor", None),  # of ReduceLROnPlateau
             },
         }
+
+    def _scheduler(self, optimizer: Optimizer) -> Any:
+        make = self.make_lr_scheduler
+        assert make is not None
+        # LightningCLI gives a partial of the class, with all its arguments.
+        if isinstance(make, partial) and make.keywords.get("total_steps", 0) is None:
+            make = partial(make, total_steps=self.trainer.estimated_stepping_batches)
+        return make(optimizer)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let a schedule over all steps go on where it was, towards what may be another end."""
+        states = checkpoint.get("lr_schedulers", [])
+        for i, state in enumerate(states):
+            if "total_steps" in state:
+                states[i] = {key: state[key] for key in ("last_epoch", "_step_count", "_last_lr")}
 
     def on_fit_start(self) -> None:
         """Remember the run's seed, and prepare the step."""
@@ -168,12 +207,16 @@ class ImageClassifier(LightningModule):
         return self._score(self._logits(pixels, indices), labels)
 
     def _logits(self, pixels: Tensor, indices: Tensor) -> Tensor:
-        return self.network(self.transform(pixels, indices))
+        images = self.transform(pixels, indices)
+        is_fit = self._trainer is not None and self.trainer.state.fn == "fit"
+        return average_over_views(self.network, images, "none" if is_fit else self.tta)
 
     def _score(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits = logits.float()  # of weights in bfloat16 too
         scores = logits.softmax(dim=1) if self.softmax_before_loss else logits
-        return F.cross_entropy(scores, labels), (logits.argmax(dim=1) == labels).sum()
+        smoothing = self.label_smoothing if self.training else 0.0
+        loss = F.cross_entropy(scores, labels, label_smoothing=smoothing)
+        return loss, (logits.argmax(dim=1) == labels).sum()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of one batch; with the last of an epoch, log the epoch's metrics."""

@@ -20,6 +20,7 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+CODE = ("train.py", "lightning_module.py", "optimization.py", "datamodule.py")
 RUN_SETTINGS = ("seed_everything", "name", "trainer", "checkpoint")
 
 
@@ -34,7 +35,7 @@ def processor() -> str:
 def code_version() -> str:
     """Return what tells one version of the code that trains, and of PyTorch, from another."""
     here = Path(__file__).parent
-    files = [here / name for name in ("train.py", "lightning_module.py", "datamodule.py")]
+    files = [here / name for name in CODE]
     files += sorted(file for room in ("cifar10", "networks") for file in (here / room).glob("*.py"))
     content = b"".join(file.read_bytes() for file in files) + torch.__version__.encode()
     return hashlib.sha256(content).hexdigest()[:16]

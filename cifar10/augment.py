@@ -13,7 +13,8 @@ Every image has a random choice of its own, and no step loops over images. Steps
 the list. All run in training only, but for `Normalize` of this file, which always does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from jsonargparse.typing import NonNegativeFloat, PositiveInt
@@ -191,6 +192,30 @@ class RandomContrast(nn.Module):
         """Change the contrast of images [B, 3, H, W] in [0, 1]."""
         grey = (images * self.luma.to(images.dtype)).sum(1, keepdim=True).mean((2, 3), keepdim=True)
         return (grey + (images - grey) * _factors(images, self.strength)).clamp(0, 1)
+
+
+TestTimeAugmentation = Literal["none", "mirror", "mirror-shift"]
+
+
+def average_over_views(
+    network: Callable[[Tensor], Tensor], images: Tensor, views: TestTimeAugmentation
+) -> Tensor:
+    """Return the mean logits [B, 10] of a network over views of images [B, 3, H, W].
+
+    `mirror`: the image and its mirror image. `mirror-shift`: those two with half of the weight, and
+    both of them shifted by a pixel up and to the left, and down and to the right, with a quarter
+    each: six views, six times as long (arXiv 2404.00498, section 3.5).
+    """
+    if views == "none":
+        return network(images)
+    logits = (network(images) + network(images.flip(-1))) / 2
+    if views == "mirror":
+        return logits
+    height, width = images.shape[2:]
+    padded = F.pad(images, [1] * 4, mode="reflect")
+    corners = padded[:, :, :height, :width], padded[:, :, 2:, 2:]
+    shifted = [average_over_views(network, corner, "mirror") for corner in corners]
+    return logits / 2 + (shifted[0] + shifted[1]) / 4
 
 
 def _flip(images: Tensor, is_flipped: Tensor) -> Tensor:

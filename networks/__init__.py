@@ -2,5 +2,6 @@
 
 from networks.convnet import ConvNet
 from networks.max_pool import MaxPool2x2
+from networks.speedrun import SpeedrunNet
 
-__all__ = ["ConvNet", "MaxPool2x2"]
+__all__ = ["ConvNet", "MaxPool2x2", "SpeedrunNet"]

@@ -1,0 +1,154 @@
+"""Optimizers and schedules that PyTorch lacks, for `model.optimizer` and `model.lr_scheduler`."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from itertools import groupby
+from typing import Any, Literal
+
+import torch
+from jsonargparse.typing import NonNegativeFloat, PositiveFloat
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+# Of Jordan's Muon (kellerjordan.github.io/posts/muon): an odd polynomial of degree five that, put
+# into itself a few times, brings all singular values in (0, 1] near 1, small ones fast.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+@dataclass
+class Group:
+    """How some of the parameters are updated.
+
+    Args:
+        parameters: Which: a pattern for their names in the network, such as `*.conv*.weight`.
+        lr: Learning rate, for the mean loss of a batch.
+        rule: `sgd`: a step along the gradient, with Nesterov momentum. `muon`: of the same step,
+            seen as a matrix with a row for each output channel, all singular values become 1.
+        momentum: How much of the sum of past gradients is kept, in [0, 1).
+        weight_decay: What is added to the gradient, times the parameter.
+        normalize: Of `muon`: scale each parameter before a step, so that its rows have a mean
+            square norm of 1.
+        until: The part of the training, in (0, 1], after which `LinearDecay` has brought the
+            learning rate to zero.
+
+    """
+
+    parameters: str
+    lr: PositiveFloat
+    rule: Literal["sgd", "muon"] = "sgd"
+    momentum: NonNegativeFloat = 0.85
+    weight_decay: NonNegativeFloat = 0.0
+    normalize: bool = True
+    until: PositiveFloat = 1.0
+
+
+class MuonSGD(torch.optim.Optimizer):
+    """Muon for some parameters and SGD with Nesterov momentum for others, as one optimizer.
+
+    Every parameter belongs to the first group whose pattern fits its name.
+
+    Args:
+        params: Pairs of name and parameter, as `named_parameters()` gives them.
+        groups: How they are updated.
+
+    Raises:
+        MisconfigurationException: A parameter that no group takes, or a group that takes none.
+
+    """
+
+    def __init__(self, params: Iterable[tuple[str, Tensor]], groups: list[Group]) -> None:
+        taken: list[list[tuple[str, Tensor]]] = [[] for _ in groups]
+        for name, parameter in params:
+            fits = [fnmatchcase(name, group.parameters) for group in groups]
+            if not any(fits):
+                raise MisconfigurationException(f"model.optimizer: no group takes {name}")
+            taken[fits.index(True)].append((name, parameter))
+        for group, parameters in zip(groups, taken, strict=True):
+            if not parameters:
+                raise MisconfigurationException(
+                    f"model.optimizer: group {group.parameters} takes no parameter"
+                )
+        chosen = zip(groups, taken, strict=True)
+        super().__init__([{**asdict(group), "params": params} for group, params in chosen], {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update all parameters; return what the closure, which computes the gradients, returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                updates = self._with_momentum(params, group)
+                if group["rule"] == "muon":
+                    if group["normalize"]:
+                        sizes = torch._foreach_norm(params)
+                        factors = [len(p) ** 0.5 / s for p, s in zip(params, sizes, strict=True)]
+                        torch._foreach_mul_(params, factors)
+                    updates = orthogonalized(updates)
+                torch._foreach_add_(params, updates, alpha=-group["lr"])
+        return loss
+
+    def _with_momentum(self, params: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        grads = [p.grad for p in params]
+        if group["weight_decay"]:
+            grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        sums = [self.state[p]["momentum_buffer"] for p in params]
+        torch._foreach_mul_(sums, group["momentum"])
+        torch._foreach_add_(sums, grads)
+        return list(torch._foreach_add(grads, sums, alpha=group["momentum"]))
+
+
+def orthogonalized(updates: list[Tensor], steps: int = 3) -> list[Tensor]:
+    """Return the updates [C, ...] with singular values near 1, in [0.5, 1.5], as matrices [C, N].
+
+    Newton-Schulz iteration in bfloat16. Those of one shape are done at once.
+    """
+    a, b, c = NEWTON_SCHULZ
+    results: dict[int, Tensor] = {}
+    order = sorted(range(len(updates)), key=lambda i: updates[i].shape)
+    for shape, places in groupby(order, key=lambda i: updates[i].shape):
+        same = list(places)
+        x = torch.stack([updates[i].flatten(1) for i in same])
+        x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16()
+        is_tall = x.shape[1] > x.shape[2]
+        x = x.mT if is_tall else x  # the smaller product
+        for _ in range(steps):
+            square = x @ x.mT
+            x = a * x + (b * square + c * square @ square) @ x
+        x = x.mT if is_tall else x
+        results |= zip(same, (y.reshape(shape) for y in x), strict=True)
+    return [results[i].to(update.dtype) for i, update in enumerate(updates)]
+
+
+class LinearDecay(LambdaLR):
+    """Lowers the learning rate step by step to zero, in a straight line.
+
+    A group of the optimizer with `until`, in (0, 1], arrives there after that part of the training.
+
+    Args:
+        optimizer: Whose.
+        total_steps: Steps of the whole training; `ImageClassifier` fills it in.
+
+    Raises:
+        ValueError: No `total_steps`.
+
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, total_steps: int | None = None) -> None:
+        if not total_steps:
+            raise ValueError(f"total_steps is {total_steps}")
+        self.total_steps = total_steps
+
+        def to_zero_after(steps: float) -> Callable[[int], float]:
+            return lambda step: max(0.0, 1 - step / steps)
+
+        ends = [group.get("until", 1.0) for group in optimizer.param_groups]
+        super().__init__(optimizer, [to_zero_after(total_steps * end) for end in ends])
