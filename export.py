@@ -33,7 +33,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from cifar10 import archive
-from cifar10.augment import Normalize, Transform
+from cifar10.augment import Normalize, TestTimeAugmentation, Transform, average_over_views
 from datamodule import CIFAR10DataModule
 from lightning_module import ImageClassifier
 from runs import read_checkpoint, with_checkpoint_settings
@@ -52,15 +52,17 @@ COMPARED = 1000  # test images
 class Classifier(nn.Module):
     """A network from pixels to probabilities."""
 
-    def __init__(self, network: nn.Module, transform: Transform) -> None:
+    def __init__(self, network: nn.Module, transform: Transform, tta: TestTimeAugmentation) -> None:
         super().__init__()
         self.network = network
         self.transform = transform
+        self.tta = tta
 
     def forward(self, images: Tensor) -> Tensor:
         """Map pixels uint8 [B, 3, 32, 32] to probabilities float32 [B, 10]."""
         # Indices matter to augmentation only, which evaluation leaves out.
-        return self.network(self.transform(images, images)).softmax(dim=1)
+        images = self.transform(images, images)
+        return average_over_views(self.network, images, self.tta).softmax(dim=1)
 
 
 def load(path: str, root: str | None) -> tuple[Classifier, dict[str, Any], Tensor]:
@@ -105,12 +107,14 @@ def load(path: str, root: str | None) -> tuple[Classifier, dict[str, Any], Tenso
         "input": "float32 [B, 3, 32, 32], RGB: pixels / 255, then (x - mean) / std per channel",
         **_normalisation(data.augment),
         "output": "logits [B, 10]; softmax makes probabilities of them",
+        "test_time_augmentation": model.tta,
         "recipe": checkpoint.get("run", {}).get("name"),
         "epoch": checkpoint["epoch"],
         **{key: row[key] for row in chosen for key in ("val/acc", "val/loss") if key in row},
         "versions": {"torch": torch.__version__, "lightning": lightning.__version__},
     }
-    return Classifier(model.network, Transform(data.augment)).eval(), card, images
+    classifier = Classifier(model.network, Transform(data.augment), model.tta)
+    return classifier.eval(), card, images
 
 
 def _normalisation(steps: Any) -> dict[str, list[float]]:
@@ -158,9 +162,9 @@ def export_weights(classifier: Classifier, card: dict[str, Any], file: Path) -> 
     parser.add_argument("network", type=nn.Module)
     network = parser.instantiate(parser.parse_object({"network": said["network"]})).network
     network.load_state_dict(torch.load(file, weights_only=True))
-    normalise = Normalize(said["mean"], said["std"])
+    normalise, tta = Normalize(said["mean"], said["std"]), said["test_time_augmentation"]
     network.eval()
-    return lambda images: network(normalise(images / 255)).softmax(dim=1)
+    return lambda images: average_over_views(network, normalise(images / 255), tta).softmax(dim=1)
 
 
 def export_page(classifier: Classifier, card: dict[str, Any], folder: Path) -> Predict:

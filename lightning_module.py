@@ -17,6 +17,7 @@ from torchmetrics import Metric
 from cifar10.archive import CLASSES
 from cifar10.augment import TestTimeAugmentation, Transform, average_over_views
 from cifar10.batches import Batch
+from networks import ConvNet
 
 CompileMode = Literal[
     "off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
@@ -59,7 +60,7 @@ class ImageClassifier(LightningModule):
     epoch: means over the images, accuracy as a fraction.
 
     Args:
-        network: Maps float images [B, 3, 32, 32] to logits [B, 10].
+        network: Maps float images [B, 3, 32, 32] to logits [B, 10]. Default: `networks.ConvNet`.
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes the scheduler from the optimizer. One that has `total_steps`, such as
             `OneCycleLR`, is told them and goes on with every step; any other with every epoch.
@@ -81,7 +82,7 @@ class ImageClassifier(LightningModule):
 
     def __init__(
         self,
-        network: nn.Module,
+        network: nn.Module | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=5e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
         label_smoothing: ClosedUnitInterval = 0.0,
@@ -91,7 +92,7 @@ class ImageClassifier(LightningModule):
         tta: TestTimeAugmentation = "none",
     ) -> None:
         super().__init__()
-        self.network = network
+        self.network = network or ConvNet()
         self.make_optimizer = optimizer
         self.make_lr_scheduler = lr_scheduler
         self.softmax_before_loss = softmax_before_loss
@@ -106,7 +107,7 @@ class ImageClassifier(LightningModule):
         self.train_metrics = Means()
         self.val_metrics = Means()
         self.test_metrics = Means()
-        _check(network)
+        _check(self.network)
 
     @property  # type: ignore[misc]  # Lightning's can also be set
     def example_input_array(self) -> Tensor:
@@ -123,7 +124,7 @@ class ImageClassifier(LightningModule):
             with torch.no_grad():
                 images = self.transform.eval()(pixels.cpu(), indices.cpu())
             self.transform.train()
-            self.network.init_from(images)
+            self.network.init_from(images)  # type: ignore[operator]
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute. Lightning notes some fifty times a step which hook runs; `nn.Module`
@@ -170,10 +171,9 @@ class ImageClassifier(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let a schedule over all steps go on where it was, towards what may be another end."""
-        states = checkpoint.get("lr_schedulers", [])
-        for i, state in enumerate(states):
-            if "total_steps" in state:
-                states[i] = {key: state[key] for key in ("last_epoch", "_step_count", "_last_lr")}
+        for state in checkpoint.get("lr_schedulers", []):
+            for key in ("total_steps", "_schedule_phases"):  # the second is OneCycleLR's
+                state.pop(key, None)
 
     def on_fit_start(self) -> None:
         """Remember the run's seed, and prepare the step."""

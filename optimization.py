@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import Any, Literal
 
 import torch
-from jsonargparse.typing import NonNegativeFloat, PositiveFloat
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -26,19 +26,19 @@ class Group:
         lr: Learning rate, for the mean loss of a batch.
         rule: `sgd`: a step along the gradient, with Nesterov momentum. `muon`: of the same step,
             seen as a matrix with a row for each output channel, all singular values become 1.
-        momentum: How much of the sum of past gradients is kept, in [0, 1).
+        momentum: How much of the sum of past gradients is kept, in [0, 1].
         weight_decay: What is added to the gradient, times the parameter.
         normalize: Of `muon`: scale each parameter before a step, so that its rows have a mean
             square norm of 1.
-        until: The part of the training, in (0, 1], after which `LinearDecay` has brought the
-            learning rate to zero.
+        until: The part of the training, above 0, after which `LinearDecay` has brought the learning
+            rate to zero.
 
     """
 
     parameters: str
     lr: PositiveFloat
     rule: Literal["sgd", "muon"] = "sgd"
-    momentum: NonNegativeFloat = 0.85
+    momentum: ClosedUnitInterval = 0.85
     weight_decay: NonNegativeFloat = 0.0
     normalize: bool = True
     until: PositiveFloat = 1.0
@@ -54,7 +54,8 @@ class MuonSGD(torch.optim.Optimizer):
         groups: How they are updated.
 
     Raises:
-        MisconfigurationException: A parameter that no group takes, or a group that takes none.
+        MisconfigurationException: A parameter that no group takes, a group that takes none, or a
+            vector for `muon`.
 
     """
 
@@ -64,17 +65,28 @@ class MuonSGD(torch.optim.Optimizer):
             fits = [fnmatchcase(name, group.parameters) for group in groups]
             if not any(fits):
                 raise MisconfigurationException(f"model.optimizer: no group takes {name}")
-            taken[fits.index(True)].append((name, parameter))
+            chosen = fits.index(True)
+            if groups[chosen].rule == "muon" and parameter.ndim < 2:
+                raise MisconfigurationException(
+                    f"model.optimizer: {name} is a vector, which rule muon cannot update"
+                )
+            taken[chosen].append((name, parameter))
         for group, parameters in zip(groups, taken, strict=True):
             if not parameters:
                 raise MisconfigurationException(
                     f"model.optimizer: group {group.parameters} takes no parameter"
                 )
-        chosen = zip(groups, taken, strict=True)
-        super().__init__([{**asdict(group), "params": params} for group, params in chosen], {})
+        # Plain numbers, which a checkpoint may hold, from the parser's types for positive ones.
+        settings = [
+            {key: float(v) if isinstance(v, float) else v for key, v in asdict(group).items()}
+            for group in groups
+        ]
+        super().__init__(
+            [{**said, "params": params} for said, params in zip(settings, taken, strict=True)], {}
+        )
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters; return what the closure, which computes the gradients, returns."""
         loss = None
         if closure is not None:
@@ -94,9 +106,9 @@ class MuonSGD(torch.optim.Optimizer):
         return loss
 
     def _with_momentum(self, params: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        grads = [p.grad for p in params]
+        grads = [p.grad for p in params if p.grad is not None]
         if group["weight_decay"]:
-            grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
+            grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -131,7 +143,7 @@ def orthogonalized(updates: list[Tensor], steps: int = 3) -> list[Tensor]:
 class LinearDecay(LambdaLR):
     """Lowers the learning rate step by step to zero, in a straight line.
 
-    A group of the optimizer with `until`, in (0, 1], arrives there after that part of the training.
+    A group of the optimizer that has `until` arrives there after that part of the training.
 
     Args:
         optimizer: Whose.

@@ -67,9 +67,11 @@ def errors_in_one_line() -> Iterator[None]:
 def _one_line(message: str) -> str:
     """Put a message of jsonargparse or Lightning on one line, without the inner workings."""
     message = re.sub(r"<class '([\w.]+)'>", r"\1", message).replace("NoneType", "null")
+    message = re.sub(r"typing\.Literal\[(.*?)\]", r"\1", message).replace(
+        "Expected a '", "expected '"
+    )
     if "Union subtypes" in message:
         types = " or ".join(re.findall(r"Subtypes: \[(.*)\]", message)[0].split(", "))
-        types = re.sub(r"typing\.Literal\[(.*?)\]", r"\1", types)
         value = re.findall(r"Given value: (.*)", message, re.S)[0]
         message = f"{message.splitlines()[0]} expected {types}, got {value}"
     message = re.sub(
@@ -94,6 +96,7 @@ def quieten() -> None:
         r"Checkpoint directory .* exists and is not empty",  # a resumed run's
         r"The dirpath has changed",  # for a run that goes on from an earlier epoch of another
         r"Total length of `Batches` across ranks is zero",  # val_size 0
+        r"Precision bf16-mixed is not supported by the model summary",
         r"`?isinstance\(treespec, LeafSpec\)`? is deprecated",
     ):
         warnings.filterwarnings("ignore", message)

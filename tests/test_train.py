@@ -461,7 +461,7 @@ def test_a_wrong_yaml_is_refused(fails: Run, tmp_path: Path, text: str, message:
         (["--model.optimizer.lr", "-1"], "Invalid learning rate"),
         (["--model.network", "torch.nn.Flatten"], "expected logits [2, 10]"),
         (["--trainer.accelerator", "no_such_thing"], "no_such_thing"),
-        (["--model.network.dense_units", "-1"], "dimension -1"),
+        (["--config", str(BASE), "--model.network.dense_units", "-1"], "dimension -1"),
         (["--seed_everything", "-1"], "-1"),
         (["--data.split_seed", "-1"], "data.split_seed"),
         (["--checkpoint.monitor", "val/accuracy"], "choose by train/loss"),

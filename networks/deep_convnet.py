@@ -1,0 +1,63 @@
+"""The report's ConvNet, with more of everything: what its discussion suggests."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def _convs(channels_in: int, channels: int, count: int) -> nn.Sequential:
+    """Convolve, normalise and rectify `count` times, then halve: [B, in, H, W] -> [B, C, H/2, W/2].
+
+    As in the report's ConvNet, what is pooled is rectified afterwards.
+    """
+    layers: list[nn.Module] = []
+    for i in range(count):
+        layers += [nn.Conv2d(channels_in, channels, 3, padding=1, bias=False)]
+        layers += [nn.BatchNorm2d(channels)]
+        layers += [nn.ReLU()] if i < count - 1 else [nn.MaxPool2d(2), nn.ReLU()]
+        channels_in = channels
+    return nn.Sequential(*layers)
+
+
+class DeepConvNet(nn.Module):
+    """Five convolutions and two dense layers, 541,738 parameters by default.
+
+    | layer                                         | output           |
+    | --------------------------------------------- | ---------------- |
+    | conv 3x3, batch norm, max pool 2x2, ReLU      | [B, 32, 16, 16]  |
+    | conv 3x3 twice, then the same                 | [B, 64, 8, 8]    |
+    | conv 3x3 twice, then the same                 | [B, 128, 4, 4]   |
+    | dense, ReLU                                   | [B, 128]         |
+    | dense                                         | [B, 10]          |
+
+    Args:
+        channels: Of the three stages.
+        dense_units: Width of the first dense layer.
+        dropout: Probability in [0, 1) that a feature is dropped before each dense layer.
+
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int] = (32, 64, 128),
+        dense_units: int = 128,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        first, second, third = channels
+        self.conv1 = _convs(3, first, 1)
+        self.conv2 = _convs(first, second, 2)
+        self.conv3 = _convs(second, third, 2)
+        self.dropout = dropout
+        self.dense1 = nn.Linear(third * 4 * 4, dense_units)
+        self.dense2 = nn.Linear(dense_units, 10)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map float images [B, 3, 32, 32] to logits [B, 10]."""
+        images = images.contiguous(memory_format=torch.channels_last)
+        features = self.conv3(self.conv2(self.conv1(images))).flatten(1)
+        features = F.relu(self.dense1(F.dropout(features, self.dropout, self.training)))
+        return self.dense2(F.dropout(features, self.dropout, self.training))

@@ -1,0 +1,128 @@
+"""Muon and SGD as one optimizer, and the schedule that goes with them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from optimization import Group, LinearDecay, MuonSGD
+from tests.conftest import Run
+
+ROOT = Path(__file__).parents[1]
+
+
+def train_together(
+    ours: list[nn.Parameter], theirs: list[nn.Parameter], optimizers: list[Any], steps: int = 5
+) -> None:
+    """Give both the same gradients, and lower both learning rates."""
+    generator = torch.Generator().manual_seed(1)
+    for step in range(steps):
+        for mine, its in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn(mine.shape, generator=generator)
+            its.grad = mine.grad.clone().view_as(its)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1 * (1 - step / steps)
+            optimizer.step()
+
+
+def parameters(*shapes: tuple[int, ...]) -> list[nn.Parameter]:
+    torch.manual_seed(0)
+    return [nn.Parameter(torch.randn(shape)) for shape in shapes]
+
+
+def test_the_rule_sgd_is_pytorchs() -> None:
+    shapes = ((8,), (4, 3, 3, 3))
+    ours, theirs = parameters(*shapes), parameters(*shapes)
+    group = Group("*", lr=0.1, momentum=0.85, weight_decay=0.02)
+    mine = MuonSGD([("a", ours[0]), ("b", ours[1])], [group])
+    its = torch.optim.SGD(theirs, lr=0.1, momentum=0.85, weight_decay=0.02, nesterov=True)
+    train_together(ours, theirs, [mine, its])
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("shape", [(6, 5, 3, 3), (40, 2, 3, 3)])
+def test_the_rule_muon_is_pytorchs_on_filters_as_matrices(shape: tuple[int, ...]) -> None:
+    ours, theirs = parameters(shape, shape), parameters(shape, shape)
+    theirs = [nn.Parameter(p.detach().flatten(1)) for p in theirs]
+    group = Group("*", lr=0.1, rule="muon", momentum=0.6, normalize=False)
+    mine = MuonSGD([("a", ours[0]), ("b", ours[1])], [group])
+    its = torch.optim.Muon(theirs, lr=0.1, momentum=0.6, weight_decay=0.0, ns_steps=3)
+    # PyTorch's takes larger steps for tall matrices.
+    rows, columns = theirs[0].shape
+    for its_group in its.param_groups:
+        its_group["adjust_lr_fn"] = "original"
+    tall = max(1, rows / columns) ** 0.5
+    before = [p.detach().clone() for p in ours]
+    train_together(ours, theirs, [mine, its], steps=1)
+    for start, one, other in zip(before, ours, theirs, strict=True):
+        step = (other.view_as(one) - start) / tall
+        torch.testing.assert_close(one - start, step, atol=2e-3, rtol=0.02)
+        singular = torch.linalg.svdvals((one - start).flatten(1)) / 0.1
+        assert singular.min() > 0.3, "three iterations bring all near 1"
+        assert singular.max() < 1.6
+
+
+def test_muon_normalises_the_weights_before_each_step() -> None:
+    (filters,) = parameters((16, 3, 3, 3))
+    optimizer = MuonSGD([("conv", filters)], [Group("conv", lr=1e-6, rule="muon")])
+    filters.grad = torch.randn_like(filters)
+    optimizer.step()
+    torch.testing.assert_close(filters.norm(), torch.tensor(4.0), atol=1e-4, rtol=0)
+
+
+def test_each_parameter_has_the_first_group_that_fits() -> None:
+    network = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
+    optimizer = MuonSGD(network.named_parameters(), [Group("0.*", lr=1), Group("*.bias", lr=2),
+                                                    Group("*", lr=3)])  # fmt: skip
+    taken = [[id(p) for p in group["params"]] for group in optimizer.param_groups]
+    assert taken == [
+        [id(network[0].weight), id(network[0].bias)], [id(network[1].bias)],
+        [id(network[1].weight)],
+    ]  # fmt: skip
+
+
+def test_linear_decay_ends_where_each_group_says() -> None:
+    one, other = parameters((2,), (2,))
+    groups = [Group("one", lr=1, until=0.5), Group("other", lr=10)]
+    optimizer = MuonSGD([("one", one), ("other", other)], groups)
+    schedule = LinearDecay(optimizer, total_steps=4)
+    rates = []
+    for _ in range(6):  # a step or two too many does not train backwards
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        schedule.step()
+    assert rates == [[1, 10], [0.5, 7.5], [0, 5], [0, 2.5], [0, 0], [0, 0]]
+
+
+SMALL = [
+    *("--config", ROOT / "configs" / "fast94.yaml", "--trainer.max_epochs", "3"),
+    *("--data.val_size", "200", "--data.batch_size", "100", "--model.network.widths", "[8,8,8]"),
+]
+
+
+def groups_of(text: str) -> list[object]:
+    return ["--model.optimizer.groups", text]
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ("[{parameters: '*.bias', lr: 1}]", "no group takes groups.0.conv1.weight"),
+        ("[{parameters: '*', lr: 1}, {parameters: heda, lr: 1}]", "group heda takes no parameter"),
+        ("[{parameters: '*', lr: 1, rule: adam}]", "expected 'sgd', 'muon'"),
+        ("[{parameters: '*', lr: -1}]", "lr"),
+        ("[{parameters: '*', lr: 1, momentum: 1.5}]", "momentum"),
+        ("[{parameters: '*', lr: 1, until: 0}]", "until"),
+        ("[{parameters: '*', rate: 1}]", "rate"),
+        (
+            "[{parameters: '*.conv?.weight', lr: 1}, {parameters: '*', lr: 1, rule: muon}]",
+            "whiten.bias is a vector, which rule muon cannot update",
+        ),
+    ],
+)
+def test_wrong_groups_are_refused_in_one_line(fails: Run, groups: str, message: str) -> None:
+    assert message in fails("fit", *SMALL, *groups_of(groups))

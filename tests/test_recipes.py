@@ -1,0 +1,191 @@
+"""The rungs above the report: what each recipe adds, on the small data set."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cifar10 import archive
+from cifar10.augment import MEAN, STD, average_over_views
+from lightning_module import ImageClassifier
+from networks import DeepConvNet, SpeedrunNet
+from tests.conftest import Run
+from tests.test_train import is_same, rows, weights
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+SMALL = {
+    "improved": ["--model.network.channels", "[8,8,16]", "--trainer.precision", "32-true"],
+    "fast94": ["--model.network.widths", "[16,16,16]", "--data.batch_size", "100"],
+}
+
+
+def checkpoint(recipe: str, epoch: int, version: int = 0) -> Path:
+    return Path(f"runs/{recipe}/version_{version}/checkpoints/epoch_{epoch:02d}.ckpt")
+
+
+@pytest.mark.parametrize("recipe", SMALL)
+def test_a_recipe_learns_and_goes_on_exactly_from_any_epoch(run: Run, recipe: str) -> None:
+    run("fit", "--config", CONFIGS / f"{recipe}.yaml", "--trainer.max_epochs", "4", *SMALL[recipe])
+    assert rows(Path(f"runs/{recipe}/version_0"))[-1]["val/acc"] > 0.5
+    run("fit", "--ckpt_path", checkpoint(recipe, 1))
+    assert is_same(*(weights(checkpoint(recipe, 3, version)) for version in (0, 1)))
+
+
+@pytest.mark.parametrize("recipe", SMALL)
+def test_a_recipe_can_be_trained_for_longer(run: Run, recipe: str) -> None:
+    run("fit", "--config", CONFIGS / f"{recipe}.yaml", *SMALL[recipe])
+    rates = [group["lr"] for group in groups(checkpoint(recipe, 1))]
+    assert max(rates) < 1e-4, "the schedule has ended"
+    run("fit", "--ckpt_path", checkpoint(recipe, 1), "--trainer.max_epochs", "4")
+    run("fit", "--ckpt_path", checkpoint(recipe, 1), "--trainer.max_epochs", "3", "--name", "next")
+    between = [group["lr"] for group in groups(checkpoint(recipe, 2))]
+    assert max(between) > 1e-4, "it goes on as one of four epochs"
+    assert max(group["lr"] for group in groups(checkpoint("next", 2))) < 1e-4
+
+
+def groups(path: Path) -> list[dict[str, float]]:
+    (state,) = torch.load(path, weights_only=True)["optimizer_states"]
+    groups: list[dict[str, float]] = state["param_groups"]
+    return groups
+
+
+def test_the_schedule_goes_step_by_step(run: Run) -> None:
+    often = ["--checkpoint.every_n_train_steps", "1", "--checkpoint.filename", "{step}"]
+    often += ["--checkpoint.monitor", "null"]
+    wide = ["--data.batch_size", "200", "--trainer.max_epochs", "2"]
+    run("fit", "--config", CONFIGS / "fast94.yaml", *SMALL["fast94"], *wide, *often)
+    found = Path("runs/fast94/version_0/checkpoints")
+    heads = [groups(found / f"{step}.ckpt")[2]["lr"] for step in range(1, 9)]
+    assert heads == pytest.approx([0.02045 * (1 - step / 8) for step in range(1, 9)])
+    bias = [groups(found / f"{step}.ckpt")[0]["lr"] for step in range(1, 9)]
+    assert bias == pytest.approx([106 * max(0, 1 - step / 3) for step in range(1, 9)])
+
+
+def test_without_validation_fast94_trains_on_everything(run: Run) -> None:
+    everything = ["--data.val_size", "0", "--trainer.max_epochs", "1"]
+    out = run("fit", "--config", CONFIGS / "fast94.yaml", *SMALL["fast94"], *everything)
+    assert f"test --ckpt_path {checkpoint('fast94', 0)}" in out
+    run("test", "--ckpt_path", checkpoint("fast94", 0))
+    assert json.loads(Path("runs/fast94/version_0/test.json").read_text())["test/acc"] > 0.1
+
+
+# ------------------------------------------------------------------------------------- networks
+
+
+@pytest.mark.parametrize(
+    ("network", "parameters"),
+    [(DeepConvNet(), 541_738), (SpeedrunNet(), 1_972_792)],
+    ids=["DeepConvNet", "SpeedrunNet"],
+)
+def test_networks_have_the_size_that_they_state(network: nn.Module, parameters: int) -> None:
+    assert sum(p.numel() for p in network.parameters()) == parameters
+    assert f"{parameters:,} parameters" in (type(network).__doc__ or "")
+    for batch_size in (1, 3):
+        assert network.eval()(torch.rand(batch_size, 3, 32, 32)).shape == (batch_size, 10)
+
+
+def test_the_first_layer_whitens_the_images_that_it_saw() -> None:
+    smooth = F.interpolate(torch.rand(200, 3, 8, 8), size=32, mode="bilinear")
+    images = smooth + 0.3 * torch.randn(200, 3, 32, 32)
+    network = SpeedrunNet()
+    network.init_from(images)
+    assert not network.whiten.weight.requires_grad
+    with torch.no_grad():
+        outputs = F.conv2d(images, network.whiten.weight).transpose(0, 1).flatten(1)
+    assert torch.equal(outputs[:12], -outputs[12:])
+    moments = outputs[:12] @ outputs[:12].T / outputs.shape[1]
+    torch.testing.assert_close(moments, torch.eye(12), atol=0.02, rtol=0)
+    learns = SpeedrunNet(whiten=False)
+    before = learns.whiten.weight.clone()
+    learns.init_from(images)
+    assert torch.equal(learns.whiten.weight, before)
+    assert learns.whiten.weight.requires_grad
+
+
+def test_filters_begin_as_the_identity_where_asked_to() -> None:
+    channels = torch.rand(2, 16, 8, 8)
+    for dirac in (True, False):
+        conv = SpeedrunNet((16, 16, 16), dirac=dirac).get_submodule("groups.1.conv1")
+        assert torch.allclose(conv(channels), channels) == dirac
+
+
+def test_only_the_bias_of_batch_norm_learns_unless_asked_to() -> None:
+    for learn_scale in (True, False):
+        named = dict(SpeedrunNet(learn_scale=learn_scale).named_parameters())
+        assert named["groups.0.norm1.bias"].requires_grad
+        assert named["groups.0.norm1.weight"].requires_grad == learn_scale
+
+
+def test_a_run_begins_with_whitened_training_images(run: Run, arrays: Path) -> None:
+    run("fit", "--config", CONFIGS / "fast94.yaml", *SMALL["fast94"], "--trainer.max_epochs", "1")
+    images = archive.load(arrays, verify=False).train_images[:800] / 255
+    order = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
+    images = archive.load(arrays, verify=False).train_images[order[200:].sort().values] / 255
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    network = SpeedrunNet()
+    network.init_from((images - mean) / std)
+    trained = weights(checkpoint("fast94", 0))["network.whiten.weight"]
+    torch.testing.assert_close(trained.abs(), network.whiten.weight.abs(), atol=1e-3, rtol=1e-3)
+
+
+# ----------------------------------------------------------------------- test-time augmentation
+
+
+def views(images: Tensor) -> list[Tensor]:
+    padded = F.pad(images, [1] * 4, mode="reflect")
+    shifted = [padded[:, :, :32, :32], padded[:, :, 2:, 2:]]
+    return [view for one in (images, *shifted) for view in (one, one.flip(-1))]
+
+
+def test_views_are_averaged_with_their_weights() -> None:
+    network, images = SpeedrunNet((8, 8, 8)).eval(), torch.rand(5, 3, 32, 32)
+    with torch.no_grad():
+        of_views = torch.stack([network(view) for view in views(images)])
+        torch.testing.assert_close(average_over_views(network, images, "none"), of_views[0])
+        torch.testing.assert_close(
+            average_over_views(network, images, "mirror"), of_views[:2].mean(0)
+        )
+        torch.testing.assert_close(
+            average_over_views(network, images, "mirror-shift"),
+            of_views[:2].sum(0) / 4 + of_views[2:].sum(0) / 8,
+        )
+
+
+def test_test_and_predict_average_over_views_and_fit_does_not(run: Run, arrays: Path) -> None:
+    precise = ["--trainer.precision", "32-true", "--data.test_curve", "true"]
+    run("fit", "--config", CONFIGS / "fast94.yaml", *SMALL["fast94"], *precise)
+    path = checkpoint("fast94", 1)
+    model = ImageClassifier.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval()
+    data = archive.load(arrays, verify=False)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    images, labels = (data.test_images / 255 - mean) / std, data.test_labels.long()
+    losses = {}
+    for tta in ("none", "mirror-shift"):
+        with torch.no_grad():
+            losses[tta] = float(F.cross_entropy(average_over_views(model, images, tta), labels))
+        run("test", "--ckpt_path", path, "--model.tta", tta)
+        found = json.loads(Path("runs/fast94/version_0/test.json").read_text())
+        assert found["test/loss"] == pytest.approx(losses[tta], abs=1e-5)
+    run("test", "--ckpt_path", path)
+    found = json.loads(Path("runs/fast94/version_0/test.json").read_text())
+    assert found["test/loss"] == pytest.approx(losses["mirror-shift"], abs=1e-5), "by the recipe"
+    last = rows(Path("runs/fast94/version_0"))[-1]
+    assert last["test/loss"] == pytest.approx(losses["none"], abs=1e-5)
+    shutil.rmtree("runs")
+
+
+def test_smoothed_labels_are_of_the_training_loss_only() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+    model = ImageClassifier(network, label_smoothing=0.2)
+    pixels = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+    labels = torch.arange(8)
+    logits = network(pixels / 255)
+    smoothed = 0.8 * F.cross_entropy(logits, labels) - 0.02 * logits.log_softmax(1).sum(1).mean()
+    torch.testing.assert_close(model._loss(pixels, labels, labels)[0], smoothed)
+    plain = model.eval()._loss(pixels, labels, labels)[0]
+    torch.testing.assert_close(plain, F.cross_entropy(logits, labels))
