@@ -44,6 +44,13 @@ class Group:
     until: PositiveFloat = 1.0
 
 
+def plain(group: Group) -> dict[str, Any]:
+    """Return a group's settings as numbers and texts that a checkpoint may hold, which the parser's
+    types for positive numbers are not."""
+    settings = asdict(group)
+    return {key: float(v) if isinstance(v, float) else v for key, v in settings.items()}
+
+
 class MuonSGD(torch.optim.Optimizer):
     """Muon for some parameters and SGD with Nesterov momentum for others, as one optimizer.
 
@@ -51,7 +58,7 @@ class MuonSGD(torch.optim.Optimizer):
 
     Args:
         params: Pairs of name and parameter, as `named_parameters()` gives them.
-        groups: How they are updated.
+        groups: How they are updated, by a name for each group.
 
     Raises:
         MisconfigurationException: A parameter that no group takes, a group that takes none, or a
@@ -59,30 +66,25 @@ class MuonSGD(torch.optim.Optimizer):
 
     """
 
-    def __init__(self, params: Iterable[tuple[str, Tensor]], groups: list[Group]) -> None:
-        taken: list[list[tuple[str, Tensor]]] = [[] for _ in groups]
+    def __init__(self, params: Iterable[tuple[str, Tensor]], groups: dict[str, Group]) -> None:
+        taken: dict[str, list[tuple[str, Tensor]]] = {name: [] for name in groups}
         for name, parameter in params:
-            fits = [fnmatchcase(name, group.parameters) for group in groups]
-            if not any(fits):
+            fitting = (key for key in groups if fnmatchcase(name, groups[key].parameters))
+            chosen = next(fitting, None)
+            if chosen is None:
                 raise MisconfigurationException(f"model.optimizer: no group takes {name}")
-            chosen = fits.index(True)
             if groups[chosen].rule == "muon" and parameter.ndim < 2:
                 raise MisconfigurationException(
                     f"model.optimizer: {name} is a vector, which rule muon cannot update"
                 )
             taken[chosen].append((name, parameter))
-        for group, parameters in zip(groups, taken, strict=True):
+        for name, parameters in taken.items():
             if not parameters:
                 raise MisconfigurationException(
-                    f"model.optimizer: group {group.parameters} takes no parameter"
+                    f"model.optimizer: group {name} ({groups[name].parameters}) takes no parameter"
                 )
-        # Plain numbers, which a checkpoint may hold, from the parser's types for positive ones.
-        settings = [
-            {key: float(v) if isinstance(v, float) else v for key, v in asdict(group).items()}
-            for group in groups
-        ]
         super().__init__(
-            [{**said, "params": params} for said, params in zip(settings, taken, strict=True)], {}
+            [{"name": name, "params": taken[name], **plain(groups[name])} for name in groups], {}
         )
 
     @torch.no_grad()

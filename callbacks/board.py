@@ -52,7 +52,9 @@ class Board(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the learning rates before a scheduler changes them."""
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        names = ["lr"] if len(groups) == 1 else [f"lr/{i}" for i in range(len(groups))]
+        names = (
+            ["lr"] if len(groups) == 1 else [f"lr/{g.get('name', i)}" for i, g in enumerate(groups)]
+        )
         self.rates = {n: float(g["lr"]) for n, g in zip(names, groups, strict=True)}
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

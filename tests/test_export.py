@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import export
 from cifar10 import archive
+from cifar10.augment import average_over_views
 from networks import ConvNet
 
 ROOT = Path(__file__).parents[1]
@@ -67,6 +68,7 @@ def trained(arrays: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         train.main([*base, "--config", "normalised.yaml", *small])
         tiny = ["--model.network", "tests.test_export.Tiny", "--model.network.width", "5"]
+        tiny += ["--model.tta", "mirror-shift"]
         train.main([*base, *small, *tiny, "--name", "tiny"])
     return folder
 
@@ -185,6 +187,14 @@ def test_a_network_of_ones_own_is_exported(out: Out) -> None:
     card = json.loads(Path("tiny.json").read_text())
     assert card["network"]["init_args"] == {"width": 5}
     assert (card["mean"], card["std"]) == ([0, 0, 0], [1, 1, 1])
+    # Its recipe averages over views, and so does what was exported; weights are of one view.
+    network, images = Tiny(5).eval(), some(3)
+    network.load_state_dict(torch.load("tiny.pth", weights_only=True))
+    with torch.no_grad():
+        logits = average_over_views(network, images / 255, card["test_time_augmentation"])
+    (found,) = onnxruntime.InferenceSession("tiny.onnx").run(None, {"images": images.numpy()})
+    assert torch.allclose(torch.from_numpy(found), logits.softmax(1), atol=1e-5)
+    assert not torch.allclose(network(images / 255).softmax(1), logits.softmax(1), atol=1e-5)
 
 
 def test_an_export_that_differs_is_not_kept(out: Out, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ def test_the_rule_sgd_is_pytorchs() -> None:
     shapes = ((8,), (4, 3, 3, 3))
     ours, theirs = parameters(*shapes), parameters(*shapes)
     group = Group("*", lr=0.1, momentum=0.85, weight_decay=0.02)
-    mine = MuonSGD([("a", ours[0]), ("b", ours[1])], [group])
+    mine = MuonSGD([("a", ours[0]), ("b", ours[1])], {"all": group})
     its = torch.optim.SGD(theirs, lr=0.1, momentum=0.85, weight_decay=0.02, nesterov=True)
     train_together(ours, theirs, [mine, its])
     for one, other in zip(ours, theirs, strict=True):
@@ -49,7 +49,7 @@ def test_the_rule_muon_is_pytorchs_on_filters_as_matrices(shape: tuple[int, ...]
     ours, theirs = parameters(shape, shape), parameters(shape, shape)
     theirs = [nn.Parameter(p.detach().flatten(1)) for p in theirs]
     group = Group("*", lr=0.1, rule="muon", momentum=0.6, normalize=False)
-    mine = MuonSGD([("a", ours[0]), ("b", ours[1])], [group])
+    mine = MuonSGD([("a", ours[0]), ("b", ours[1])], {"all": group})
     its = torch.optim.Muon(theirs, lr=0.1, momentum=0.6, weight_decay=0.0, ns_steps=3)
     # PyTorch's takes larger steps for tall matrices.
     rows, columns = theirs[0].shape
@@ -68,7 +68,7 @@ def test_the_rule_muon_is_pytorchs_on_filters_as_matrices(shape: tuple[int, ...]
 
 def test_muon_normalises_the_weights_before_each_step() -> None:
     (filters,) = parameters((16, 3, 3, 3))
-    optimizer = MuonSGD([("conv", filters)], [Group("conv", lr=1e-6, rule="muon")])
+    optimizer = MuonSGD([("conv", filters)], {"it": Group("conv", lr=1e-6, rule="muon")})
     filters.grad = torch.randn_like(filters)
     optimizer.step()
     torch.testing.assert_close(filters.norm(), torch.tensor(4.0), atol=1e-4, rtol=0)
@@ -76,8 +76,8 @@ def test_muon_normalises_the_weights_before_each_step() -> None:
 
 def test_each_parameter_has_the_first_group_that_fits() -> None:
     network = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
-    optimizer = MuonSGD(network.named_parameters(), [Group("0.*", lr=1), Group("*.bias", lr=2),
-                                                    Group("*", lr=3)])  # fmt: skip
+    groups = {"first": Group("0.*", lr=1), "bias": Group("*.bias", lr=2), "rest": Group("*", lr=3)}
+    optimizer = MuonSGD(network.named_parameters(), groups)
     taken = [[id(p) for p in group["params"]] for group in optimizer.param_groups]
     assert taken == [
         [id(network[0].weight), id(network[0].bias)], [id(network[1].bias)],
@@ -87,7 +87,7 @@ def test_each_parameter_has_the_first_group_that_fits() -> None:
 
 def test_linear_decay_ends_where_each_group_says() -> None:
     one, other = parameters((2,), (2,))
-    groups = [Group("one", lr=1, until=0.5), Group("other", lr=10)]
+    groups = {"a": Group("one", lr=1, until=0.5), "b": Group("other", lr=10)}
     optimizer = MuonSGD([("one", one), ("other", other)], groups)
     schedule = LinearDecay(optimizer, total_steps=4)
     rates = []
@@ -104,25 +104,29 @@ SMALL = [
 ]
 
 
-def groups_of(text: str) -> list[object]:
-    return ["--model.optimizer.groups", text]
-
-
 @pytest.mark.parametrize(
-    ("groups", "message"),
+    ("flag", "value", "message"),
     [
-        ("[{parameters: '*.bias', lr: 1}]", "no group takes groups.0.conv1.weight"),
-        ("[{parameters: '*', lr: 1}, {parameters: heda, lr: 1}]", "group heda takes no parameter"),
-        ("[{parameters: '*', lr: 1, rule: adam}]", "expected 'sgd', 'muon'"),
-        ("[{parameters: '*', lr: -1}]", "lr"),
-        ("[{parameters: '*', lr: 1, momentum: 1.5}]", "momentum"),
-        ("[{parameters: '*', lr: 1, until: 0}]", "until"),
-        ("[{parameters: '*', rate: 1}]", "rate"),
-        (
-            "[{parameters: '*.conv?.weight', lr: 1}, {parameters: '*', lr: 1, rule: muon}]",
-            "whiten.bias is a vector, which rule muon cannot update",
-        ),
+        ("", "{a: {parameters: '*.bias', lr: 1}}", "no group takes groups.0.conv1.weight"),
+        (".more", "{parameters: heda, lr: 1}", "group more (heda) takes no parameter"),
+        (".filters.rule", "adam", "expected 'sgd', 'muon'"),
+        (".filters.lr", "-1", "lr"),
+        (".norms.momentum", "1.5", "momentum"),
+        (".whitening.until", "0", "until"),
+        (".head.rate", "1", "rate"),
+        (".norms.rule", "muon", "groups.0.norm1.bias is a vector, which rule muon cannot update"),
     ],
 )
-def test_wrong_groups_are_refused_in_one_line(fails: Run, groups: str, message: str) -> None:
-    assert message in fails("fit", *SMALL, *groups_of(groups))
+def test_wrong_groups_are_refused_in_one_line(
+    fails: Run, flag: str, value: str, message: str
+) -> None:
+    assert message in fails("fit", *SMALL, f"--model.optimizer.groups{flag}", value)
+
+
+def test_one_value_of_one_group_can_be_typed(run: Run) -> None:
+    run("fit", *SMALL, "--trainer.max_epochs", "1", "--model.optimizer.groups.filters.rule", "sgd",
+        "--model.optimizer.groups.filters.lr", "2.9")  # fmt: skip
+    checkpoint = torch.load("runs/fast94/version_0/checkpoints/last.ckpt", weights_only=True)
+    filters = checkpoint["optimizer_states"][0]["param_groups"][3]
+    assert (filters["name"], filters["rule"], filters["initial_lr"]) == ("filters", "sgd", 2.9)
+    assert (filters["momentum"], filters["parameters"]) == (0.6, "*.weight")
