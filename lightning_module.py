@@ -17,7 +17,6 @@ from torchmetrics import Metric
 from cifar10.archive import CLASSES
 from cifar10.augment import TestTimeAugmentation, Transform, average_over_views
 from cifar10.batches import Batch
-from networks import ConvNet
 
 CompileMode = Literal[
     "off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
@@ -60,7 +59,7 @@ class ImageClassifier(LightningModule):
     epoch: means over the images, accuracy as a fraction.
 
     Args:
-        network: Maps float images [B, 3, 32, 32] to logits [B, 10]. Default: `networks.ConvNet`.
+        network: Maps float images [B, 3, 32, 32] to logits [B, 10].
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes the scheduler from the optimizer. One that has `total_steps`, such as
             `OneCycleLR`, is told them and goes on with every step; any other with every epoch.
@@ -82,7 +81,7 @@ class ImageClassifier(LightningModule):
 
     def __init__(
         self,
-        network: nn.Module | None = None,
+        network: nn.Module,
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=5e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
         label_smoothing: ClosedUnitInterval = 0.0,
@@ -92,7 +91,7 @@ class ImageClassifier(LightningModule):
         tta: TestTimeAugmentation = "none",
     ) -> None:
         super().__init__()
-        self.network = network or ConvNet()
+        self.network = network
         self.make_optimizer = optimizer
         self.make_lr_scheduler = lr_scheduler
         self.softmax_before_loss = softmax_before_loss
@@ -102,12 +101,12 @@ class ImageClassifier(LightningModule):
         self.compile_mode = compile
         self.log_steps = log_steps
         self.label_smoothing = label_smoothing
-        self.tta = tta
+        self.tta = self.views = tta
         self.transform = Transform()
         self.train_metrics = Means()
         self.val_metrics = Means()
         self.test_metrics = Means()
-        _check(self.network)
+        _check(network)
 
     @property  # type: ignore[misc]  # Lightning's can also be set
     def example_input_array(self) -> Tensor:
@@ -115,7 +114,9 @@ class ImageClassifier(LightningModule):
         return torch.zeros(128, 3, 32, 32, dtype=next(self.network.parameters()).dtype)
 
     def setup(self, stage: str) -> None:
-        """Take over the data module's way from pixels to images, to make it part of the step."""
+        """Take over the data module's way from pixels to images, to make it part of the step; let a
+        network that wants to see training images before it begins see some."""
+        self.views = "none" if stage == "fit" else self.tta
         datamodule = getattr(self.trainer, "datamodule", None)
         self.transform = getattr(datamodule, "transform", self.transform)
         if stage == "fit" and datamodule is not None and hasattr(self.network, "init_from"):
@@ -208,8 +209,7 @@ class ImageClassifier(LightningModule):
 
     def _logits(self, pixels: Tensor, indices: Tensor) -> Tensor:
         images = self.transform(pixels, indices)
-        is_fit = self._trainer is not None and self.trainer.state.fn == "fit"
-        return average_over_views(self.network, images, "none" if is_fit else self.tta)
+        return average_over_views(self.network, images, self.views)
 
     def _score(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits = logits.float()  # of weights in bfloat16 too

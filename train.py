@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 import yaml
-from jsonargparse import dict_to_namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
@@ -55,7 +54,6 @@ from runs import (
 )
 from terminal import KNOWN_ERRORS, OneLineParser, errors_in_one_line, quieten
 
-DEFAULT_NETWORK = dict_to_namespace({"class_path": "networks.ConvNet"})
 METRICS = [f"{stage}/{name}" for stage in ("train", "val") for name in ("loss", "acc")]
 
 
@@ -182,6 +180,7 @@ class CLI(LightningCLI):
         parser.add_class_arguments(ModelCheckpoint, "checkpoint", skip={"dirpath"})
         parser.set_defaults(
             {
+                "model.network": {"class_path": "networks.default_network"},
                 "checkpoint.monitor": "val/acc",
                 "checkpoint.mode": "max",
                 "checkpoint.save_top_k": -1,
@@ -206,8 +205,6 @@ class CLI(LightningCLI):
             raise MisconfigurationException(
                 f"{self.subcommand} needs --ckpt_path: the checkpoint to use"
             )
-        # No default of the parser, whose arguments another class of network would inherit.
-        config.model.network = config.model.network or DEFAULT_NETWORK
         config.trainer.default_root_dir = config.trainer.default_root_dir or "runs"
         if not config.name:
             files = [Path(str(file)) for file in config.config or [] if file]

@@ -5,4 +5,11 @@ from networks.deep_convnet import DeepConvNet
 from networks.max_pool import MaxPool2x2
 from networks.speedrun import SpeedrunNet
 
-__all__ = ["ConvNet", "DeepConvNet", "MaxPool2x2", "SpeedrunNet"]
+
+def default_network() -> ConvNet:
+    """Return the network of runs that name none. It has no arguments, as a network of another class
+    would inherit what they are here, should they have the same names."""
+    return ConvNet()
+
+
+__all__ = ["ConvNet", "DeepConvNet", "MaxPool2x2", "SpeedrunNet", "default_network"]

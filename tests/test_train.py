@@ -84,6 +84,22 @@ def test_recipes_say_what_the_report_says(
     assert settings["checkpoint"]["monitor"] == "val/acc"
 
 
+class Wide(Flat):
+    """A network with an argument of the same name as one of ConvNet's."""
+
+    def __init__(self, dense_units: int = 3) -> None:
+        super().__init__()
+
+
+def test_a_network_of_ones_own_has_its_own_defaults(run: Run) -> None:
+    run("fit", "--model.network", "tests.test_train.Wide", "--trainer.max_epochs", "1")
+    settings = yaml.safe_load(Path("runs/default/version_0/config.yaml").read_text())
+    assert settings["model"]["network"]["init_args"] == {"dense_units": 3}
+    run("fit", "--trainer.max_epochs", "1")
+    settings = yaml.safe_load(Path("runs/default/version_1/config.yaml").read_text())
+    assert settings["model"]["network"]["class_path"] == "networks.default_network"
+
+
 # ---------------------------------------------------------------------------------------- runs
 
 
