@@ -26,11 +26,16 @@ CompileMode = Literal[
 INIT_IMAGES = 5000  # that a network's `init_from` sees
 
 
+class Diverged(MisconfigurationException):
+    """The loss is no finite number any more: nothing will come of the run."""
+
+
 class Means(Metric):
     """Mean loss and accuracy over images. A step costs a few additions on the device, and nothing
     that would make the CPU wait for it."""
 
     loss: Tensor
+    finite: Tensor
     correct: Tensor
     images: Tensor
 
@@ -39,6 +44,7 @@ class Means(Metric):
         self.add_state("loss", torch.zeros(()), "sum")
         self.add_state("correct", torch.zeros((), dtype=torch.int64), "sum")
         self.add_state("images", torch.zeros((), dtype=torch.int64), "sum")
+        self.add_state("finite", torch.zeros((), dtype=torch.int64), "min")
 
     def update(self, mean_loss: Tensor, correct: Tensor, images: int) -> None:
         """Add a batch: its mean loss [], its right predictions int64 [], its size."""
@@ -46,6 +52,7 @@ class Means(Metric):
         self.loss = self.loss + mean_loss.float() * images
         self.correct += correct
         self.images += images
+        self.finite += self.loss.isfinite()  # batches before the first that is not
 
     def compute(self) -> dict[str, Tensor]:
         """Return `loss` [] and `acc` [], a fraction, over all ranks."""
@@ -201,6 +208,7 @@ class ImageClassifier(LightningModule):
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
         self.transform.epoch.fill_(self.current_epoch)
         self.train_metrics.reset()
+        self.first_step = self.global_step
 
     def _loss(self, pixels: Tensor, labels: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean loss [] and the number of right predictions int64 [] of a batch: pixels
@@ -229,8 +237,26 @@ class ImageClassifier(LightningModule):
         if self.log_steps:
             self.log("train/loss_step", loss)
         if self.trainer.is_last_batch:
+            self._refuse_no_number()
             self._log_epoch("train", self.train_metrics)
         return loss
+
+    def _refuse_no_number(self) -> None:
+        """Stop a run whose loss has become infinite or no number since the epoch began."""
+        metrics = self.train_metrics
+        if not metrics.update_called or metrics.compute()["loss"].isfinite():
+            return
+        step = self.first_step + int(metrics.finite) // self.trainer.accumulate_grad_batches
+        groups = self.trainer.optimizers[0].param_groups
+        rates = " and ".join(sorted({f"{group['lr']:.3g}" for group in groups}))
+        raise Diverged(
+            f"train/loss is no finite number from step {step} on, in epoch {self.current_epoch}, "
+            f"at learning rate {rates}"
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep no weights that nothing can come of."""
+        self._refuse_no_number()
 
     def _log_epoch(self, stage: str, metrics: Means) -> None:
         """Log the means of an epoch, over all ranks, and begin anew."""

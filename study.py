@@ -13,7 +13,6 @@ answer is made: `answer.md`, `answer.csv` and two figures in runs/<study>/.
 
 import contextlib
 import dataclasses
-import math
 import multiprocessing
 import os
 import shlex
@@ -178,6 +177,10 @@ class Runner:
                 return
             if kind == "done":
                 self._keep(one, *content)
+            elif kind == "diverged":
+                how, machine = content
+                one.ended = f"diverged: {how}"
+                self._keep(one, one.rows, machine)
             else:
                 self._fail(one, content[0].removeprefix("error: "))
         except optuna.exceptions.UpdateFinishedTrialError:
@@ -196,8 +199,6 @@ class Runner:
         for row in rows[len(one.rows) :]:
             if choose in row:
                 one.trial.report(row[choose], int(row["epoch"]))
-            if not math.isfinite(row.get("train/loss", 0.0)):
-                one.ended = f"diverged: train/loss is no number in epoch {row['epoch']:.0f}"
         one.rows = rows
         if not one.ended and rows and one.trial.should_prune():
             one.ended = f"pruned after epoch {rows[-1]['epoch']:.0f}"

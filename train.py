@@ -37,7 +37,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from callbacks import Board, History, ImagesBar, LayerTable, PredictionsKeeper, PredictionTable
 from datamodule import CIFAR10DataModule
-from lightning_module import ImageClassifier
+from lightning_module import Diverged, ImageClassifier
 from reports.card import commit, model_card, with_result
 from runs import (
     RUN_SETTINGS,
@@ -307,6 +307,8 @@ class CLI(LightningCLI):
             if self.trainer.is_global_zero:
                 print(f"\nstopped; {f'to go on: {go_on}' if last.exists() else 'nothing is kept'}")
             raise SystemExit(stop.code or 128 + signal.SIGTERM) from None
+        except Diverged as error:
+            raise Diverged(f"{error}: {self._remedy()}") from None
         if not self.trainer.is_global_zero or self.config.fit.trainer.fast_dev_run:
             return
         weights = io.BytesIO()
@@ -322,6 +324,14 @@ class CLI(LightningCLI):
         if not (was_done and file.exists()):
             write_whole(file, card.encode())
         print(f"\n{self._summary()}")
+
+    def _remedy(self) -> str:
+        """Say what can be done about a run that diverged."""
+        last = self.run_folder / "checkpoints" / "last.ckpt"
+        if not last.exists():
+            return "nothing is kept; lower it"
+        good = f"python train.py fit --ckpt_path {shlex.quote(str(last))}"
+        return f"{last} is the last good checkpoint; lower the rate and go on with {good}"
 
     def _summary(self) -> str:
         lines = []

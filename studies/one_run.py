@@ -21,6 +21,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 import train
 from callbacks import History
 from callbacks.history import Row
+from lightning_module import Diverged
 from runs import claim, code_version, processor, read_checkpoint
 from studies.question import ELSEWHERE, DryRun
 from terminal import errors_in_one_line, quieten
@@ -49,13 +50,17 @@ class Reporter(Callback):
             sys.exit("stopped with its study")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep all rows, and what the run's speed and its last digits depend on."""
+        """Keep all rows."""
+        self.kept = self.rows(trainer)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Note what the run's speed and its last digits depend on."""
         device = trainer.strategy.root_device
         name = f"{torch.get_num_threads()} of {os.cpu_count()} cores of {processor()}"
         if device.type == "cuda":
             name = torch.cuda.get_device_name(device)
         versions = f"torch {torch.__version__}, lightning {lightning.__version__}"
-        self.result = self.rows(trainer), f"{name}, {versions}"
+        self.machine = f"{name}, {versions}"
 
 
 def fit(
@@ -69,7 +74,8 @@ def fit(
         devices: The value of CUDA_VISIBLE_DEVICES, if this run has GPUs of its own.
         threads: How many cores it may use.
         link: Takes ("epoch", rows), answers whether to stop; at last ("done", rows, machine), in
-            place of the machine the study that a run was taken from, or ("failed", why).
+            place of the machine the study that a run was taken from, ("diverged", how, machine) or
+            ("failed", why).
 
     """
     threading.Thread(target=_die_with_parent, daemon=True).start()
@@ -98,8 +104,12 @@ def fit(
                 own = [word for word in command if word.startswith(here)]
                 command = ["fit", f"--ckpt_path={newest}", *own]
             reporter = Reporter(link)
-            train.CLI(command, [reporter])
-        link.send(("done", *reporter.result))
+            try:
+                train.CLI(command, [reporter])
+            except Diverged as error:
+                link.send(("diverged", str(error).partition(", at ")[0], reporter.machine))
+                return
+        link.send(("done", reporter.kept, reporter.machine))
     except (SystemExit, Exception) as error:
         why = str(error)
         if isinstance(error, Exception):

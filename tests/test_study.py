@@ -279,12 +279,14 @@ def test_hparams_of_tensorboard_show_what_differs(after: Callable[..., Path]) ->
 def test_a_run_that_diverges_is_reported_and_stops_nothing(
     ask: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    study.main([str(ask(TWO, grid={"model.optimizer.lr": [1000, 0.002]})), "--jobs", "2"])
+    study.main([str(ask(TWO, grid={"model.optimizer.lr": [1000, 1e30, 0.002]})), "--jobs", "2"])
     out = capsys.readouterr().out
     assert re.search(r"lr=1000,seed=0: diverged: train/loss \S+ in epoch 1", out)
+    assert "lr=1e+30,seed=0: diverged: train/loss is no finite number from step 1 on" in out
     assert "lr=0.002,seed=0: val/acc" in out
-    wild, sane = table()
-    assert (wild["seeds"], wild["ended"], wild["val/acc"]) == ("0", "1 diverged", "")
+    wild, wildest, sane = table()
+    for row in (wild, wildest):
+        assert (row["seeds"], row["ended"], row["val/acc"]) == ("0", "1 diverged", "")
     assert (sane["seeds"], sane["ended"]) == ("1", "")
     assert "the setting lr=1000 diverged in 1 of 1 runs" in (FOLDER / "answer.md").read_text()
 

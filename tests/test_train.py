@@ -674,3 +674,28 @@ def test_augmentations_are_listed_in_yaml_and_kept_in_the_checkpoint(
     assert [result["test/acc"], result["test/loss"]] == [
         curve[1]["test/acc"], curve[1]["test/loss"],
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kept", [0, 2])
+def test_a_run_without_a_number_for_its_loss_stops_and_keeps_nothing_of_it(
+    run: Run, fails: Run, kept: int
+) -> None:
+    start = ["--config", BASE]
+    if kept:
+        run("fit", *start, "--trainer.max_epochs", kept)
+        start = ["--ckpt_path", RUN_0 / "checkpoints/last.ckpt", "--trainer.max_epochs", "9"]
+    message = fails("fit", *start, "--model.optimizer.lr", "1e30")
+    step = 16 * kept + 1
+    assert f"train/loss is no finite number from step {step} on, in epoch {kept}" in message
+    assert "at learning rate 1e+30" in message
+    files = sorted(RUN_0.glob("checkpoints/*"))
+    assert [file.name for file in files] == ["epoch_00.ckpt", "epoch_01.ckpt", "last.ckpt"][
+        : kept and 3
+    ]
+    if kept:
+        assert f"{RUN_0}/checkpoints/last.ckpt is the last good checkpoint" in message
+        assert all(tensor.isfinite().all() for tensor in weights(files[-1]).values())
+        run("fit", *start, "--trainer.max_epochs", "3")
+        assert [row["epoch"] for row in rows(RUN_0)] == [0, 1, 2]
+    else:
+        assert "nothing is kept" in message
