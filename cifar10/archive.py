@@ -271,6 +271,10 @@ class _PlainUnpickler(pickle._Unpickler):
             return self._ADMITTED[full_name]
         raise CIFAR10Error(f"it asks to run {module}.{name}; only arrays and plain types are read")
 
+    def get_extension(self, code: int) -> NoReturn:
+        """Refuse a class by its number, which Python would look up without asking."""
+        raise CIFAR10Error(f"it asks for extension {code}; only arrays and plain types are read")
+
 
 def _read_batch(content: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Return images uint8 [N, 3, 32, 32] and labels uint8 [N] of one official batch file."""
