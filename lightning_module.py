@@ -16,7 +16,7 @@ from torchmetrics import Metric
 
 from cifar10.archive import CLASSES
 from cifar10.augment import TestTimeAugmentation, Transform, average_over_views
-from cifar10.batches import Batch
+from cifar10.batches import Batch, Batches
 
 CompileMode = Literal[
     "off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
@@ -235,10 +235,13 @@ class ImageClassifier(LightningModule):
         loss, correct = loss_of(*batch)
         self.train_metrics.update(loss.detach(), correct, size)
         if self.log_steps:
-            self.log("train/loss_step", loss)
+            self.log("train/loss_step", loss, batch_size=size)
         if self.trainer.is_last_batch:
             self._refuse_no_number()
             self._log_epoch("train", self.train_metrics)
+        loader = self.trainer.train_dataloader
+        if self.trainer.world_size > 1 and isinstance(loader, Batches):
+            loss = loss * loader.weight(batch_idx)
         return loss
 
     def _refuse_no_number(self) -> None:
@@ -261,7 +264,7 @@ class ImageClassifier(LightningModule):
     def _log_epoch(self, stage: str, metrics: Means) -> None:
         """Log the means of an epoch, over all ranks, and begin anew."""
         values = {f"{stage}/{name}": value for name, value in metrics.compute().items()}
-        self.log_dict(values, on_step=False, on_epoch=True)
+        self.log_dict(values, on_step=False, on_epoch=True, batch_size=1)  # one value an epoch
         metrics.reset()
 
     def _evaluate(self, batch: Batch, metrics: Means) -> Tensor:

@@ -68,9 +68,10 @@ class SaveConfig(SaveConfigCallback):
         self.config = self.config.clone()
         self.config.ckpt_path = None  # `--config config.yaml` repeats the run from its start
         text = self.parser.dump(self.config, skip_none=False)
-        if trainer.is_global_zero and trainer.log_dir and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            Path(trainer.log_dir).mkdir(parents=True, exist_ok=True)
-            write_whole(Path(trainer.log_dir) / "config.yaml", text.encode())
+        folder = trainer.log_dir  # of which all ranks are told, so all must ask
+        if trainer.is_global_zero and folder and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            write_whole(Path(folder) / "config.yaml", text.encode())
         self.settings = yaml.safe_load(text)
         self.code = code_version()
 

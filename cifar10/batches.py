@@ -78,6 +78,13 @@ class Batches:
         whole, tail = divmod(len(self.image_set), self.batch_size)
         return whole + (tail >= (self.world_size if self.order else 1))
 
+    def weight(self, index: int) -> float:
+        """Return what makes the mean of the ranks' mean losses the mean over the images of a batch:
+        how many of them this rank has, over the mean of all ranks."""
+        size = min(self.batch_size, len(self.image_set) - index * self.batch_size)
+        share = size // self.world_size + (self.rank < size % self.world_size)
+        return share * self.world_size / size
+
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches of one pass."""
         indices = self.image_set.indices

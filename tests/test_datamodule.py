@@ -102,11 +102,16 @@ def test_ranks_share_every_batch(world_size: int, size: int, is_training: bool) 
     assert len({len(batches) for batches in ranks}) == 1, "none waits for another"
     assert all(len(share) == len(ranks[0]) for share in shares)
     alone = list(Batches(images, 20, order=order))
-    for whole, *parts in zip(alone, *shares, strict=False):
+    for i, (whole, *parts) in enumerate(zip(alone, *shares, strict=False)):
         assert torch.equal(torch.cat([part.indices for part in parts]), whole.indices)
         assert max(map(len, (p.labels for p in parts))) - min(len(p.labels) for p in parts) <= 1
         if is_training:
             assert all(len(part.labels) for part in parts), "no rank trains on nothing"
+        weights = [rank.weight(i) for rank in ranks]
+        means = [
+            part.labels.float().mean() * w for part, w in zip(parts, weights, strict=True) if w
+        ]
+        torch.testing.assert_close(sum(means) / world_size, whole.labels.float().mean())
     left_out = len(alone) - len(ranks[0])
     tail = size % 20
     assert left_out == (is_training and 0 < tail < world_size)
