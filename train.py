@@ -441,6 +441,8 @@ def main(args: list[str] | None = None) -> None:
     keep_freed_memory()
     with errors_in_one_line():
         CLI(sys.argv[1:] if args is None else args)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # whose threads may else abort the exit
 
 
 if __name__ == "__main__":
