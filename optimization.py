@@ -54,25 +54,28 @@ def plain(group: Group) -> dict[str, Any]:
 class MuonSGD(torch.optim.Optimizer):
     """Muon for some parameters and SGD with Nesterov momentum for others, as one optimizer.
 
-    Every parameter belongs to the first group whose pattern fits its name.
+    Every parameter belongs to the one group whose pattern fits its name.
 
     Args:
         params: Pairs of name and parameter, as `named_parameters()` gives them.
         groups: How they are updated, by a name for each group.
 
     Raises:
-        MisconfigurationException: A parameter that no group takes, a group that takes none, or a
-            vector for `muon`.
+        MisconfigurationException: A parameter that no group takes, or two; a group that takes none;
+            a vector for `muon`.
 
     """
 
     def __init__(self, params: Iterable[tuple[str, Tensor]], groups: dict[str, Group]) -> None:
         taken: dict[str, list[tuple[str, Tensor]]] = {name: [] for name in groups}
         for name, parameter in params:
-            fitting = (key for key in groups if fnmatchcase(name, groups[key].parameters))
-            chosen = next(fitting, None)
-            if chosen is None:
-                raise MisconfigurationException(f"model.optimizer: no group takes {name}")
+            fitting = [key for key in groups if fnmatchcase(name, groups[key].parameters)]
+            if len(fitting) != 1:
+                who = " and ".join(fitting) or "none"
+                raise MisconfigurationException(
+                    f"model.optimizer: one group must take {name}: the patterns of {who} do"
+                )
+            chosen = fitting[0]
             if groups[chosen].rule == "muon" and parameter.ndim < 2:
                 raise MisconfigurationException(
                     f"model.optimizer: {name} is a vector, which rule muon cannot update"

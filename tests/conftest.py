@@ -20,9 +20,9 @@ from cifar10 import archive
 TRAIN_SIZE, TEST_SIZE = 1000, 200
 
 
-@pytest.fixture(scope="session")
-def batches() -> dict[str, bytes]:
-    """The six official batch files of a data set whose classes are colour patterns plus noise."""
+def made_up_batches() -> dict[str, bytes]:
+    """Return the six official batch files of a data set whose classes are colour patterns plus
+    noise."""
     rng = np.random.default_rng(0)
     patterns = rng.integers(0, 256, (10, 3, 4, 4)).repeat(8, axis=2).repeat(8, axis=3)
     files = {}
@@ -33,6 +33,12 @@ def batches() -> dict[str, bytes]:
         batch = {b"data": images.reshape(200, 3072), b"labels": labels.tolist()}
         files[name] = pickle.dumps(batch, protocol=2)
     return files
+
+
+@pytest.fixture(scope="session")
+def batches() -> dict[str, bytes]:
+    """The made-up data set, in the official form."""
+    return made_up_batches()
 
 
 @pytest.fixture

@@ -74,9 +74,10 @@ def test_muon_normalises_the_weights_before_each_step() -> None:
     torch.testing.assert_close(filters.norm(), torch.tensor(4.0), atol=1e-4, rtol=0)
 
 
-def test_each_parameter_has_the_first_group_that_fits() -> None:
+def test_each_parameter_has_the_group_that_fits() -> None:
     network = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
-    groups = {"first": Group("0.*", lr=1), "bias": Group("*.bias", lr=2), "rest": Group("*", lr=3)}
+    names = {"first": "0.*", "bias": "1.bias", "rest": "1.w*"}
+    groups = {name: Group(pattern, lr=1) for name, pattern in names.items()}
     optimizer = MuonSGD(network.named_parameters(), groups)
     taken = [[id(p) for p in group["params"]] for group in optimizer.param_groups]
     assert taken == [
@@ -107,7 +108,16 @@ SMALL = [
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
-        ("", "{a: {parameters: '*.bias', lr: 1}}", "no group takes groups.0.conv1.weight"),
+        (
+            "",
+            "{a: {parameters: '*.bias', lr: 1}}",
+            "take groups.0.conv1.weight: the patterns of none",
+        ),
+        (
+            ".more",
+            "{parameters: '*d.weight', lr: 1}",
+            "take head.weight: the patterns of head and more",
+        ),
         (".more", "{parameters: heda, lr: 1}", "group more (heda) takes no parameter"),
         (".filters.rule", "adam", "expected 'sgd', 'muon'"),
         (".filters.lr", "-1", "lr"),
@@ -129,4 +139,4 @@ def test_one_value_of_one_group_can_be_typed(run: Run) -> None:
     checkpoint = torch.load("runs/fast94/version_0/checkpoints/last.ckpt", weights_only=True)
     filters = checkpoint["optimizer_states"][0]["param_groups"][3]
     assert (filters["name"], filters["rule"], filters["initial_lr"]) == ("filters", "sgd", 2.9)
-    assert (filters["momentum"], filters["parameters"]) == (0.6, "*.weight")
+    assert (filters["momentum"], filters["parameters"]) == (0.6, "*.conv?.weight")

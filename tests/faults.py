@@ -1,0 +1,305 @@
+"""Faults made on purpose: how often a run survives them, and what it loses. docs/reliability.md.
+
+    python -m tests.faults kill --times 50     # kill -9 at any moment, and while files are written
+    python -m tests.faults stop --times 20     # SIGTERM and Ctrl-C
+    python -m tests.faults disk                # a disk that fills up (root, Linux: mounts a tmpfs)
+    python -m tests.faults resume              # stopped after each epoch
+
+A run survives if everything that lies in its folder is whole, and if it ends, once it goes on, with
+the very weights of a run that nothing happened to. Runs are small: a thousand images made up, and
+networks of a few thousand parameters, but with all that draws random numbers.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import io
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+
+import train
+from cifar10 import archive
+from runs import read_checkpoint
+from tests.conftest import made_up_batches, tar
+
+ROOT = Path(__file__).parents[1]
+EPOCHS = 5
+IMPROVED = [
+    *("fit", "--config", str(ROOT / "configs" / "improved.yaml"), "--model.network.channels"),
+    *("[4,4,8]", "--model.network.dense_units", "8", "--data.batch_size", "50"),
+]
+FAST = [
+    *("fit", "--config", str(ROOT / "configs" / "fast94.yaml"), "--model.network.widths"),
+    *("[4,4,8]", "--data.batch_size", "100"),
+]
+SMALL = [
+    *("--data.verify", "false", "--data.val_size", "200", "--trainer.accelerator", "cpu"),
+    *("--trainer.max_epochs", str(EPOCHS), "--name", "run", "--data.download", "false"),
+]
+RECIPES = {"improved": [*IMPROVED, *SMALL], "fast94": [*FAST, *SMALL]}
+
+
+CHOICE = random.Random(0)
+
+
+class Run(NamedTuple):
+    """A process, a copy of this one that has all imported already, and where it writes."""
+
+    pid: int
+    log: Path
+
+    def wait(self) -> int:
+        """Return the exit code, of a signal its negative number."""
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    def said(self) -> str:
+        """Return what it has printed so far."""
+        return self.log.read_text() if self.log.exists() else ""
+
+    def epochs(self) -> int:
+        """Return how many epochs it has reported."""
+        return len(re.findall(r"^ +\d+ +\d", self.said(), re.M))
+
+
+def start(words: list[str], folder: Path) -> Run:
+    """Run `python train.py ...` in a folder, in a process of its own."""
+    log = folder / f"log_{time.monotonic_ns()}"
+    pid = os.fork()
+    if pid:
+        return Run(pid, log)
+    try:
+        os.setsid()
+        os.chdir(folder)
+        with log.open("w") as out:
+            os.dup2(out.fileno(), 1)
+            os.dup2(out.fileno(), 2)
+        sys.stdout = io.TextIOWrapper(os.fdopen(1, "wb", closefd=False), line_buffering=True)
+        sys.argv = ["train.py", *words]
+        train.main(words)
+        code = 0
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            print(stop.code)
+        code = stop.code if isinstance(stop.code, int) else 1
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def digest(folder: Path) -> str:
+    """Return the SHA-256 of the last weights of a run that has ended."""
+    state = torch.load(folder / "runs/run/version_0/model.pth", weights_only=True)
+    content = b"".join(name.encode() + t.numpy().tobytes() for name, t in sorted(state.items()))
+    return hashlib.sha256(content).hexdigest()
+
+
+def kept(folder: Path) -> list[int]:
+    """Return the epochs of the checkpoints in a folder, all of which must be whole."""
+    files = sorted(folder.glob("runs/run/version_*/checkpoints/*.ckpt"))
+    return [read_checkpoint(file)["epoch"] for file in files if file.name != "last.ckpt"]
+
+
+@contextlib.contextmanager
+def empty_folder(packed: bytes) -> Iterator[Path]:
+    """A folder with the data set as its archive, not unpacked."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "data").mkdir()
+        (folder / "data" / archive.ARCHIVE).write_bytes(packed)
+        yield folder
+
+
+def go_on(words: list[str], folder: Path) -> Run:
+    """Start a run again as its user would: from `last`, or from its start if nothing is kept."""
+    last = folder / "runs/run/version_0/checkpoints/last.ckpt"
+    if not last.exists():
+        shutil.rmtree(folder / "runs", ignore_errors=True)
+        return start(words, folder)
+    return start(["fit", "--ckpt_path", "last", "--name", "run"], folder)
+
+
+class Table:
+    """Counts what became of the runs, and prints it as rows."""
+
+    def __init__(self) -> None:
+        self.times: Counter[str] = Counter()
+        self.survived: Counter[str] = Counter()
+        self.lost: Counter[str] = Counter()
+
+    def add(self, fault: str, survived: bool, lost: int = 0) -> None:
+        """Count one run: whether it survived, and how many reported epochs it had lost."""
+        self.times[fault] += 1
+        self.survived[fault] += survived
+        self.lost[fault] += lost
+        print(".!"[not survived], end="", flush=True)
+
+    def print(self) -> None:
+        """Print a row for every fault."""
+        print()
+        for fault, times in self.times.items():
+            print(f"| {fault} | {times} | {self.survived[fault]} | {self.lost[fault]} |")
+
+
+def wait_for(pattern: str, folder: Path, run: Run) -> None:
+    """Wait, without a pause, until a file is there, or until the run has ended."""
+    while not any(folder.glob(pattern)):
+        if os.waitid(os.P_PID, run.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return
+
+
+def broken(
+    fault: str, words: list[str], packed: bytes, expected: str, table: Table,
+    harm: Callable[[Run, Path], None],
+) -> None:  # fmt: skip
+    """Start a run, do it harm, look at what it left, let it go on, and compare."""
+    with empty_folder(packed) as folder:
+        run = start(words, folder)
+        harm(run, folder)
+        run.wait()
+        reported, whole = run.epochs(), kept(folder)
+        lost = max(0, reported - len(whole))
+        again = go_on(words, folder)
+        survived = again.wait() == 0 and digest(folder) == expected and whole == sorted(set(whole))
+        if not survived:
+            print(f"\n{fault}: {run.said()}\n{again.said()}")
+        table.add(fault, survived, lost)
+
+
+def kill(times: int, packed: bytes, table: Table) -> None:
+    """Kill -9: at random moments from start to end, and as soon as a file is being written."""
+    writing = {
+        "while the archive is unpacked": ("data/.fetching-*/*/*", 1),
+        "while config.yaml is written": ("runs/run/version_0/.config.yaml.*", 1),
+        "while a checkpoint is written": ("runs/run/version_0/checkpoints/.*", 2 * EPOCHS),
+    }
+    for name, words in RECIPES.items():
+        expected, seconds = unbroken(words, packed)
+        for _ in range(times):
+            harm = partial(signalled, number=signal.SIGKILL, within=seconds)
+            broken(f"kill -9 at any moment, {name}", words, packed, expected, table, harm)
+        for what, (pattern, count) in writing.items():
+            for _ in range(max(1, times // 5)):
+                harm = partial(killed_at, pattern=pattern, count=CHOICE.randint(1, count))
+                broken(f"kill -9 {what}, {name}", words, packed, expected, table, harm)
+
+
+def signalled(run: Run, folder: Path, number: signal.Signals, within: float) -> None:
+    """Send a signal at a random moment."""
+    time.sleep(CHOICE.uniform(0, within))
+    os.killpg(run.pid, number)
+
+
+def killed_at(run: Run, folder: Path, pattern: str, count: int) -> None:
+    """Kill a run when such a file is there for the n-th time, or a little later."""
+    for _ in range(count):
+        wait_for(pattern, folder, run)
+        time.sleep(CHOICE.uniform(0, 0.003))
+    os.killpg(run.pid, signal.SIGKILL)
+
+
+def unbroken(words: list[str], packed: bytes) -> tuple[str, float]:
+    """Return the digest of a run that nothing happens to, and its seconds."""
+    with empty_folder(packed) as folder:
+        began = time.monotonic()
+        run = start(words, folder)
+        assert run.wait() == 0, run.said()
+        return digest(folder), time.monotonic() - began
+
+
+def stop(times: int, packed: bytes, table: Table) -> None:
+    """Stop politely: SIGTERM, as a cluster does, and SIGINT, as Ctrl-C does."""
+    words = RECIPES["improved"]
+    expected, seconds = unbroken(words, packed)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        for _ in range(times):
+            harm = partial(signalled, number=number, within=seconds)
+            broken(f"{number.name} at any moment", words, packed, expected, table, harm)
+
+
+def resume(times: int, packed: bytes, table: Table) -> None:
+    """Go on from the checkpoint of every epoch, in a new folder."""
+    for name, words in RECIPES.items():
+        with empty_folder(packed) as folder:
+            run = start(words, folder)
+            assert run.wait() == 0, run.said()
+            expected = digest(folder)
+            (folder / "runs/run/version_0").rename(folder / "whole")
+            for epoch in range(EPOCHS - 1):
+                path = f"whole/checkpoints/epoch_{epoch:02d}.ckpt"
+                again = start(["fit", "--ckpt_path", path], folder)
+                survived = again.wait() == 0 and digest(folder) == expected
+                if not survived:
+                    print(f"\n{again.said()}")
+                table.add(f"resumed after any epoch, {name}", survived)
+                shutil.rmtree(folder / "runs", ignore_errors=True)
+
+
+def disk(times: int, packed: bytes, table: Table) -> None:
+    """Fill a small disk that holds the runs; then make room and go on."""
+    words = RECIPES["improved"]
+    expected, _ = unbroken(words, packed)
+    for kilobytes in range(60, 60 + 30 * times, 30):
+        with empty_folder(packed) as folder:
+            (folder / "runs").mkdir()
+            mount = [
+                "mount",
+                "-t",
+                "tmpfs",
+                "-o",
+                f"size={kilobytes}k",
+                "tmpfs",
+                str(folder / "runs"),
+            ]
+            subprocess.run(mount, check=True)
+            try:
+                run = start(words, folder)
+                code, said, whole = run.wait(), run.said(), kept(folder)
+                errors = [line for line in said.splitlines() if line.startswith("error: ")]
+                is_told = code == 1 and len(errors) == 1 and "free some space" in errors[0]
+                remount = [*mount[:4], f"remount,size={64}m", *mount[5:]]
+                subprocess.run(remount, check=True)
+                again = go_on(words, folder)
+                survived = is_told and again.wait() == 0 and digest(folder) == expected
+                if not survived:
+                    print(f"\n{kilobytes} kB, exit code {code}:\n{said}\n{again.said()}")
+                table.add("disk full", survived, max(0, run.epochs() - len(whole)))
+            finally:
+                subprocess.run(["umount", folder / "runs"], check=True)
+
+
+FAULTS = {"kill": kill, "stop": stop, "resume": resume, "disk": disk}
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("fault", choices=FAULTS)
+    parser.add_argument("--times", type=int, default=10)
+    args = parser.parse_args()
+    files = {f"cifar-10-batches-py/{name}": content for name, content in made_up_batches().items()}
+    table = Table()
+    FAULTS[args.fault](args.times, tar(files), table)
+    table.print()
+    sys.exit(table.survived != table.times)
+
+
+if __name__ == "__main__":
+    main()
