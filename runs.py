@@ -151,7 +151,8 @@ def with_checkpoint_settings(args: list[str], subcommands: Collection[str]) -> l
     """Put the settings of the checkpoint that a command line names before all that is typed.
 
     `fit` goes on with all of them; the others take network, data and precision. `--ckpt_path last`
-    and `--ckpt_path best` mean the newest run of the recipe.
+    and `--ckpt_path best` mean the newest run of the recipe; without any, a job that SLURM has
+    requeued goes on with its own.
 
     Raises:
         MisconfigurationException: No such checkpoint, not a checkpoint, or to `fit` one of weights
@@ -172,11 +173,17 @@ def with_checkpoint_settings(args: list[str], subcommands: Collection[str]) -> l
     files = [file for file in typed.pop("config") if file]
     settings = _configured(files) | {flag: value for flag, value in typed.items() if value}
     path = settings.get("ckpt_path")
+    name = settings.get("name") or (Path(files[-1]).stem if files else "default")
+    parent = Path(settings.get("trainer.default_root_dir", "runs"), name)
     if path is None:
-        return args
+        is_requeued = subcommand == "fit" and os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+        last = _last_of_job(parent, os.environ["SLURM_JOB_ID"]) if is_requeued else None
+        # The settings are those of the command, which is the same as before.
+        return [*args, "--ckpt_path", str(_behind_last(last))] if last else args
     if path in ("last", "best"):
-        name = settings.get("name") or (Path(files[-1]).stem if files else "default")
-        path = _newest_run(Path(settings.get("trainer.default_root_dir", "runs"), name), path)
+        path = _newest_run(parent, path)
+    if subcommand == "fit" and Path(path).name == "last.ckpt":
+        path = _behind_last(Path(path))
     checkpoint = read_checkpoint(path)
     if subcommand == "fit" and "optimizer_states" not in checkpoint:
         raise MisconfigurationException(
@@ -185,6 +192,7 @@ def with_checkpoint_settings(args: list[str], subcommands: Collection[str]) -> l
     restored = dict(checkpoint.get("run", {}))
     started_in = restored.pop("started_in", "")
     restored.pop("code", None)
+    restored.pop("job", None)
     if subcommand != "fit":
         precision = restored.get("trainer", {}).get("precision")
         restored = {"name": restored.get("name"), "trainer": {"precision": precision}}
@@ -219,6 +227,24 @@ def _configured(files: list[str]) -> dict[str, str]:
             keys = ("ckpt_path", "name", "trainer.default_root_dir")
             found |= {key: str(said[key]) for key in keys if said.get(key)}
     return found
+
+
+def _behind_last(last: Path) -> Path:
+    """Return what `last.ckpt` was about to become, if the run was killed when it had saved an epoch
+    but not yet as the last one, too."""
+    for path in last.parent.glob("*.ckpt"):
+        with contextlib.suppress(FileNotFoundError, MisconfigurationException):
+            if path.stat().st_mtime > last.stat().st_mtime and is_newest(path):
+                return path
+    return last
+
+
+def _last_of_job(parent: Path, job: str) -> Path | None:
+    """Return the last checkpoint that a job of SLURM saved before it was requeued, if it did."""
+    for path in parent.glob("version_*/checkpoints/last.ckpt"):
+        if read_checkpoint(path).get("run", {}).get("job") == job:
+            return path
+    return None
 
 
 def _newest_run(parent: Path, which: str) -> Path:

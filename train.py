@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import io
 import json
+import os
 import shlex
 import signal
 import sys
@@ -82,6 +83,7 @@ class SaveConfig(SaveConfigCallback):
         checkpoint["run"] = {key: self.settings[key] for key in RUN_SETTINGS}
         checkpoint["run"]["started_in"] = str(Path.cwd())  # what relative paths start from
         checkpoint["run"]["code"] = self.code
+        checkpoint["run"]["job"] = os.environ.get("SLURM_JOB_ID")
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

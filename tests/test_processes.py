@@ -1,16 +1,19 @@
 """Several processes train one model, and leave what one process leaves."""
 
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from cifar10 import archive
 from tests.conftest import Run
-from tests.test_train import ROOT, rows, weights
+from tests.test_train import BASE, ROOT, is_same, rows, weights
 
 METRICS = [f"{stage}/{name}" for stage in ("train", "val", "test") for name in ("loss", "acc")]
 
@@ -69,3 +72,45 @@ def test_two_nodes_train_as_one_process_does(run: Run, tarball: bytes, tmp_path:
     for name, tensor in last[0].items():
         assert tensor.allclose(last[1][name], atol=1e-5), name
     assert run("test", "--ckpt_path", together / "checkpoints" / "last.ckpt")
+
+
+def test_a_job_that_slurm_requeues_goes_on_exactly(
+    run: Run, arrays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SLURM warns with SIGUSR1, Lightning asks it to requeue the job, SLURM kills it and starts the
+    same command again."""
+    settings = ["--config", str(BASE), "--data.augment+=cifar10.augment.RandomFlip"]
+    settings += ["--trainer.max_epochs", "30", "--data.batch_size", "100"]
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho $@ > asked\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train",
+             "PATH": f"{tmp_path}:{os.environ['PATH']}"}  # fmt: skip
+    own = ["--data.root", str(arrays), "--data.verify=false", "--data.val_size=200",
+           "--model.optimizer.lr=0.002", "--trainer.accelerator=cpu"]  # fmt: skip
+    command = [sys.executable, str(ROOT / "train.py"), "fit", *settings[:2], *own, *settings[2:]]
+    with (tmp_path / "log").open("w") as log:
+        job = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **slurm})
+        deadline = time.monotonic() + 100
+        while not re.search(r"^ +3 ", (tmp_path / "log").read_text(), re.M):
+            assert job.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        job.send_signal(signal.SIGUSR1)
+        while not (tmp_path / "asked").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        job.kill()
+        job.wait()
+    assert (tmp_path / "asked").read_text().split() == ["requeue", "77"]
+    before = len(list(Path("runs/base/version_0/checkpoints").glob("epoch_*.ckpt")))
+    assert 4 <= before < 30
+
+    for name, value in {**slurm, "SLURM_RESTART_COUNT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    run("fit", *settings)
+    assert [path.name for path in Path("runs/base").iterdir()] == ["version_0"]
+    monkeypatch.setenv("SLURM_JOB_ID", "78")
+    run("fit", *settings)  # a job that has saved nothing begins anew
+    assert is_same(
+        *(weights(Path(f"runs/base/version_{i}/checkpoints/epoch_29.ckpt")) for i in (0, 1))
+    )
