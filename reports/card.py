@@ -76,8 +76,8 @@ def model_card(
         f"precision {trainer['precision'] or '32-true'}"
         + (f", {_call(model['lr_scheduler'])}" if model["lr_scheduler"] else "")
         + (f", label smoothing {model['label_smoothing']}" if model["label_smoothing"] else "")
-        + (", softmax before the loss" if model["softmax_before_loss"] else ""),
-        "Evaluation": f"test-time augmentation {model['tta']}",
+        + (", softmax before the loss" if model["softmax_before_loss"] else "")
+        + (f"; evaluated with {model['tta']} views" if model["tta"] != "none" else ""),
         "Time": f"{sum(row['seconds'] for row in rows):.0f} s on {cores}{hardware}",
         "Versions": f"torch {torch.__version__}, torchvision {torchvision.__version__}, lightning "
         f"{lightning.__version__}, Python {platform.python_version()}, {platform.system()}",

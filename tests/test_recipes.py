@@ -189,3 +189,25 @@ def test_smoothed_labels_are_of_the_training_loss_only() -> None:
     torch.testing.assert_close(model._loss(pixels, labels, labels)[0], smoothed)
     plain = model.eval()._loss(pixels, labels, labels)[0]
     torch.testing.assert_close(plain, F.cross_entropy(logits, labels))
+
+
+# ---------------------------------------------------------------------------- earlier versions
+
+RELEASED = Path(__file__).parent / "data"
+EXPECTED = json.loads((RELEASED / "expected.json").read_text())
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_checkpoints_of_released_versions_are_read_for_ever(
+    run: Run, arrays: Path, name: str
+) -> None:
+    shutil.copytree(arrays, "data")  # which they name
+    path = Path("released.ckpt")
+    shutil.copy(RELEASED / name, path)
+    run("test", "--ckpt_path", path)
+    result = json.loads(Path("test.json").read_text())
+    assert {key: result[key] for key in EXPECTED[name]} == pytest.approx(EXPECTED[name], abs=1e-4)
+    epochs = torch.load(path, weights_only=True)["epoch"] + 1
+    run("fit", "--ckpt_path", path, "--trainer.max_epochs", epochs + 1)
+    (folder,) = Path("runs").glob("*/version_0")
+    assert [row["epoch"] for row in rows(folder)] == list(range(epochs + 1))
