@@ -383,9 +383,9 @@ def test_killed_in_an_epoch_and_started_again_it_answers_the_same(
     ask: Callable[..., Path],
 ) -> None:
     augment = {"data.augment": [{"class_path": "cifar10.augment.RandomFlip"}]}
-    file = ask({"trainer.max_epochs": 12}, variants={"plain": {}, "flipped": augment})
-    killed_in_an_epoch(command(file, "--jobs", 2), epoch=2, whole=True)
-    killed_in_an_epoch(command(file, "--jobs", 2), epoch=5, whole=False)
+    file = ask({"trainer.max_epochs": 9}, variants={"plain": {}, "flipped": augment})
+    killed_in_an_epoch(command(file, "--jobs", 2), epoch=1, whole=True)
+    killed_in_an_epoch(command(file, "--jobs", 2), epoch=3, whole=False)
     study.main([str(file), "--jobs", "2"])
     broken = table()
     logs = [log.read_text() for log in FOLDER.glob("*/fit.log")]
@@ -586,7 +586,7 @@ def test_every_study_of_the_project_can_run(
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     files = sorted(Path("configs/studies").glob("*.yaml"))
     assert [file.stem for file in files] == [
-        "batch_size", "epochs", "learning_rate", "remedies", "softmax",
+        "batch_size", "epochs", "fast94", "improved", "learning_rate", "remedies", "softmax",
     ]  # fmt: skip
     for file in files:
         with pytest.raises(SystemExit, match="no run has ended yet"):
