@@ -41,6 +41,7 @@ class History(Callback):
         self.evaluated: Row = {}
         self.header: list[str] = []
         self.has_stepped = False
+        self.is_new = False  # the last row, and not printed yet
         self.evaluating = 0.0  # seconds of this epoch
 
     def state_dict(self) -> dict[str, Any]:
@@ -63,7 +64,8 @@ class History(Callback):
                 logger.experiment.add_custom_scalars({"learning curves": layout})
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
+        """Start the clock; report the epoch before, which by now is saved."""
+        self._report(trainer)
         self.started = time.perf_counter()
         self.images, self.evaluating = 0, 0.0
 
@@ -103,7 +105,7 @@ class History(Callback):
         self.evaluated = _measured(trainer, "val", "test")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep and print the epoch's metrics."""
+        """Keep the epoch's metrics."""
         # Lightning goes on offering those of earlier epochs, which are not this one's.
         measured = (_measured(trainer, "train") if trainer.is_last_batch else {}) | self.evaluated
         self.evaluated = {}
@@ -114,10 +116,19 @@ class History(Callback):
             speed["images_per_second"] = round(self.images_per_second)
             pl_module.log("train/images_per_second", self.images_per_second)
         self.rows.append({"epoch": trainer.current_epoch, **measured, **speed})
-        if trainer.is_global_zero:
-            self._print(is_best=self.rows[-1] is self.best(trainer))
+        self.is_new = True
         if self.writes and (folder := trainer.log_dir) and trainer.is_global_zero:
             write_whole(Path(folder) / "metrics.csv", _csv(self.rows))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report the last epoch."""
+        self._report(trainer)
+
+    def _report(self, trainer: Trainer) -> None:
+        """Print the newest row, once."""
+        if self.is_new and trainer.is_global_zero:
+            self._print(is_best=self.rows[-1] is self.best(trainer))
+        self.is_new = False
 
     def _print(self, is_best: bool) -> None:
         """Print the last epoch on one line; a star where it is the best so far."""

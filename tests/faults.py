@@ -1,4 +1,4 @@
-"""Faults made on purpose: how often a run survives them, and what it loses. docs/reliability.md.
+"""Faults made on purpose: how often a run survives them, and what it loses.
 
     python -m tests.faults kill --times 50     # kill -9 at any moment, and while files are written
     python -m tests.faults stop --times 20     # SIGTERM and Ctrl-C
@@ -82,9 +82,12 @@ def start(words: list[str], folder: Path) -> Run:
     log = folder / f"log_{time.monotonic_ns()}"
     pid = os.fork()
     if pid:
+        with contextlib.suppress(OSError):  # the copy may have done so, and even have ended
+            os.setpgid(pid, pid)
         return Run(pid, log)
+    code = 1
     try:
-        os.setsid()
+        os.setpgid(0, 0)
         os.chdir(folder)
         with log.open("w") as out:
             os.dup2(out.fileno(), 1)
