@@ -124,7 +124,8 @@ class MuonSGD(torch.optim.Optimizer):
 
 
 def orthogonalized(updates: list[Tensor], steps: int = 3) -> list[Tensor]:
-    """Return the updates [C, ...] with singular values near 1, in [0.5, 1.5], as matrices [C, N].
+    """Return the updates [C, ...] with their larger singular values, as matrices [C, N], in
+    [0.5, 1.5], and the small ones up to 41 times as large.
 
     Newton-Schulz iteration in bfloat16. Those of one shape are done at once.
     """

@@ -1,4 +1,4 @@
-"""The network of the fastest trainings known: 94 % of the test set after eight epochs.
+"""The network of a speedrun: 94 % of the test set after eight epochs.
 
 Jordan, arXiv 2404.00498, as his `airbench94_muon.py` simplifies it
 (github.com/KellerJordan/cifar10-airbench).
@@ -84,8 +84,8 @@ class SpeedrunNet(nn.Module):
     @torch.no_grad()
     def init_from(self, images: Tensor) -> None:
         """Make the first layer whiten patches of 2x2 pixels: over those of training images, float
-        [N, 3, 32, 32], its outputs have variance 1 and do not correlate. Each is there with both
-        signs, as GELU cuts one off (section 3.2 of the paper).
+        [N, 3, 32, 32], its outputs do not correlate and have variance 1, less where there is hardly
+        any. Each is there with both signs, as GELU cuts one off (section 3.2 of the paper).
         """
         if self.whiten.weight.requires_grad:
             return
