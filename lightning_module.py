@@ -156,7 +156,7 @@ class ImageClassifier(LightningModule):
             named = self.network.named_parameters()
             optimizer = self.make_optimizer([(n, p) for n, p in named if p.requires_grad])
             scheduler = self._scheduler(optimizer) if self.make_lr_scheduler else None
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, ArithmeticError) as error:
             raise MisconfigurationException(f"model.optimizer or lr_scheduler: {error}") from error
         if scheduler is None:
             return optimizer

@@ -1,5 +1,6 @@
 """Optimizers and schedules that PyTorch lacks, for `model.optimizer` and `model.lr_scheduler`."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -52,7 +53,8 @@ def plain(group: Group) -> dict[str, Any]:
 
 
 class MuonSGD(torch.optim.Optimizer):
-    """Muon for some parameters and SGD with Nesterov momentum for others, as one optimizer.
+    """Muon for some parameters and SGD with Nesterov momentum for others, as one optimizer, as the
+    two of `airbench94_muon.py` (github.com/KellerJordan/cifar10-airbench) together.
 
     Every parameter belongs to the one group whose pattern fits its name.
 
@@ -156,13 +158,15 @@ class LinearDecay(LambdaLR):
         total_steps: Steps of the whole training; `ImageClassifier` fills it in.
 
     Raises:
-        ValueError: No `total_steps`.
+        ValueError: `total_steps` is not above 0, or has no end.
 
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, total_steps: int | None = None) -> None:
-        if not total_steps:
-            raise ValueError(f"total_steps is {total_steps}")
+        if total_steps is None or not 0 < total_steps < math.inf:
+            raise ValueError(
+                f"LinearDecay over {total_steps} steps: give trainer.max_epochs or max_steps"
+            )
         self.total_steps = total_steps
 
         def to_zero_after(steps: float) -> Callable[[int], float]:

@@ -202,14 +202,8 @@ def with_checkpoint_settings(args: list[str], subcommands: Collection[str]) -> l
     there = Path(started_in, root)
     if not root.is_dir() and there.is_dir():  # the command is given in another folder
         restored["data"]["root"] = str(there)
-    return [
-        subcommand,
-        "--config",
-        yaml.safe_dump(restored, sort_keys=False),
-        *rest,
-        "--ckpt_path",
-        str(path),
-    ]
+    text = yaml.safe_dump(restored, sort_keys=False)
+    return [subcommand, "--config", text, *rest, "--ckpt_path", str(path)]
 
 
 def _configured(files: list[str]) -> dict[str, str]:

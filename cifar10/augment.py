@@ -208,7 +208,8 @@ def average_over_views(
     """
     if views == "none":
         return network(images)
-    logits = (network(images) + network(images.flip(-1))) / 2
+    # In 32 bits: a mean of logits in bfloat16 would be rounded to three digits.
+    logits = (network(images).float() + network(images.flip(-1)).float()) / 2
     if views == "mirror":
         return logits
     height, width = images.shape[2:]

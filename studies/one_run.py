@@ -49,10 +49,6 @@ class Reporter(Callback):
         except EOFError:
             sys.exit("stopped with its study")
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep all rows."""
-        self.kept = self.rows(trainer)
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Note what the run's speed and its last digits depend on."""
         device = trainer.strategy.root_device
@@ -61,6 +57,10 @@ class Reporter(Callback):
             name = torch.cuda.get_device_name(device)
         versions = f"torch {torch.__version__}, lightning {lightning.__version__}"
         self.machine = f"{name}, {versions}"
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep all rows."""
+        self.kept = self.rows(trainer)
 
 
 def fit(

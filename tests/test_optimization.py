@@ -133,6 +133,17 @@ def test_wrong_groups_are_refused_in_one_line(
     assert message in fails("fit", *SMALL, f"--model.optimizer.groups{flag}", value)
 
 
+@pytest.mark.parametrize(
+    "endless",
+    [
+        ["--trainer.max_epochs", "-1", "--trainer.max_time", "00:00:01:00"],
+        ["--model.lr_scheduler.total_steps", "-5"],
+    ],
+)
+def test_a_decay_without_an_end_is_refused(fails: Run, endless: list[str]) -> None:
+    assert "give trainer.max_epochs or max_steps" in fails("fit", *SMALL, *endless)
+
+
 def test_one_value_of_one_group_can_be_typed(run: Run) -> None:
     run("fit", *SMALL, "--trainer.max_epochs", "1", "--model.optimizer.groups.filters.rule", "sgd",
         "--model.optimizer.groups.filters.lr", "2.9")  # fmt: skip
