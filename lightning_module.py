@@ -1,5 +1,6 @@
 """What is trained and how one step goes: network, loss, optimizer, metrics."""
 
+import math
 from functools import partial
 from typing import Any, Literal
 
@@ -155,6 +156,8 @@ class ImageClassifier(LightningModule):
         try:
             named = self.network.named_parameters()
             optimizer = self.make_optimizer([(n, p) for n, p in named if p.requires_grad])
+            for group in optimizer.param_groups:
+                group.pop("param_names", None)  # callbacks that add a group have none
             scheduler = self._scheduler(optimizer) if self.make_lr_scheduler else None
         except (TypeError, ValueError, ArithmeticError) as error:
             raise MisconfigurationException(f"model.optimizer or lr_scheduler: {error}") from error
@@ -172,10 +175,17 @@ class ImageClassifier(LightningModule):
     def _scheduler(self, optimizer: Optimizer) -> Any:
         make = self.make_lr_scheduler
         assert make is not None
-        # LightningCLI gives a partial of the class, with all its arguments.
-        if isinstance(make, partial) and make.keywords.get("total_steps", 0) is None:
-            make = partial(make, total_steps=self.trainer.estimated_stepping_batches)
-        return make(optimizer)
+        steps = self.trainer.estimated_stepping_batches
+        given = make.keywords if isinstance(make, partial) else {}  # all arguments of the class
+        if given.get("total_steps", 0) is None and given.get("epochs") is None:
+            make = partial(make, total_steps=steps)  # type: ignore[call-arg]
+        scheduler = make(optimizer)
+        end = getattr(scheduler, "total_steps", steps)
+        if end < steps < math.inf:
+            raise ValueError(
+                f"a schedule over {end} steps ends before the training, which takes {steps}"
+            )
+        return scheduler
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let a schedule over all steps go on where it was, towards what may be another end."""

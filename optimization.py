@@ -89,8 +89,24 @@ class MuonSGD(torch.optim.Optimizer):
                     f"model.optimizer: group {name} ({groups[name].parameters}) takes no parameter"
                 )
         super().__init__(
-            [{"name": name, "params": taken[name], **plain(groups[name])} for name in groups], {}
+            [{"name": name, "params": taken[name], **plain(groups[name])} for name in groups],
+            {"lr": 0.0, "momentum": Group.momentum},  # each group has its own
         )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a state, whose groups may have been named in another order.
+
+        Raises:
+            MisconfigurationException: They are other groups.
+
+        """
+        saved = {group["name"]: group for group in state_dict["param_groups"]}
+        names = [group["name"] for group in self.param_groups]
+        if saved.keys() != set(names):
+            raise MisconfigurationException(
+                f"the checkpoint's optimizer has groups {', '.join(saved)}, not {', '.join(names)}"
+            )
+        super().load_state_dict({**state_dict, "param_groups": [saved[name] for name in names]})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -106,6 +122,7 @@ class MuonSGD(torch.optim.Optimizer):
                 if group["rule"] == "muon":
                     if group["normalize"]:
                         sizes = torch._foreach_norm(params)
+                        torch._foreach_clamp_min_(sizes, 1e-7)  # all zero, as nothing scales it
                         factors = [len(p) ** 0.5 / s for p, s in zip(params, sizes, strict=True)]
                         torch._foreach_mul_(params, factors)
                     updates = orthogonalized(updates)
@@ -163,14 +180,54 @@ class LinearDecay(LambdaLR):
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, total_steps: int | None = None) -> None:
-        if total_steps is None or not 0 < total_steps < math.inf:
-            raise ValueError(
-                f"LinearDecay over {total_steps} steps: give trainer.max_epochs or max_steps"
-            )
-        self.total_steps = total_steps
+        self.total_steps = _finite(total_steps)
 
         def to_zero_after(steps: float) -> Callable[[int], float]:
             return lambda step: max(0.0, 1 - step / steps)
 
         ends = [group.get("until", 1.0) for group in optimizer.param_groups]
-        super().__init__(optimizer, [to_zero_after(total_steps * end) for end in ends])
+        super().__init__(optimizer, [to_zero_after(self.total_steps * end) for end in ends])
+
+
+class WarmupCosine(LambdaLR):
+    """Raises the learning rate from a 25th to its value, then lowers it to zero, step by step along
+    half waves of a cosine: the curve of `OneCycleLR`, for the rate that the optimizer was given.
+
+    Args:
+        optimizer: Whose.
+        warmup: The part of the training in which it rises, in [0, 1).
+        total_steps: Steps of the whole training; `ImageClassifier` fills it in.
+
+    Raises:
+        ValueError: `warmup` is 1, or `total_steps` not above 0 or without an end.
+
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        warmup: ClosedUnitInterval = 0.2,
+        total_steps: int | None = None,
+    ) -> None:
+        self.total_steps = steps = _finite(total_steps)
+        if warmup == 1:
+            raise ValueError("WarmupCosine with warmup 1 has no part left to cool down in")
+
+        def wave(part: float) -> float:  # from 0 to 1
+            return (1 - math.cos(math.pi * part)) / 2
+
+        def factor(step: int) -> float:
+            done = min(1.0, step / steps)
+            if done < warmup:
+                return 0.04 + 0.96 * wave(done / warmup)
+            return 1 - wave((done - warmup) / (1 - warmup))
+
+        super().__init__(optimizer, factor)
+
+
+def _finite(total_steps: int | None) -> int:
+    if total_steps is None or not 0 < total_steps < math.inf:
+        raise ValueError(
+            f"a schedule over {total_steps} steps: give trainer.max_epochs or max_steps"
+        )
+    return total_steps

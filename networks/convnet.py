@@ -1,6 +1,7 @@
 """The ConvNet of the course report: three convolutions, three dense layers."""
 
 import torch
+from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -32,12 +33,17 @@ class ConvNet(nn.Module):
         dense_units: Width of the second dense layer. The assignment asks for 84, the report's code
             has 80 (78,134 parameters).
         width: How many times as many channels the convolutions have.
-        dropout: Probability in [0, 1) that a feature is dropped before each of the first two dense
+        dropout: Probability in [0, 1] that a feature is dropped before each of the first two dense
             layers.
 
     """
 
-    def __init__(self, dense_units: int = 84, width: int = 1, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        dense_units: PositiveInt = 84,
+        width: PositiveInt = 1,
+        dropout: ClosedUnitInterval = 0.0,
+    ) -> None:
         super().__init__()
         self.conv1 = _stage(nn.Conv2d(3, 6 * width, 5, padding=2, padding_mode="reflect"))
         self.conv2 = _stage(nn.Conv2d(6 * width, 16 * width, 3, padding=1))

@@ -1,8 +1,7 @@
 """The report's ConvNet, with more of everything: what its discussion suggests."""
 
-from collections.abc import Sequence
-
 import torch
+from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,15 +34,15 @@ class DeepConvNet(nn.Module):
     Args:
         channels: Of the three stages.
         dense_units: Width of the first dense layer.
-        dropout: Probability in [0, 1) that a feature is dropped before each dense layer.
+        dropout: Probability in [0, 1] that a feature is dropped before each dense layer.
 
     """
 
     def __init__(
         self,
-        channels: Sequence[int] = (32, 64, 128),
-        dense_units: int = 128,
-        dropout: float = 0.0,
+        channels: tuple[PositiveInt, PositiveInt, PositiveInt] = (32, 64, 128),
+        dense_units: PositiveInt = 128,
+        dropout: ClosedUnitInterval = 0.0,
     ) -> None:
         super().__init__()
         first, second, third = channels

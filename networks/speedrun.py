@@ -4,9 +4,8 @@ Jordan, arXiv 2404.00498, as his `airbench94_muon.py` simplifies it
 (github.com/KellerJordan/cifar10-airbench).
 """
 
-from collections.abc import Sequence
-
 import torch
+from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 WHITENING_EPS = 5e-4
 
 
-class Group(nn.Module):
+class Stage(nn.Module):
     """Two convolutions: [B, channels_in, H, W] -> [B, channels, H/2, W/2]."""
 
     def __init__(
@@ -50,21 +49,22 @@ class SpeedrunNet(nn.Module):
     | max pool 3x3, dense without bias                  | [B, 10]         |
 
     Args:
-        widths: Channels of the three groups.
+        widths: Channels of the three stages. With fewer than 24 in the first, `dirac` hands on
+            only some of what the first layer makes.
         whiten: Make the first layer's filters from training images and train its bias alone.
             Without, they begin at random and are trained.
         dirac: Begin the other convolutions as the identity, as far as it goes.
-        norm_momentum: Share of the newest batch in batch norm's running statistics, in (0, 1].
+        norm_momentum: Share of the newest batch in batch norm's running statistics, in [0, 1].
         learn_scale: Train batch norm's scale as well as its bias.
 
     """
 
     def __init__(
         self,
-        widths: Sequence[int] = (64, 256, 256),
+        widths: tuple[PositiveInt, PositiveInt, PositiveInt] = (64, 256, 256),
         whiten: bool = True,
         dirac: bool = True,
-        norm_momentum: float = 0.4,
+        norm_momentum: ClosedUnitInterval = 0.4,
         learn_scale: bool = False,
     ) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class SpeedrunNet(nn.Module):
         self.whiten.weight.requires_grad_(not whiten)
         self.groups = nn.Sequential(
             *(
-                Group(before, channels, dirac, norm_momentum, learn_scale)
+                Stage(before, channels, dirac, norm_momentum, learn_scale)
                 for before, channels in zip((24, *widths), widths, strict=False)
             )
         )
