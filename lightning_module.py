@@ -260,16 +260,24 @@ class ImageClassifier(LightningModule):
         if not metrics.update_called or metrics.compute()["loss"].isfinite():
             return
         step = self.first_step + int(metrics.finite) // self.trainer.accumulate_grad_batches
-        groups = self.trainer.optimizers[0].param_groups
-        rates = " and ".join(sorted({f"{group['lr']:.3g}" for group in groups}))
-        raise Diverged(
-            f"train/loss is no finite number from step {step} on, in epoch {self.current_epoch}, "
-            f"at learning rate {rates}"
+        raise self._diverged(f"train/loss is no finite number from step {step} on")
+
+    def _diverged(self, what: str) -> Diverged:
+        rates = []
+        for group in self.trainer.optimizers[0].param_groups:
+            now, begun = group["lr"], group.get("initial_lr", group["lr"])
+            name = f"{group['name']} " if "name" in group else ""
+            rates.append(f"{name}{begun:.3g}{f' (now {now:.3g})' if now != begun else ''}")
+        return Diverged(
+            f"{what}, in epoch {self.current_epoch}, at learning rate {', '.join(rates)}"
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep no weights that nothing can come of."""
+        """Keep no weights that nothing can come of, such as the last step of an epoch may leave."""
         self._refuse_no_number()
+        for name, tensor in checkpoint["state_dict"].items():
+            if not tensor.isfinite().all():
+                raise self._diverged(f"{name} has no finite numbers after step {self.global_step}")
 
     def _log_epoch(self, stage: str, metrics: Means) -> None:
         """Log the means of an epoch, over all ranks, and begin anew."""
@@ -296,6 +304,8 @@ class ImageClassifier(LightningModule):
         """Log the metrics of the sets that were evaluated."""
         for stage, metrics in (("val", self.val_metrics), ("test", self.test_metrics)):
             if metrics.update_called:
+                if self.trainer.state.fn == "fit" and not metrics.compute()["loss"].isfinite():
+                    raise self._diverged(f"{stage}/loss is no finite number")
                 self._log_epoch(stage, metrics)
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -25,8 +25,8 @@ MENDS = {
     "Failed to find C compiler": "model.compile needs a C compiler: install gcc, or leave it off",
     "Cannot find a working triton": "model.compile needs triton: install it, or leave it off",
     "too old to be supported by the triton": "model.compile needs a newer GPU: leave it off",
-    "does not allow for gradient clipping": "trainer.gradient_clip_val with 16-mixed needs an "
-    "optimizer that is not fused: add --model.optimizer.fused false",
+    "does not allow for gradient clipping": "trainer.gradient_clip_val with mixed precision needs "
+    "an optimizer that is not fused: add --model.optimizer.fused false",
 }
 
 
@@ -39,8 +39,15 @@ class OneLineParser(LightningArgumentParser):
         if unknown:
             key = unknown[1] or unknown[2]
             parser = getattr(ex, "subcommand_parser", None) or self
-            near = difflib.get_close_matches(key, [a.dest for a in parser._actions], n=1)
-            message = f"unknown option {key}" + (f": did you mean {near[0]}?" if near else "")
+            known = [action.dest for action in parser._actions if action.dest != "help"]
+            near = difflib.get_close_matches(key, known, n=1)
+            message = f"unknown option {key}"
+            if near:
+                message += f": did you mean {near[0]}?"
+            elif not known:  # as of the default network
+                message += ": name a class first, such as --model.network ConvNet"
+            elif len(known) < 12:
+                message += f": there are {', '.join(known)}"
         self.exit(2, f"error: {_one_line(message)}\n")
 
 

@@ -19,6 +19,7 @@ import shlex
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.tensorboard import SummaryWriter
 
 from callbacks import Board, History, ImagesBar, LayerTable, PredictionsKeeper, PredictionTable
@@ -61,6 +63,8 @@ METRICS = [f"{stage}/{name}" for stage in ("train", "val") for name in ("loss", 
 class SaveConfig(SaveConfigCallback):
     """Saves the run's settings: in `config.yaml`, and in every checkpoint."""
 
+    has_new_schedule = False
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Do nothing yet: a checkpoint that does not fit must leave its run as it was."""
 
@@ -75,6 +79,8 @@ class SaveConfig(SaveConfigCallback):
             write_whole(Path(folder) / "config.yaml", text.encode())
         self.settings = yaml.safe_load(text)
         self.code = code_version()
+        if self.has_new_schedule:
+            _catch_up(trainer)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -94,10 +100,24 @@ class SaveConfig(SaveConfigCallback):
         before, now = checkpoint.get("hyper_parameters", {}), pl_module.hparams
         if any(before.get(key) != now.get(key) for key in ("optimizer", "lr_scheduler")):
             checkpoint["optimizer_states"] = checkpoint["lr_schedulers"] = []
+            self.has_new_schedule = True
         callback = trainer.checkpoint_callback
         for state in checkpoint["callbacks"].values():
             if isinstance(callback, ModelCheckpoint) and "best_model_path" in state:
                 relocate_state(state, str(callback.dirpath))
+
+
+def _catch_up(trainer: Trainer) -> None:
+    """Bring schedules that begin anew in a resumed run to where the run is, so that they arrive
+    where they should; but for one that waits for a plateau, which has seen nothing yet."""
+    for config in trainer.lr_scheduler_configs:
+        if isinstance(config.scheduler, ReduceLROnPlateau):
+            continue
+        done = trainer.global_step if config.interval == "step" else trainer.current_epoch
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the optimizer has made no step before
+            for _ in range(done):
+                config.scheduler.step()
 
 
 class NoProfiler(PassThroughProfiler):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from optimization import Group, LinearDecay, MuonSGD
+from optimization import Group, LinearDecay, MuonSGD, WarmupCosine
 from tests.conftest import Run
 
 ROOT = Path(__file__).parents[1]
@@ -99,6 +99,40 @@ def test_linear_decay_ends_where_each_group_says() -> None:
     assert rates == [[1, 10], [0.5, 7.5], [0, 5], [0, 2.5], [0, 0], [0, 0]]
 
 
+@pytest.mark.parametrize("total", [50, 400])
+def test_warmup_cosine_is_the_curve_of_one_cycle(total: int) -> None:
+    rates: list[list[float]] = []
+    for make in (
+        lambda optimizer: WarmupCosine(optimizer, 0.2, total),
+        lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=3.0, pct_start=0.2, total_steps=total, cycle_momentum=False
+        ),
+    ):
+        optimizer = torch.optim.SGD(parameters((2,)), lr=3.0)
+        schedule = make(optimizer)
+        rates.append([])
+        for _ in range(total):
+            rates[-1].append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            if len(rates[-1]) < total:
+                schedule.step()
+    # PyTorch's is there a step earlier.
+    assert rates[0] == pytest.approx(rates[1], abs=3.0 * 1.6 * 5 / total)
+    assert max(rates[0]) == 3.0
+    assert rates[0][0] == pytest.approx(0.12)
+
+
+@pytest.mark.parametrize("total", [1, 2, 5])
+def test_warmup_cosine_of_a_few_steps_trains_and_ends_at_zero(total: int) -> None:
+    optimizer = torch.optim.SGD(parameters((2,)), lr=1.0)
+    schedule = WarmupCosine(optimizer, 0.2, total)
+    for _ in range(total):
+        assert optimizer.param_groups[0]["lr"] > 0
+        optimizer.step()
+        schedule.step()
+    assert optimizer.param_groups[0]["lr"] == 0
+
+
 SMALL = [
     *("--config", ROOT / "configs" / "fast94.yaml", "--trainer.max_epochs", "3"),
     *("--data.val_size", "200", "--data.batch_size", "100", "--model.network.widths", "[8,8,8]"),
@@ -120,10 +154,10 @@ SMALL = [
         ),
         (".more", "{parameters: heda, lr: 1}", "group more (heda) takes no parameter"),
         (".filters.rule", "adam", "expected 'sgd', 'muon'"),
-        (".filters.lr", "-1", "lr"),
-        (".norms.momentum", "1.5", "momentum"),
-        (".whitening.until", "0", "until"),
-        (".head.rate", "1", "rate"),
+        (".filters.lr", "-1", "does not conform to restriction v>0"),
+        (".norms.momentum", "1.5", "v>=0 and v<=1"),
+        (".whitening.until", "0", "v>0"),
+        (".head.rate", "1", "unknown option rate: there are parameters, lr, rule"),
         (".norms.rule", "muon", "groups.0.norm1.bias is a vector, which rule muon cannot update"),
     ],
 )
@@ -142,6 +176,19 @@ def test_wrong_groups_are_refused_in_one_line(
 )
 def test_a_decay_without_an_end_is_refused(fails: Run, endless: list[str]) -> None:
     assert "give trainer.max_epochs or max_steps" in fails("fit", *SMALL, *endless)
+
+
+@pytest.mark.parametrize(
+    "short",
+    [
+        ["LinearDecay", "--model.lr_scheduler.total_steps", "5"],
+        ["OneCycleLR", "--model.lr_scheduler.max_lr", "1", "--model.lr_scheduler.epochs", "1",
+         "--model.lr_scheduler.steps_per_epoch", "5"],
+    ],
+)  # fmt: skip
+def test_a_schedule_that_ends_before_the_training_is_refused(fails: Run, short: list[str]) -> None:
+    message = fails("fit", "--model.lr_scheduler", *short)
+    assert "a schedule over 5 steps ends before the training, which takes 32" in message
 
 
 def test_one_value_of_one_group_can_be_typed(run: Run) -> None:

@@ -1,5 +1,6 @@
 """The rungs above the report: what each recipe adds, on the small data set."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -41,6 +42,28 @@ def test_a_recipe_learns_goes_on_exactly_and_can_be_trained_for_longer(
     rates = [max(group["lr"] for group in groups(checkpoint(recipe, epoch))) for epoch in (4, 5)]
     assert rates[0] > 1e-4, "it goes on as one of six epochs"
     assert rates[1] < 1e-4
+
+
+@pytest.mark.parametrize("recipe", SMALL)
+def test_a_schedule_goes_on_where_it_was_when_a_rate_is_typed(run: Run, recipe: str) -> None:
+    run("fit", "--config", CONFIGS / f"{recipe}.yaml", "--trainer.max_epochs", "4", *SMALL[recipe])
+    lr = "lr" if recipe == "improved" else "groups.filters.lr"
+    run("fit", "--ckpt_path", checkpoint(recipe, 1), f"--model.optimizer.{lr}", "0.001")
+    for epoch in (2, 3):
+        before, now = (groups(checkpoint(recipe, epoch, version))[-1] for version in (0, 1))
+        assert now["initial_lr"] == 0.001
+        assert now["lr"] / 0.001 == pytest.approx(before["lr"] / before["initial_lr"])
+
+
+def test_groups_are_known_by_name_when_a_run_goes_on(run: Run) -> None:
+    run("fit", "--config", CONFIGS / "fast94.yaml", "--trainer.max_epochs", "3", *SMALL["fast94"])
+    path = checkpoint("fast94", 1)
+    changed = torch.load(path, weights_only=True)
+    (state,) = changed["optimizer_states"]
+    state["param_groups"].reverse()
+    torch.save(changed, path.with_name("changed.ckpt"))
+    run("fit", "--ckpt_path", path.with_name("changed.ckpt"))
+    assert is_same(*(weights(checkpoint("fast94", 2, version)) for version in (0, 1)))
 
 
 def groups(path: Path) -> list[dict[str, float]]:
@@ -167,6 +190,13 @@ def test_test_and_predict_average_over_views_and_fit_does_not(run: Run, arrays: 
         assert found["test/loss"] == pytest.approx(losses[tta], abs=1e-5)
     last = rows(Path("runs/fast94/version_0"))[-1]
     assert last["test/loss"] == pytest.approx(losses["none"], abs=1e-5)
+
+    run("predict", "--ckpt_path", path)
+    with torch.no_grad():
+        expected = average_over_views(model, images, "mirror-shift").softmax(1)
+    with Path("runs/fast94/version_0/predictions.csv").open() as file:
+        found = [float(row["probability"]) for row in csv.DictReader(file)]
+    assert found == pytest.approx(expected.max(1).values.tolist(), abs=1e-4)
 
 
 def test_smoothed_labels_are_of_the_training_loss_only() -> None:

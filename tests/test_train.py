@@ -471,13 +471,14 @@ def test_a_wrong_yaml_is_refused(fails: Run, tmp_path: Path, text: str, message:
         (["--data.batch_size", "0"], "data.batch_size"),
         (["--data.batch_size", "many"], "data.batch_size"),
         (["--data.bath_size", "3"], "did you mean data.batch_size?"),
+        (["--model.network.width", "2"], "unknown option width: name a class first"),
         (["--data.val_size", "1000"], "leaves no training image of 1000: choose at most 999"),
         (["--data.val_size", "-1"], "data.val_size"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--model.optimizer.lr", "-1"], "Invalid learning rate"),
         (["--model.network", "torch.nn.Flatten"], "expected logits [2, 10]"),
         (["--trainer.accelerator", "no_such_thing"], "no_such_thing"),
-        (["--config", str(BASE), "--model.network.dense_units", "-1"], "dimension -1"),
+        (["--config", str(BASE), "--model.network.dense_units", "-1"], "dense_units: Not of type"),
         (["--seed_everything", "-1"], "-1"),
         (["--data.split_seed", "-1"], "data.split_seed"),
         (["--checkpoint.monitor", "val/accuracy"], "choose by train/loss"),
@@ -699,3 +700,27 @@ def test_a_run_without_a_number_for_its_loss_stops_and_keeps_nothing_of_it(
         assert [row["epoch"] for row in rows(RUN_0)] == [0, 1, 2]
     else:
         assert "nothing is kept" in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["--model.optimizer.lr", "1e37"], "val/loss is no finite number, in epoch 1"),
+        (
+            ["--data.val_size", "0", "--model.optimizer", "AdamW", "--model.optimizer.lr", "1e30",
+             "--model.optimizer.weight_decay", "1e10"],
+            "has no finite numbers after step 2, in epoch 1",
+        ),
+    ],
+)  # fmt: skip
+def test_weights_that_an_epochs_last_step_has_ruined_are_not_kept(
+    run: Run, fails: Run, settings: list[str], message: str
+) -> None:
+    brief = ["--trainer.limit_train_batches", "1"]
+    run("fit", "--config", BASE, "--trainer.max_epochs", "1", *brief)
+    last = RUN_0 / "checkpoints/last.ckpt"
+    before = last.read_bytes()
+    said = fails("fit", "--ckpt_path", last, "--trainer.max_epochs", "3", *settings)
+    assert message in said
+    assert f"{last} is the last good checkpoint" in said
+    assert last.read_bytes() == before
