@@ -25,6 +25,7 @@ MENDS = {
     "Failed to find C compiler": "model.compile needs a C compiler: install gcc, or leave it off",
     "Cannot find a working triton": "model.compile needs triton: install it, or leave it off",
     "too old to be supported by the triton": "model.compile needs a newer GPU: leave it off",
+    "by peer": "another process of this run has ended; to go on: --ckpt_path last",
     "does not allow for gradient clipping": "trainer.gradient_clip_val with mixed precision needs "
     "an optimizer that is not fused: add --model.optimizer.fused false",
 }

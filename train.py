@@ -351,10 +351,11 @@ class CLI(LightningCLI):
     def _remedy(self) -> str:
         """Say what can be done about a run that diverged."""
         last = self.run_folder / "checkpoints" / "last.ckpt"
-        if not last.exists():
+        good = last if last.exists() else self.config.fit.ckpt_path
+        if not good:
             return "nothing is kept; lower it"
-        good = f"python train.py fit --ckpt_path {shlex.quote(str(last))}"
-        return f"{last} is the last good checkpoint; lower the rate and go on with {good}"
+        go_on = f"python train.py fit --ckpt_path {shlex.quote(str(good))}"
+        return f"{good} is the last good checkpoint; lower the rate and go on with {go_on}"
 
     def _summary(self) -> str:
         lines = []

@@ -4,6 +4,9 @@
     python -m tests.faults stop --times 20     # SIGTERM and Ctrl-C
     python -m tests.faults disk                # a disk that fills up (root, Linux: mounts a tmpfs)
     python -m tests.faults resume              # stopped after each epoch
+    python -m tests.faults processes           # kill -9 to one of two that train together
+    python -m tests.faults read_only           # a data folder that cannot be written (as `disk`)
+    python -m tests.faults sick                # a learning rate that ruins the weights
 
 A run survives if everything that lies in its folder is whole, and if it ends, once it goes on, with
 the very weights of a run that nothing happened to. Runs are small: a thousand images made up, and
@@ -71,6 +74,10 @@ class Run(NamedTuple):
     def said(self) -> str:
         """Return what it has printed so far."""
         return self.log.read_text() if self.log.exists() else ""
+
+    def errors(self) -> list[str]:
+        """Return what it says went wrong."""
+        return [line for line in self.said().splitlines() if line.startswith("error: ")]
 
     def epochs(self) -> int:
         """Return how many epochs it has reported."""
@@ -253,40 +260,134 @@ def resume(times: int, packed: bytes, table: Table) -> None:
                 shutil.rmtree(folder / "runs", ignore_errors=True)
 
 
+@contextlib.contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Callable[[str], object]]:
+    """A disk in memory as a folder; gives what mounts it anew with other options."""
+
+    def mount(options: str) -> object:
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        return subprocess.run(command, check=True)
+
+    folder.mkdir(exist_ok=True)
+    mount(options)
+    try:
+        yield lambda options: mount(f"remount,{options}")
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
 def disk(times: int, packed: bytes, table: Table) -> None:
     """Fill a small disk that holds the runs; then make room and go on."""
     words = RECIPES["improved"]
     expected, _ = unbroken(words, packed)
     for kilobytes in range(60, 60 + 30 * times, 30):
-        with empty_folder(packed) as folder:
-            (folder / "runs").mkdir()
-            mount = [
-                "mount",
-                "-t",
-                "tmpfs",
-                "-o",
-                f"size={kilobytes}k",
-                "tmpfs",
-                str(folder / "runs"),
-            ]
-            subprocess.run(mount, check=True)
-            try:
+        with empty_folder(packed) as folder, mounted(folder / "runs", f"size={kilobytes}k") as anew:
+            run = start(words, folder)
+            code, whole = run.wait(), kept(folder)
+            is_told = code == 1 and len(run.errors()) == 1 and "free some space" in run.errors()[0]
+            anew("size=64m")
+            again = go_on(words, folder)
+            survived = is_told and again.wait() == 0 and digest(folder) == expected
+            if not survived:
+                print(f"\n{kilobytes} kB, exit code {code}:\n{run.said()}\n{again.said()}")
+            table.add("disk full", survived, max(0, run.epochs() - len(whole)))
+
+
+def read_only(times: int, packed: bytes, table: Table) -> None:
+    """Train where the data folder cannot be written: with the archive alone, and unpacked."""
+    words = RECIPES["improved"]
+    expected, _ = unbroken(words, packed)
+    for is_unpacked in (False, True):
+        for _ in range(max(1, times // 5)):
+            with empty_folder(b"") as folder, mounted(folder / "data", "size=64m") as anew:
+                (folder / "data" / archive.ARCHIVE).write_bytes(packed)
+                if is_unpacked:
+                    archive.load(folder / "data", verify=False)
+                anew("ro")
                 run = start(words, folder)
-                code, said, whole = run.wait(), run.said(), kept(folder)
-                errors = [line for line in said.splitlines() if line.startswith("error: ")]
-                is_told = code == 1 and len(errors) == 1 and "free some space" in errors[0]
-                remount = [*mount[:4], f"remount,size={64}m", *mount[5:]]
-                subprocess.run(remount, check=True)
-                again = go_on(words, folder)
-                survived = is_told and again.wait() == 0 and digest(folder) == expected
+                survived = run.wait() == 0 and digest(folder) == expected
                 if not survived:
-                    print(f"\n{kilobytes} kB, exit code {code}:\n{said}\n{again.said()}")
-                table.add("disk full", survived, max(0, run.epochs() - len(whole)))
-            finally:
-                subprocess.run(["umount", folder / "runs"], check=True)
+                    print(f"\n{run.said()}")
+                what = "unpacked" if is_unpacked else "the archive alone"
+                table.add(f"data folder read-only, {what}", survived)
 
 
-FAULTS = {"kill": kill, "stop": stop, "resume": resume, "disk": disk}
+def sick(times: int, packed: bytes, table: Table) -> None:
+    """Go on with a learning rate that makes the loss infinite; then with the run's own."""
+    for name, words in RECIPES.items():
+        bad = ["--model.optimizer." + ("groups.norms.lr" if name == "fast94" else "lr"), "1e30"]
+        for epoch in range(1, EPOCHS):
+            with empty_folder(packed) as folder:
+                assert start(words, folder).wait() == 0
+                expected = digest(folder)
+                checkpoints = folder / "runs/run/version_0/checkpoints"
+                for file in checkpoints.iterdir():
+                    if read_checkpoint(file)["epoch"] >= epoch:
+                        file.unlink()
+                before = kept(folder)
+                command = ["fit", "--ckpt_path", f"{checkpoints}/epoch_{epoch - 1:02d}.ckpt"]
+                run = start([*command, *bad], folder)
+                is_told = run.wait() == 1 and len(run.errors()) == 1
+                is_told &= f"in epoch {epoch}" in run.said() and command[-1] in run.said()
+                is_kept = kept(folder) == before
+                again = start(command, folder)
+                survived = is_told and is_kept and again.wait() == 0 and digest(folder) == expected
+                if not survived:
+                    print(f"\n{run.said()}\n{again.said()}")
+                table.add(f"loss without a number, {name}", survived, not is_kept)
+
+
+def processes(times: int, packed: bytes, table: Table) -> None:
+    """Kill -9 one of two processes, the first or the second, at any moment of the training."""
+    words = [*RECIPES["improved"], "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    train_py = [sys.executable, str(ROOT / "train.py")]
+
+    def wait(command: list[str], folder: Path) -> int:
+        return subprocess.run([*train_py, *command], cwd=folder, capture_output=True).returncode
+
+    with empty_folder(packed) as folder:
+        assert wait(words, folder) == 0
+        expected = digest(folder)
+    for i in range(times):
+        with empty_folder(packed) as folder:
+            log = folder / "log"
+            with log.open("w") as out:
+                first = subprocess.Popen([*train_py, *words], cwd=folder, stdout=out, stderr=out)
+            run = Run(first.pid, log)
+            epochs = CHOICE.randint(1, EPOCHS - 1)
+            while run.epochs() < epochs and first.poll() is None:
+                time.sleep(0.01)
+            children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+            second = next(int(p) for p in children if "train.py" in said_command(int(p)))
+            time.sleep(CHOICE.uniform(0, 0.1))
+            os.kill((first.pid, second)[i % 2], signal.SIGKILL)
+            first.wait(timeout=60)
+            deadline = time.monotonic() + 60
+            while said_command(second) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            is_gone = not said_command(second)
+            lost = max(0, run.epochs() - len(kept(folder)))
+            again = wait(["fit", "--ckpt_path", "last", "--name", "run"], folder)
+            survived = is_gone and again == 0 and digest(folder) == expected
+            if not survived:
+                print(f"\n{run.said()}")
+            table.add(
+                f"kill -9 to the {('first', 'second')[i % 2]} of two processes", survived, lost
+            )
+
+
+def said_command(pid: int) -> str:
+    """Return the command line of a process, nothing of one that has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+FAULTS = {
+    "kill": kill, "stop": stop, "resume": resume, "disk": disk, "processes": processes,
+    "read_only": read_only, "sick": sick,
+}  # fmt: skip
 
 
 def main() -> None:
