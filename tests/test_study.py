@@ -379,6 +379,7 @@ def killed_in_an_epoch(process: subprocess.Popen[str], epoch: int, whole: bool) 
     assert not any((path / "model.pth").exists() for path in runs().values()), "killed too late"
 
 
+@pytest.mark.slow
 def test_killed_in_an_epoch_and_started_again_it_answers_the_same(
     ask: Callable[..., Path],
 ) -> None:
@@ -439,6 +440,7 @@ def shared(ask: Callable[..., Path], storage: str) -> None:
     assert answers[0] == answers[1]
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_study_in_sqlite(ask: Callable[..., Path]) -> None:
     shared(ask, "sqlite:///shared.db")
 
@@ -470,6 +472,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     subprocess.run([*control, "-m", "immediate", "stop"], **quiet)  # type: ignore[call-overload]
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_study_in_postgresql(ask: Callable[..., Path], postgres: str) -> None:
     shared(ask, postgres)
 
