@@ -5,6 +5,7 @@ import difflib
 import errno
 import logging
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -69,7 +70,8 @@ def errors_in_one_line() -> Iterator[None]:
         mismatch = str(error).splitlines()[1].strip()
         sys.exit(f"error: the checkpoint does not fit the network of the settings: {mismatch}")
     except KeyboardInterrupt:
-        sys.exit("stopped")
+        print("stopped", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def _one_line(message: str) -> str:

@@ -329,7 +329,8 @@ class CLI(LightningCLI):
             go_on = f"python train.py fit --ckpt_path {shlex.quote(str(last))}"
             if self.trainer.is_global_zero:
                 print(f"\nstopped; {f'to go on: {go_on}' if last.exists() else 'nothing is kept'}")
-            raise SystemExit(stop.code or 128 + signal.SIGTERM) from None
+            # of Ctrl-C with a code of 1, of SIGTERM with none
+            raise SystemExit(128 + (signal.SIGINT if stop.code else signal.SIGTERM)) from None
         except Diverged as error:
             raise Diverged(f"{error}: {self._remedy()}") from None
         if not self.trainer.is_global_zero or self.config.fit.trainer.fast_dev_run:
