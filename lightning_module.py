@@ -1,8 +1,9 @@
 """What is trained and how one step goes: network, loss, optimizer, metrics."""
 
 import math
+import warnings
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +30,14 @@ INIT_IMAGES = 5000  # that a network's `init_from` sees
 
 class Diverged(MisconfigurationException):
     """The loss is no finite number any more: nothing will come of the run."""
+
+
+class Restored(NamedTuple):
+    """Where a checkpoint was."""
+
+    steps: int  # that its schedule had done
+    steps_per_epoch: int | None
+    monitored: float | None  # what its schedule waits for
 
 
 class Means(Metric):
@@ -114,6 +123,7 @@ class ImageClassifier(LightningModule):
         self.train_metrics = Means()
         self.val_metrics = Means()
         self.test_metrics = Means()
+        self.restored: Restored | None = None
         _check(network)
 
     @property  # type: ignore[misc]  # Lightning's can also be set
@@ -157,7 +167,7 @@ class ImageClassifier(LightningModule):
             named = self.network.named_parameters()
             optimizer = self.make_optimizer([(n, p) for n, p in named if p.requires_grad])
             for group in optimizer.param_groups:
-                group.pop("param_names", None)  # callbacks that add a group have none
+                group.pop("param_names", None)  # else a callback could add no group without
             scheduler = self._scheduler(optimizer) if self.make_lr_scheduler else None
         except (TypeError, ValueError, ArithmeticError) as error:
             raise MisconfigurationException(f"model.optimizer or lr_scheduler: {error}") from error
@@ -188,10 +198,41 @@ class ImageClassifier(LightningModule):
         return scheduler
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Let a schedule over all steps go on where it was, towards what may be another end."""
+        """Let a schedule over all steps go on towards what may be another end, with the rates of
+        what may be groups in another order."""
+        self.restored = Restored(
+            checkpoint.get("global_step", 0), checkpoint.get("steps_per_epoch"),
+            checkpoint.get("monitored"),
+        )  # fmt: skip
         for state in checkpoint.get("lr_schedulers", []):
-            for key in ("total_steps", "_schedule_phases"):  # the second is OneCycleLR's
+            if "total_steps" in state:
+                self.restored = self.restored._replace(steps=state["last_epoch"])
+            for key in ("total_steps", "base_lrs", "_schedule_phases"):  # the last is OneCycleLR's
                 state.pop(key, None)
+
+    def _steps_per_epoch(self) -> int:
+        return -(-int(self.trainer.num_training_batches) // self.trainer.accumulate_grad_batches)
+
+    def _place_schedules(self, restored: Restored) -> None:
+        """Have the schedules of a resumed run where the run is, should they begin anew or should an
+        epoch have another number of steps, and set the rates, should the end be another."""
+        steps, per_epoch, monitored = restored
+        if per_epoch is not None:
+            steps = round(steps * self._steps_per_epoch() / per_epoch)
+        for config in self.trainer.lr_scheduler_configs:
+            scheduler: Any = config.scheduler
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that the optimizer has made no step before
+                if config.reduce_on_plateau:
+                    # It is told of an epoch only after the checkpoint is saved.
+                    if scheduler.last_epoch == self.current_epoch - 1 and monitored is not None:
+                        scheduler.step(monitored)
+                elif config.interval == "step":
+                    scheduler.last_epoch = steps - 1
+                    scheduler.step()
+                else:
+                    for _ in range(self.current_epoch - scheduler.last_epoch):
+                        scheduler.step()
 
     def on_fit_start(self) -> None:
         """Remember the run's seed, and prepare the step."""
@@ -209,6 +250,9 @@ class ImageClassifier(LightningModule):
 
     def on_train_start(self) -> None:
         """Begin an epoch, as Lightning does not say so where a run goes on in the middle of one."""
+        if self.restored is not None:
+            self._place_schedules(self.restored)
+            self.restored = None
         self.on_train_epoch_start()
 
     def on_train_epoch_start(self) -> None:
@@ -275,9 +319,13 @@ class ImageClassifier(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep no weights that nothing can come of, such as the last step of an epoch may leave."""
         self._refuse_no_number()
-        for name, tensor in checkpoint["state_dict"].items():
-            if not tensor.isfinite().all():
-                raise self._diverged(f"{name} has no finite numbers after step {self.global_step}")
+        are_finite = torch.stack([p.isfinite().all() for p in self.network.parameters()])
+        if not are_finite.all():
+            raise self._diverged(f"weights are not finite after step {self.global_step}")
+        checkpoint["steps_per_epoch"] = self._steps_per_epoch()
+        for config in self.trainer.lr_scheduler_configs:
+            if config.reduce_on_plateau and config.monitor in self.trainer.callback_metrics:
+                checkpoint["monitored"] = float(self.trainer.callback_metrics[config.monitor])
 
     def _log_epoch(self, stage: str, metrics: Means) -> None:
         """Log the means of an epoch, over all ranks, and begin anew."""
@@ -304,8 +352,9 @@ class ImageClassifier(LightningModule):
         """Log the metrics of the sets that were evaluated."""
         for stage, metrics in (("val", self.val_metrics), ("test", self.test_metrics)):
             if metrics.update_called:
-                if self.trainer.state.fn == "fit" and not metrics.compute()["loss"].isfinite():
-                    raise self._diverged(f"{stage}/loss is no finite number")
+                is_fit = self.trainer.state.fn == "fit"
+                if is_fit and stage == "val" and not metrics.compute()["loss"].isfinite():
+                    raise self._diverged("val/loss is no finite number")
                 self._log_epoch(stage, metrics)
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -90,23 +90,14 @@ class MuonSGD(torch.optim.Optimizer):
                 )
         super().__init__(
             [{"name": name, "params": taken[name], **plain(groups[name])} for name in groups],
-            {"lr": 0.0, "momentum": Group.momentum},  # each group has its own
+            {"momentum": Group.momentum},  # which LearningRateMonitor looks for
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state, whose groups may have been named in another order.
-
-        Raises:
-            MisconfigurationException: They are other groups.
-
-        """
+        """Go on from a state, whose groups of the same names may come in another order."""
         saved = {group["name"]: group for group in state_dict["param_groups"]}
-        names = [group["name"] for group in self.param_groups]
-        if saved.keys() != set(names):
-            raise MisconfigurationException(
-                f"the checkpoint's optimizer has groups {', '.join(saved)}, not {', '.join(names)}"
-            )
-        super().load_state_dict({**state_dict, "param_groups": [saved[name] for name in names]})
+        groups = [saved[group["name"]] for group in self.param_groups]
+        super().load_state_dict({**state_dict, "param_groups": groups})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -180,7 +171,7 @@ class LinearDecay(LambdaLR):
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, total_steps: int | None = None) -> None:
-        self.total_steps = _finite(total_steps)
+        self.total_steps = _checked(total_steps)
 
         def to_zero_after(steps: float) -> Callable[[int], float]:
             return lambda step: max(0.0, 1 - step / steps)
@@ -199,7 +190,7 @@ class WarmupCosine(LambdaLR):
         total_steps: Steps of the whole training; `ImageClassifier` fills it in.
 
     Raises:
-        ValueError: `warmup` is 1, or `total_steps` not above 0 or without an end.
+        ValueError: `warmup` is not in [0, 1), or `total_steps` not above 0 or without an end.
 
     """
 
@@ -209,9 +200,9 @@ class WarmupCosine(LambdaLR):
         warmup: ClosedUnitInterval = 0.2,
         total_steps: int | None = None,
     ) -> None:
-        self.total_steps = steps = _finite(total_steps)
-        if warmup == 1:
-            raise ValueError("WarmupCosine with warmup 1 has no part left to cool down in")
+        self.total_steps = steps = _checked(total_steps)
+        if not 0 <= warmup < 1:
+            raise ValueError(f"WarmupCosine: warmup is {warmup}, and must be in [0, 1)")
 
         def wave(part: float) -> float:  # from 0 to 1
             return (1 - math.cos(math.pi * part)) / 2
@@ -225,7 +216,7 @@ class WarmupCosine(LambdaLR):
         super().__init__(optimizer, factor)
 
 
-def _finite(total_steps: int | None) -> int:
+def _checked(total_steps: int | None) -> int:
     if total_steps is None or not 0 < total_steps < math.inf:
         raise ValueError(
             f"a schedule over {total_steps} steps: give trainer.max_epochs or max_steps"

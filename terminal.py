@@ -26,7 +26,8 @@ MENDS = {
     "Failed to find C compiler": "model.compile needs a C compiler: install gcc, or leave it off",
     "Cannot find a working triton": "model.compile needs triton: install it, or leave it off",
     "too old to be supported by the triton": "model.compile needs a newer GPU: leave it off",
-    "by peer": "another process of this run has ended; to go on: --ckpt_path last",
+    "closed by peer": "another process of this run has ended: what is saved can be gone on with",
+    "reset by peer": "another process of this run has ended: what is saved can be gone on with",
     "does not allow for gradient clipping": "trainer.gradient_clip_val with mixed precision needs "
     "an optimizer that is not fused: add --model.optimizer.fused false",
 }
@@ -47,7 +48,7 @@ class OneLineParser(LightningArgumentParser):
             if near:
                 message += f": did you mean {near[0]}?"
             elif not known:  # as of the default network
-                message += ": name a class first, such as --model.network ConvNet"
+                message += ": that class takes none (a network is named by --model.network ConvNet)"
             elif len(known) < 12:
                 message += f": there are {', '.join(known)}"
         self.exit(2, f"error: {_one_line(message)}\n")

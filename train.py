@@ -19,7 +19,6 @@ import shlex
 import signal
 import sys
 import traceback
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,6 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.tensorboard import SummaryWriter
 
 from callbacks import Board, History, ImagesBar, LayerTable, PredictionsKeeper, PredictionTable
@@ -63,8 +61,6 @@ METRICS = [f"{stage}/{name}" for stage in ("train", "val") for name in ("loss", 
 class SaveConfig(SaveConfigCallback):
     """Saves the run's settings: in `config.yaml`, and in every checkpoint."""
 
-    has_new_schedule = False
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Do nothing yet: a checkpoint that does not fit must leave its run as it was."""
 
@@ -79,8 +75,6 @@ class SaveConfig(SaveConfigCallback):
             write_whole(Path(folder) / "config.yaml", text.encode())
         self.settings = yaml.safe_load(text)
         self.code = code_version()
-        if self.has_new_schedule:
-            _catch_up(trainer)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -100,24 +94,10 @@ class SaveConfig(SaveConfigCallback):
         before, now = checkpoint.get("hyper_parameters", {}), pl_module.hparams
         if any(before.get(key) != now.get(key) for key in ("optimizer", "lr_scheduler")):
             checkpoint["optimizer_states"] = checkpoint["lr_schedulers"] = []
-            self.has_new_schedule = True
         callback = trainer.checkpoint_callback
         for state in checkpoint["callbacks"].values():
             if isinstance(callback, ModelCheckpoint) and "best_model_path" in state:
                 relocate_state(state, str(callback.dirpath))
-
-
-def _catch_up(trainer: Trainer) -> None:
-    """Bring schedules that begin anew in a resumed run to where the run is, so that they arrive
-    where they should; but for one that waits for a plateau, which has seen nothing yet."""
-    for config in trainer.lr_scheduler_configs:
-        if isinstance(config.scheduler, ReduceLROnPlateau):
-            continue
-        done = trainer.global_step if config.interval == "step" else trainer.current_epoch
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the optimizer has made no step before
-            for _ in range(done):
-                config.scheduler.step()
 
 
 class NoProfiler(PassThroughProfiler):
@@ -325,6 +305,8 @@ class CLI(LightningCLI):
         try:
             self.trainer.fit(**kwargs, weights_only=True)  # a checkpoint is data: it runs no code
         except SystemExit as stop:  # by which Lightning ends after Ctrl-C or SIGTERM
+            if stop.code not in (None, 1):
+                raise
             last = self.run_folder / "checkpoints" / "last.ckpt"
             go_on = f"python train.py fit --ckpt_path {shlex.quote(str(last))}"
             if self.trainer.is_global_zero:
@@ -332,6 +314,8 @@ class CLI(LightningCLI):
             # of Ctrl-C with a code of 1, of SIGTERM with none
             raise SystemExit(128 + (signal.SIGINT if stop.code else signal.SIGTERM)) from None
         except Diverged as error:
+            if not self.trainer.is_global_zero:
+                raise
             raise Diverged(f"{error}: {self._remedy()}") from None
         if not self.trainer.is_global_zero or self.config.fit.trainer.fast_dev_run:
             return
@@ -351,12 +335,19 @@ class CLI(LightningCLI):
 
     def _remedy(self) -> str:
         """Say what can be done about a run that diverged."""
-        last = self.run_folder / "checkpoints" / "last.ckpt"
-        good = last if last.exists() else self.config.fit.ckpt_path
+        files = list((self.run_folder / "checkpoints").glob("*.ckpt"))
+        # `last` is written after the epoch's own.
+        good = max(files, key=lambda f: f.stat().st_mtime_ns, default=self.config.fit.ckpt_path)
+        settings = str(self.model.hparams)
+        flag = "--model.optimizer.lr"
+        if "'max_lr':" in settings:  # of OneCycleLR
+            flag = "--model.lr_scheduler.max_lr"
+        elif "'groups':" in settings:
+            flag = "--model.optimizer.groups.NAME.lr"
         if not good:
-            return "nothing is kept; lower it"
+            return f"nothing is kept; begin again with a lower {flag}"
         go_on = f"python train.py fit --ckpt_path {shlex.quote(str(good))}"
-        return f"{good} is the last good checkpoint; lower the rate and go on with {go_on}"
+        return f"{good} is the last good checkpoint; go on at a lower rate: {go_on} {flag} ..."
 
     def _summary(self) -> str:
         lines = []

@@ -329,12 +329,12 @@ def sick(times: int, packed: bytes, table: Table) -> None:
                 run = start([*command, *bad], folder)
                 is_told = run.wait() == 1 and len(run.errors()) == 1
                 is_told &= f"in epoch {epoch}" in run.said() and command[-1] in run.said()
-                is_kept = kept(folder) == before
+                is_kept, lost = kept(folder) == before, len({*before} - {*kept(folder)})
                 again = start(command, folder)
                 survived = is_told and is_kept and again.wait() == 0 and digest(folder) == expected
                 if not survived:
                     print(f"\n{run.said()}\n{again.said()}")
-                table.add(f"loss without a number, {name}", survived, not is_kept)
+                table.add(f"loss without a number, {name}", survived, lost)
 
 
 def processes(times: int, packed: bytes, table: Table) -> None:
@@ -342,11 +342,11 @@ def processes(times: int, packed: bytes, table: Table) -> None:
     words = [*RECIPES["improved"], "--trainer.devices", "2", "--trainer.strategy", "ddp"]
     train_py = [sys.executable, str(ROOT / "train.py")]
 
-    def wait(command: list[str], folder: Path) -> int:
+    def exit_code(command: list[str], folder: Path) -> int:
         return subprocess.run([*train_py, *command], cwd=folder, capture_output=True).returncode
 
     with empty_folder(packed) as folder:
-        assert wait(words, folder) == 0
+        assert exit_code(words, folder) == 0
         expected = digest(folder)
     for i in range(times):
         with empty_folder(packed) as folder:
@@ -354,21 +354,22 @@ def processes(times: int, packed: bytes, table: Table) -> None:
             with log.open("w") as out:
                 first = subprocess.Popen([*train_py, *words], cwd=folder, stdout=out, stderr=out)
             run = Run(first.pid, log)
-            epochs = CHOICE.randint(1, EPOCHS - 1)
+            epochs = CHOICE.randint(1, EPOCHS - 2)
             while run.epochs() < epochs and first.poll() is None:
                 time.sleep(0.01)
             children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
-            second = next(int(p) for p in children if "train.py" in said_command(int(p)))
+            (second,) = (pid for pid in map(int, children) if "train.py" in command_of(pid))
             time.sleep(CHOICE.uniform(0, 0.1))
             os.kill((first.pid, second)[i % 2], signal.SIGKILL)
-            first.wait(timeout=60)
             deadline = time.monotonic() + 60
-            while said_command(second) and time.monotonic() < deadline:
+            while first.poll() is None or command_of(second):
+                if time.monotonic() > deadline:  # it waits for ever
+                    os.kill((second, first.pid)[i % 2], signal.SIGKILL)
                 time.sleep(0.1)
-            is_gone = not said_command(second)
+            ended = time.monotonic() < deadline
             lost = max(0, run.epochs() - len(kept(folder)))
-            again = wait(["fit", "--ckpt_path", "last", "--name", "run"], folder)
-            survived = is_gone and again == 0 and digest(folder) == expected
+            again = exit_code(["fit", "--ckpt_path", "last", "--name", "run"], folder)
+            survived = ended and again == 0 and digest(folder) == expected
             if not survived:
                 print(f"\n{run.said()}")
             table.add(
@@ -376,7 +377,7 @@ def processes(times: int, packed: bytes, table: Table) -> None:
             )
 
 
-def said_command(pid: int) -> str:
+def command_of(pid: int) -> str:
     """Return the command line of a process, nothing of one that has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_text()
@@ -396,7 +397,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("fault", choices=FAULTS)
-    parser.add_argument("--times", type=int, default=10)
+    parser.add_argument("--times", type=int, default=10, help="but of `resume` and `sick`")
     args = parser.parse_args()
     files = {f"cifar-10-batches-py/{name}": content for name, content in made_up_batches().items()}
     table = Table()

@@ -80,6 +80,22 @@ def test_muon_normalises_the_weights_before_each_step() -> None:
     torch.testing.assert_close(filters.norm(), torch.tensor(4.0), atol=1e-4, rtol=0)
 
 
+def test_muon_takes_filters_that_are_all_zero() -> None:
+    filters = nn.Parameter(torch.zeros(4, 3, 3, 3))
+    optimizer = MuonSGD([("conv", filters)], {"it": Group("conv", lr=0.1, rule="muon")})
+    filters.grad = torch.randn_like(filters)
+    optimizer.step()
+    assert filters.isfinite().all()
+    assert filters.any()
+
+
+@pytest.mark.parametrize("warmup", [-0.5, 1, 2])
+def test_warmup_cosine_has_a_part_to_rise_and_one_to_fall(warmup: float) -> None:
+    optimizer = torch.optim.SGD(parameters((2,)), lr=1.0)
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\)"):
+        WarmupCosine(optimizer, warmup, 10)
+
+
 def test_each_parameter_has_the_group_that_fits() -> None:
     network = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
     names = {"first": "0.*", "bias": "1.bias", "rest": "1.w*"}

@@ -58,12 +58,70 @@ def test_a_schedule_goes_on_where_it_was_when_a_rate_is_typed(run: Run, recipe: 
 def test_groups_are_known_by_name_when_a_run_goes_on(run: Run) -> None:
     run("fit", "--config", CONFIGS / "fast94.yaml", "--trainer.max_epochs", "3", *SMALL["fast94"])
     path = checkpoint("fast94", 1)
-    changed = torch.load(path, weights_only=True)
-    (state,) = changed["optimizer_states"]
-    state["param_groups"].reverse()
-    torch.save(changed, path.with_name("changed.ckpt"))
-    run("fit", "--ckpt_path", path.with_name("changed.ckpt"))
+    named = torch.load(path, weights_only=True)["hyper_parameters"]["optimizer"]["init_args"]
+    backwards = dict(reversed(named["groups"].items()))
+    run("fit", "--ckpt_path", path, "--model.optimizer.groups", json.dumps(backwards))
+    assert [group["name"] for group in groups(checkpoint("fast94", 2, 1))] == list(backwards)
     assert is_same(*(weights(checkpoint("fast94", 2, version)) for version in (0, 1)))
+
+
+@pytest.mark.parametrize("scheduler", ["WarmupCosine", "OneCycleLR"])
+def test_a_schedule_ends_at_zero_though_an_epoch_has_other_steps(run: Run, scheduler: str) -> None:
+    schedule = ["--model.lr_scheduler", scheduler]
+    if scheduler == "OneCycleLR":
+        schedule += ["--model.lr_scheduler.max_lr", "0.005"]
+    improved = CONFIGS / "improved.yaml"
+    run("fit", "--config", improved, "--trainer.max_epochs", "4", *SMALL["improved"], *schedule)
+    expected = [groups(checkpoint("improved", epoch))[0]["lr"] for epoch in range(4)]
+    for i, typed in enumerate((
+        ["--data.batch_size", "100"],
+        ["--data.batch_size", "25"],
+        ["--trainer.accumulate_grad_batches", "3"],
+        ["--data.batch_size", "100", "--model.optimizer.weight_decay", "0"],
+    ), start=1):  # fmt: skip
+        run("fit", "--ckpt_path", checkpoint("improved", 1), *typed)
+        for epoch in (2, 3):
+            (group,) = groups(checkpoint("improved", epoch, i))
+            assert group["lr"] == pytest.approx(expected[epoch], abs=3e-4), typed
+        run("fit", "--ckpt_path", checkpoint("improved", 2, i), "--name", "again")
+        once, again = (
+            weights(Path(f"runs/{folder}/checkpoints/epoch_03.ckpt"))
+            for folder in (f"improved/version_{i}", f"again/version_{i - 1}")
+        )
+        assert is_same(once, again)
+
+
+def test_a_longer_training_begins_with_its_own_rate(run: Run) -> None:
+    often = ["--checkpoint.every_n_train_steps", "1", "--checkpoint.filename", "{step}"]
+    often += ["--checkpoint.monitor", "null", "--data.batch_size", "200"]
+    run("fit", "--config", CONFIGS / "fast94.yaml", *SMALL["fast94"], *often)
+    found = Path("runs/fast94/version_0/checkpoints")
+    before = weights(found / "8.ckpt")
+    run("fit", "--ckpt_path", found / "8.ckpt", "--trainer.max_epochs", "4")
+    assert groups(found / "9.ckpt")[2]["lr"] == pytest.approx(0.02045 * 7 / 16)
+    assert not is_same(before, weights(found / "9.ckpt")), "the step to 9 was not at rate zero"
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        ["StepLR", "--model.lr_scheduler.step_size", "1", "--model.lr_scheduler.gamma", "0.5"],
+        ["lightning.pytorch.cli.ReduceLROnPlateau", "--model.lr_scheduler.monitor", "val/acc",
+         "--model.lr_scheduler.patience", "0", "--model.lr_scheduler.threshold", "10"],
+    ],
+)  # fmt: skip
+def test_schedules_of_pytorchs_go_on_exactly(run: Run, schedule: list[str]) -> None:
+    base = ["--config", CONFIGS / "base.yaml", "--trainer.max_epochs", "4"]
+    run("fit", *base, "--model.lr_scheduler", *schedule)
+    run("fit", "--ckpt_path", checkpoint("base", 1))
+    rates = [[groups(checkpoint("base", e, v))[0]["lr"] for e in (2, 3)] for v in (0, 1)]
+    assert rates[0] == rates[1]
+    assert rates[0][1] < rates[0][0] < 0.002
+    assert is_same(*(weights(checkpoint("base", 3, version)) for version in (0, 1)))
+    if schedule[0] == "StepLR":
+        run("fit", "--ckpt_path", checkpoint("base", 1), "--model.optimizer.lr", "0.001")
+        halved = [groups(checkpoint("base", epoch, 2))[0]["lr"] for epoch in (2, 3)]
+        assert halved == pytest.approx([rate / 2 for rate in rates[0]])
 
 
 def groups(path: Path) -> list[dict[str, float]]:
