@@ -322,7 +322,8 @@ class ImageClassifier(LightningModule):
         are_finite = torch.stack([p.isfinite().all() for p in self.network.parameters()])
         if not are_finite.all():
             raise self._diverged(f"weights are not finite after step {self.global_step}")
-        checkpoint["steps_per_epoch"] = self._steps_per_epoch()
+        if self.trainer.state.fn == "fit":
+            checkpoint["steps_per_epoch"] = self._steps_per_epoch()
         for config in self.trainer.lr_scheduler_configs:
             if config.reduce_on_plateau and config.monitor in self.trainer.callback_metrics:
                 checkpoint["monitored"] = float(self.trainer.callback_metrics[config.monitor])

@@ -169,6 +169,18 @@ def test_gradients_can_be_clipped_and_accumulated(arrays: Path) -> None:
     assert norms.after_steps == pytest.approx([1e-3] * 6, rel=1e-2)
 
 
+class Unfreezes(Callback):
+    """Gives the optimizer more to train, as Lightning's callbacks for fine-tuning do."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.optimizers[0].add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))]})
+
+
+def test_a_callback_can_add_parameters_without_names(arrays: Path) -> None:
+    trainer = fitted(arrays, linear(), callbacks=[Unfreezes()])
+    assert len(trainer.optimizers[0].param_groups) == 2
+
+
 class Logged(Callback):
     """Counts what is logged."""
 
