@@ -28,7 +28,7 @@ from runs import write_whole
 CHANCE = 0.05  # a difference is larger than chance if its corrected p is below
 PAIRS = 3  # fewer do not show how much chance does
 ENDINGS = ("diverged", "pruned", "without a validation")  # of runs that are in no mean
-SHOWN = 12  # settings in a figure, comparisons in a table; of a long search only the best
+SHOWN = 20  # settings in a figure, comparisons in a table; of more only the best
 
 
 @dataclass
@@ -331,8 +331,8 @@ class Answer:
         return found
 
     def ranked(self) -> list[str]:
-        """Return the settings in the order of the question; if they are many or picked by a search,
-        those with most whole runs first, of these the best."""
+        """Return the settings in the order of the question; if they are very many or picked by a
+        search, those with most whole runs first, of these the best."""
         if len(self.settings) <= SHOWN and not self.is_search:
             return list(self.settings)
 
