@@ -1,5 +1,6 @@
 """Several processes train one model, and leave what one process leaves."""
 
+import json
 import os
 import re
 import signal
@@ -71,7 +72,13 @@ def test_two_nodes_train_as_one_process_does(run: Run, tarball: bytes, tmp_path:
     last = [weights(folder / "checkpoints" / "last.ckpt") for folder in (alone, together)]
     for name, tensor in last[0].items():
         assert tensor.allclose(last[1][name], atol=1e-5), name
-    assert run("test", "--ckpt_path", together / "checkpoints" / "last.ckpt")
+    two = ("--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu")
+    command = [sys.executable, str(ROOT / "train.py"), "test", "--ckpt_path"]
+    subprocess.run([*command, str(together / "checkpoints" / "last.ckpt"), *two], check=True)
+    report = json.loads((together / "test.json").read_text())
+    assert report["images"] == sum(map(sum, report["confusion"])) == 200
+    for name in ("test/loss", "test/acc"):
+        assert report[name] == pytest.approx(rows(together)[-1][name], abs=1e-4)
 
 
 def test_a_job_that_slurm_requeues_goes_on_exactly(
