@@ -15,6 +15,7 @@ networks of a few thousand parameters, but with all that draws random numbers.
 
 import argparse
 import contextlib
+import glob
 import hashlib
 import io
 import os
@@ -168,7 +169,8 @@ class Table:
 
 def wait_for(pattern: str, folder: Path, run: Run) -> None:
     """Wait, without a pause, until a file is there, or until the run has ended."""
-    while not any(folder.glob(pattern)):
+    # Not Path.glob, which minds that a folder goes away while it looks.
+    while not any(glob.iglob(pattern, root_dir=folder)):  # noqa: PTH207
         if os.waitid(os.P_PID, run.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             return
 
