@@ -3,7 +3,7 @@
 import math
 import warnings
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,15 +29,7 @@ INIT_IMAGES = 5000  # that a network's `init_from` sees
 
 
 class Diverged(MisconfigurationException):
-    """The loss is no finite number any more: nothing will come of the run."""
-
-
-class Restored(NamedTuple):
-    """Where a checkpoint was."""
-
-    steps: int  # that its schedule had done
-    steps_per_epoch: int | None
-    monitored: float | None  # what its schedule waits for
+    """Loss or weights are no finite numbers any more: nothing will come of the run."""
 
 
 class Means(Metric):
@@ -123,7 +115,6 @@ class ImageClassifier(LightningModule):
         self.train_metrics = Means()
         self.val_metrics = Means()
         self.test_metrics = Means()
-        self.restored: Restored | None = None
         _check(network)
 
     @property  # type: ignore[misc]  # Lightning's can also be set
@@ -200,35 +191,35 @@ class ImageClassifier(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let a schedule over all steps go on towards what may be another end, with the rates of
         what may be groups in another order."""
-        self.restored = Restored(
-            checkpoint.get("global_step", 0), checkpoint.get("steps_per_epoch"),
-            checkpoint.get("monitored"),
-        )  # fmt: skip
         for state in checkpoint.get("lr_schedulers", []):
-            if "total_steps" in state:
-                self.restored = self.restored._replace(steps=state["last_epoch"])
             for key in ("total_steps", "base_lrs", "_schedule_phases"):  # the last is OneCycleLR's
                 state.pop(key, None)
 
-    def _steps_per_epoch(self) -> int:
-        return -(-int(self.trainer.num_training_batches) // self.trainer.accumulate_grad_batches)
+    def _steps_done(self) -> int:
+        """Return how many steps of the schedule lie behind the run, as its epochs are now: others
+        may have had another number of steps."""
+        trainer = self.trainer
+        if trainer.estimated_stepping_batches == trainer.max_steps:
+            return trainer.global_step
+        accumulate = trainer.accumulate_grad_batches
+        per_epoch = math.ceil(trainer.num_training_batches / accumulate)
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        of_this_epoch = 0 if progress.is_last_batch else progress.current.ready // accumulate
+        return self.current_epoch * per_epoch + of_this_epoch
 
-    def _place_schedules(self, restored: Restored) -> None:
+    def _place_schedules(self) -> None:
         """Have the schedules of a resumed run where the run is, should they begin anew or should an
         epoch have another number of steps, and set the rates, should the end be another."""
-        steps, per_epoch, monitored = restored
-        if per_epoch is not None:
-            steps = round(steps * self._steps_per_epoch() / per_epoch)
         for config in self.trainer.lr_scheduler_configs:
             scheduler: Any = config.scheduler
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that the optimizer has made no step before
                 if config.reduce_on_plateau:
-                    # It is told of an epoch only after the checkpoint is saved.
-                    if scheduler.last_epoch == self.current_epoch - 1 and monitored is not None:
-                        scheduler.step(monitored)
+                    awaited = scheduler.__dict__.pop("awaited", None)
+                    if awaited is not None:
+                        scheduler.step(awaited)
                 elif config.interval == "step":
-                    scheduler.last_epoch = steps - 1
+                    scheduler.last_epoch = self._steps_done() - 1
                     scheduler.step()
                 else:
                     for _ in range(self.current_epoch - scheduler.last_epoch):
@@ -250,9 +241,8 @@ class ImageClassifier(LightningModule):
 
     def on_train_start(self) -> None:
         """Begin an epoch, as Lightning does not say so where a run goes on in the middle of one."""
-        if self.restored is not None:
-            self._place_schedules(self.restored)
-            self.restored = None
+        if self.trainer.global_step > 0:
+            self._place_schedules()
         self.on_train_epoch_start()
 
     def on_train_epoch_start(self) -> None:
@@ -316,17 +306,26 @@ class ImageClassifier(LightningModule):
             f"{what}, in epoch {self.current_epoch}, at learning rate {', '.join(rates)}"
         )
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep no weights that nothing can come of, such as the last step of an epoch may leave."""
+    def _refuse_ruin(self) -> None:
+        """Stop a run of which nothing can come, such as the last step of an epoch may leave."""
         self._refuse_no_number()
         are_finite = torch.stack([p.isfinite().all() for p in self.network.parameters()])
         if not are_finite.all():
             raise self._diverged(f"weights are not finite after step {self.global_step}")
-        if self.trainer.state.fn == "fit":
-            checkpoint["steps_per_epoch"] = self._steps_per_epoch()
-        for config in self.trainer.lr_scheduler_configs:
-            if config.reduce_on_plateau and config.monitor in self.trainer.callback_metrics:
-                checkpoint["monitored"] = float(self.trainer.callback_metrics[config.monitor])
+
+    def on_train_end(self) -> None:
+        """Let no run end well whose weights are ruined."""
+        self._refuse_ruin()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep no ruined weights; keep what a plateau's schedule will be told after this."""
+        self._refuse_ruin()
+        trainer = self.trainer
+        if trainer.state.status == "running" and trainer.is_last_batch:
+            states = checkpoint.get("lr_schedulers", [])
+            for config, state in zip(trainer.lr_scheduler_configs, states, strict=False):
+                if config.reduce_on_plateau and config.monitor in trainer.callback_metrics:
+                    state["awaited"] = float(trainer.callback_metrics[config.monitor])
 
     def _log_epoch(self, stage: str, metrics: Means) -> None:
         """Log the means of an epoch, over all ranks, and begin anew."""

@@ -315,7 +315,7 @@ class CLI(LightningCLI):
             raise SystemExit(128 + (signal.SIGINT if stop.code else signal.SIGTERM)) from None
         except Diverged as error:
             if not self.trainer.is_global_zero:
-                raise
+                raise SystemExit(1) from None  # one process speaks
             raise Diverged(f"{error}: {self._remedy()}") from None
         if not self.trainer.is_global_zero or self.config.fit.trainer.fast_dev_run:
             return
@@ -333,16 +333,20 @@ class CLI(LightningCLI):
             write_whole(file, card.encode())
         print(f"\n{self._summary()}")
 
+    def _init_args(self, part: str) -> dict[str, Any]:
+        """Return the arguments of the optimizer or the scheduler."""
+        settings: dict[str, Any] = self.model.hparams.get(part) or {}
+        return settings.get("init_args") or {}
+
     def _remedy(self) -> str:
         """Say what can be done about a run that diverged."""
         files = list((self.run_folder / "checkpoints").glob("*.ckpt"))
         # `last` is written after the epoch's own.
         good = max(files, key=lambda f: f.stat().st_mtime_ns, default=self.config.fit.ckpt_path)
-        settings = str(self.model.hparams)
         flag = "--model.optimizer.lr"
-        if "'max_lr':" in settings:  # of OneCycleLR
+        if "max_lr" in self._init_args("lr_scheduler"):  # of OneCycleLR
             flag = "--model.lr_scheduler.max_lr"
-        elif "'groups':" in settings:
+        elif "groups" in self._init_args("optimizer"):
             flag = "--model.optimizer.groups.NAME.lr"
         if not good:
             return f"nothing is kept; begin again with a lower {flag}"
