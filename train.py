@@ -36,6 +36,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
+import optimization  # noqa: F401  # so that short names of its classes are known
 from callbacks import Board, History, ImagesBar, LayerTable, PredictionsKeeper, PredictionTable
 from datamodule import CIFAR10DataModule
 from lightning_module import Diverged, ImageClassifier

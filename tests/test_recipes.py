@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cifar10 import archive
 from cifar10.augment import MEAN, STD, average_over_views
+from datamodule import CIFAR10DataModule
 from lightning_module import ImageClassifier
 from networks import DeepConvNet, SpeedrunNet
 from tests.conftest import Run
@@ -91,6 +93,32 @@ def test_a_schedule_ends_at_zero_though_an_epoch_has_other_steps(run: Run, sched
         assert is_same(once, again)
 
 
+def test_a_schedule_over_max_steps_goes_on_step_by_step(run: Run) -> None:
+    steps = ["--trainer.max_epochs", "-1", "--trainer.max_steps", "64"]
+    run("fit", "--config", CONFIGS / "improved.yaml", *SMALL["improved"], *steps)
+    run("fit", "--ckpt_path", checkpoint("improved", 1), "--data.batch_size", "100")
+    rates: dict[int, set[float]] = {}
+    for path in Path("runs/improved").rglob("*.ckpt"):
+        saved = torch.load(path, weights_only=True)
+        rates.setdefault(saved["global_step"], set()).add(groups(path)[0]["lr"])
+    assert max(rates[64]) < 1e-9
+    assert {48, 56} <= rates.keys()
+    assert all(max(at_step) - min(at_step) < 1e-9 for at_step in rates.values())
+
+
+def test_a_loaded_model_begins_a_new_training_at_full_rate(run: Run) -> None:
+    improved = CONFIGS / "improved.yaml"
+    run("fit", "--config", improved, *SMALL["improved"], "--trainer.max_epochs", "2")
+    path = checkpoint("improved", 1)
+    model = ImageClassifier.load_from_checkpoint(path, weights_only=True)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    data = CIFAR10DataModule.load_from_checkpoint(path, weights_only=True)
+    Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False).fit(
+        model, data
+    )
+    assert not any(p.equal(before[name]) for name, p in model.named_parameters())
+
+
 def test_a_longer_training_begins_with_its_own_rate(run: Run) -> None:
     often = ["--checkpoint.every_n_train_steps", "1", "--checkpoint.filename", "{step}"]
     often += ["--checkpoint.monitor", "null", "--data.batch_size", "200"]
@@ -118,9 +146,12 @@ def test_schedules_of_pytorchs_go_on_exactly(run: Run, schedule: list[str]) -> N
     assert rates[0] == rates[1]
     assert rates[0][1] < rates[0][0] < 0.002
     assert is_same(*(weights(checkpoint("base", 3, version)) for version in (0, 1)))
+    run("fit", "--ckpt_path", checkpoint("base", 0), "--model.optimizer.lr", "0.001")
+    run("fit", "--ckpt_path", checkpoint("base", 1, 2))
+    assert is_same(*(weights(checkpoint("base", 3, version)) for version in (2, 3)))
     if schedule[0] == "StepLR":
         run("fit", "--ckpt_path", checkpoint("base", 1), "--model.optimizer.lr", "0.001")
-        halved = [groups(checkpoint("base", epoch, 2))[0]["lr"] for epoch in (2, 3)]
+        halved = [groups(checkpoint("base", epoch, 4))[0]["lr"] for epoch in (2, 3)]
         assert halved == pytest.approx([rate / 2 for rate in rates[0]])
 
 
