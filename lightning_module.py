@@ -291,9 +291,13 @@ class ImageClassifier(LightningModule):
     def _refuse_no_number(self) -> None:
         """Stop a run whose loss has become infinite or no number since the epoch began."""
         metrics = self.train_metrics
-        if not metrics.update_called or metrics.compute()["loss"].isfinite():
+        if not metrics.update_called:
             return
-        step = self.first_step + int(metrics.finite) // self.trainer.accumulate_grad_batches
+        with metrics.sync_context():  # of all ranks, the one that was first
+            if metrics.loss.isfinite():
+                return
+            batches = int(metrics.finite)
+        step = self.first_step + batches // self.trainer.accumulate_grad_batches
         raise self._diverged(f"train/loss is no finite number from step {step} on")
 
     def _diverged(self, what: str) -> Diverged:

@@ -26,7 +26,8 @@ class Group:
         parameters: Which: a pattern for their names in the network, such as `*.conv*.weight`.
         lr: Learning rate, for the mean loss of a batch.
         rule: `sgd`: a step along the gradient, with Nesterov momentum. `muon`: of the same step,
-            seen as a matrix with a row for each output channel, all singular values become 1.
+            seen as a matrix with a row for each output channel, the singular values are brought
+            near 1.
         momentum: How much of the sum of past gradients is kept, in [0, 1].
         weight_decay: What is added to the gradient, times the parameter.
         normalize: Of `muon`: scale each parameter before a step, so that its rows have a mean

@@ -61,8 +61,11 @@ class WholeCheckpointIO(TorchCheckpointIO):
         """Save the checkpoint to a local path."""
         content = io.BytesIO()
         torch.save(checkpoint, content)
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(Path(path), content.getvalue())
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for half_written in path.parent.glob(".*.ckpt.*"):  # by a run that was killed
+            half_written.unlink(missing_ok=True)
+        write_whole(path, content.getvalue())
 
 
 def claim(parent: Path) -> Path:

@@ -48,7 +48,7 @@ class OneLineParser(LightningArgumentParser):
             if near:
                 message += f": did you mean {near[0]}?"
             elif not known:  # as of the default network
-                message += ": that class takes none (a network is named by --model.network ConvNet)"
+                message += ": that class takes none (name one first, as by --model.network ConvNet)"
             elif len(known) < 12:
                 message += f": there are {', '.join(known)}"
         self.exit(2, f"error: {_one_line(message)}\n")

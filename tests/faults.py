@@ -60,6 +60,12 @@ RECIPES = {"improved": [*IMPROVED, *SMALL], "fast94": [*FAST, *SMALL]}
 
 
 CHOICE = random.Random(0)
+# The exit codes that a signal may lead to, of a run that had ended before it: 0.
+CODES = {
+    signal.SIGKILL: {0, -signal.SIGKILL},
+    signal.SIGTERM: {0, -signal.SIGTERM, 128 + signal.SIGTERM},  # before training, and in it
+    signal.SIGINT: {0, 128 + signal.SIGINT},
+}
 
 
 class Run(NamedTuple):
@@ -96,6 +102,7 @@ def start(words: list[str], folder: Path) -> Run:
     code = 1
     try:
         os.setpgid(0, 0)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # were this one deaf to it
         os.chdir(folder)
         with log.open("w") as out:
             os.dup2(out.fileno(), 1)
@@ -108,6 +115,8 @@ def start(words: list[str], folder: Path) -> Run:
         if isinstance(stop.code, str):
             print(stop.code)
         code = stop.code if isinstance(stop.code, int) else 1
+    except KeyboardInterrupt:  # before `train.main` is there to catch it
+        code = 128 + signal.SIGINT
     finally:
         sys.stdout.flush()
         os._exit(code)
@@ -121,9 +130,10 @@ def digest(folder: Path) -> str:
 
 
 def kept(folder: Path) -> list[int]:
-    """Return the epochs of the checkpoints in a folder, all of which must be whole."""
+    """Return the epochs that the checkpoints in a folder are of. All, and `last`, must be whole."""
     files = sorted(folder.glob("runs/run/version_*/checkpoints/*.ckpt"))
-    return [read_checkpoint(file)["epoch"] for file in files if file.name != "last.ckpt"]
+    epochs = {file.name: read_checkpoint(file)["epoch"] for file in files}
+    return [epoch for name, epoch in epochs.items() if name != "last.ckpt"]
 
 
 @contextlib.contextmanager
@@ -177,17 +187,18 @@ def wait_for(pattern: str, folder: Path, run: Run) -> None:
 
 def broken(
     fault: str, words: list[str], packed: bytes, expected: str, table: Table,
-    harm: Callable[[Run, Path], None],
+    harm: Callable[[Run, Path], None], number: signal.Signals = signal.SIGKILL,
 ) -> None:  # fmt: skip
     """Start a run, do it harm, look at what it left, let it go on, and compare."""
     with empty_folder(packed) as folder:
         run = start(words, folder)
         harm(run, folder)
-        run.wait()
+        code = run.wait()
         reported, whole = run.epochs(), kept(folder)
         lost = max(0, reported - len(whole))
         again = go_on(words, folder)
         survived = again.wait() == 0 and digest(folder) == expected and whole == sorted(set(whole))
+        survived &= code in CODES[number]
         if not survived:
             print(f"\n{fault}: {run.said()}\n{again.said()}")
         table.add(fault, survived, lost)
@@ -241,7 +252,7 @@ def stop(times: int, packed: bytes, table: Table) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         for _ in range(times):
             harm = partial(signalled, number=number, within=seconds)
-            broken(f"{number.name} at any moment", words, packed, expected, table, harm)
+            broken(f"{number.name} at any moment", words, packed, expected, table, harm, number)
 
 
 def resume(times: int, packed: bytes, table: Table) -> None:

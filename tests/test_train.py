@@ -252,9 +252,12 @@ def test_a_stopped_run_goes_on_exactly_in_its_own_folder(run: Run, tmp_path: Pat
     run("fit", "--config", config, "--trainer.max_epochs", "4", "--name", "whole")
     run("fit", "--config", config, "--trainer.max_epochs", "2", "--name", "stopped")
     stopped = Path("runs/stopped/version_0")
+    half_written = stopped / "checkpoints/.epoch_02.ckpt.12345"  # as a killed process leaves it
+    half_written.write_bytes(b"PK")
     out = run("fit", "--ckpt_path", stopped / "checkpoints/last.ckpt", "--trainer.max_epochs", "4")
     whole = Path("runs/whole/version_0")
     assert is_same(*(weights(folder / "checkpoints/last.ckpt") for folder in (whole, stopped)))
+    assert not half_written.exists()
     for row in (*(of_stopped := rows(stopped)), *(of_whole := rows(whole))):
         del row["seconds"], row["images_per_second"]
     assert of_stopped == of_whole
@@ -472,7 +475,7 @@ def test_a_wrong_yaml_is_refused(fails: Run, tmp_path: Path, text: str, message:
         (["--data.bath_size", "3"], "did you mean data.batch_size?"),
         (
             ["--model.network.width", "2"],
-            "unknown option width: that class takes none (a network is named by",
+            "unknown option width: that class takes none (name one first, as by",
         ),
         (["--data.val_size", "1000"], "leaves no training image of 1000: choose at most 999"),
         (["--data.val_size", "-1"], "data.val_size"),
