@@ -96,7 +96,8 @@ class CIFAR10DataModule(LightningDataModule):
         """
         self.device = self._trainer.strategy.root_device if self.trainer else torch.device("cpu")
         # Read once: the module reseeds the same generator at every epoch.
-        self.seed = torch.initial_seed()
+        seed = torch.initial_seed()  # which `--seed_everything false` lets each process draw
+        self.seed = self.trainer.strategy.broadcast(seed) if self.trainer else seed
         self.transform = Transform(self.augment, self.seed)
         if self._predicts_pictures:
             return
@@ -146,6 +147,7 @@ class CIFAR10DataModule(LightningDataModule):
             self.train_set,
             batch_size=max(self.batch_size, trainer.world_size),  # at least one image a device
             order=None if trainer.overfit_batches else order,  # type: ignore[attr-defined]
+            first=lambda: trainer.fit_loop.epoch_loop.batch_progress.current.ready,
         )
 
     def val_dataloader(self) -> list[Batches]:

@@ -227,7 +227,7 @@ class ImageClassifier(LightningModule):
 
     def on_fit_start(self) -> None:
         """Remember the run's seed, and prepare the step."""
-        self.seed = torch.initial_seed()
+        self.seed = self.trainer.strategy.broadcast(torch.initial_seed())
         self.compiled_loss = self._loss
         has_graphs = self.compile_mode in ("reduce-overhead", "max-autotune")
         if has_graphs and self.device.type == "cuda" and self.trainer.accumulate_grad_batches > 1:

@@ -10,14 +10,17 @@ import hashlib
 import io
 import os
 import platform
+import shlex
 import shutil
 from collections.abc import Collection
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 CODE = ("train.py", "lightning_module.py", "optimization.py", "datamodule.py")
@@ -66,6 +69,23 @@ class WholeCheckpointIO(TorchCheckpointIO):
         for half_written in path.parent.glob(".*.ckpt.*"):  # by a run that was killed
             half_written.unlink(missing_ok=True)
         write_whole(path, content.getvalue())
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps `last.ckpt`, of every epoch. `save_last` would keep it of those epochs only of which
+    another checkpoint is kept."""
+
+    def __init__(self, save_weights_only: bool) -> None:
+        super().__init__(
+            filename="last",
+            save_weights_only=save_weights_only,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: the best epoch is chosen by another."""
+        return {}
 
 
 def claim(parent: Path) -> Path:
@@ -167,7 +187,7 @@ def with_checkpoint_settings(args: list[str], subcommands: Collection[str]) -> l
                 f"name the subcommand first: {' or '.join(subcommands)}"
             )
         return args
-    subcommand, *rest = args
+    subcommand, *rest = [args[0], *_files_first(args[1:])]
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", "-c", nargs="?", action="append", default=[])
     for flag in ("ckpt_path", "name", "trainer.default_root_dir"):
@@ -180,9 +200,10 @@ def with_checkpoint_settings(args: list[str], subcommands: Collection[str]) -> l
     parent = Path(settings.get("trainer.default_root_dir", "runs"), name)
     if path is None:
         is_requeued = subcommand == "fit" and os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
-        last = _last_of_job(parent, os.environ["SLURM_JOB_ID"]) if is_requeued else None
+        last = _last_of_job(parent, job_of(args)) if is_requeued else None
         # The settings are those of the command, which is the same as before.
-        return [*args, "--ckpt_path", str(_behind_last(last))] if last else args
+        going_on = ["--ckpt_path", str(_behind_last(last))] if last else []
+        return [subcommand, *rest, *going_on]
     if path in ("last", "best"):
         path = _newest_run(parent, path)
     if subcommand == "fit" and Path(path).name == "last.ckpt":
@@ -207,6 +228,19 @@ def with_checkpoint_settings(args: list[str], subcommands: Collection[str]) -> l
         restored["data"]["root"] = str(there)
     text = yaml.safe_dump(restored, sort_keys=False)
     return [subcommand, "--config", text, *rest, "--ckpt_path", str(path)]
+
+
+def _files_first(args: list[str]) -> list[str]:
+    """Put config files before all flags, which win over them wherever they stand."""
+    files: list[str] = []
+    flags: list[str] = []
+    words = iter(args)
+    for word in words:
+        if word in ("--config", "-c"):
+            files += [word, *islice(words, 1)]
+        else:
+            (files if word.startswith(("--config=", "-c=")) else flags).append(word)
+    return [*files, *flags]
 
 
 def _configured(files: list[str]) -> dict[str, str]:
@@ -236,20 +270,35 @@ def _behind_last(last: Path) -> Path:
     return last
 
 
-def _last_of_job(parent: Path, job: str) -> Path | None:
-    """Return the last checkpoint that a job of SLURM saved before it was requeued, if it did."""
-    for path in parent.glob("version_*/checkpoints/last.ckpt"):
-        if read_checkpoint(path).get("run", {}).get("job") == job:
-            return path
+def job_of(args: list[str]) -> str | None:
+    """Return what tells a command of a SLURM job from all others; outside of SLURM nothing."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return job and shlex.join([job, *args])
+
+
+def _last_of_job(parent: Path, job: str | None) -> Path | None:
+    """Return the last checkpoint that a command of a job saved before the job was requeued, if it
+    did."""
+    for path in reversed(_last_of_runs(parent)):
+        with contextlib.suppress(MisconfigurationException):  # damaged
+            if read_checkpoint(path).get("run", {}).get("job") == job:
+                return path
     return None
+
+
+def _last_of_runs(parent: Path) -> list[Path]:
+    """Return the `last.ckpt` of all runs of a recipe, the newest run at the end."""
+    found = parent.glob("version_*/checkpoints/last.ckpt")
+    numbered = {int(n): path for path in found if (n := path.parts[-3][8:]).isdecimal()}
+    return [numbered[version] for version in sorted(numbered)]
 
 
 def _newest_run(parent: Path, which: str) -> Path:
     """Return the last or the best checkpoint of the newest run that has one."""
-    found = list(parent.glob("version_*/checkpoints/last.ckpt"))
+    found = _last_of_runs(parent)
     if not found:
         raise MisconfigurationException(f"--ckpt_path {which}: no run in {parent} has a checkpoint")
-    last = max(found, key=lambda path: int(path.parts[-3][8:]))
+    last = found[-1]
     if which == "last":
         return last
     for state in read_checkpoint(last)["callbacks"].values():

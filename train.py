@@ -14,7 +14,6 @@ import contextlib
 import ctypes
 import io
 import json
-import os
 import shlex
 import signal
 import sys
@@ -43,11 +42,13 @@ from lightning_module import Diverged, ImageClassifier
 from reports.card import commit, model_card, with_result
 from runs import (
     RUN_SETTINGS,
+    LastCheckpoint,
     WholeCheckpointIO,
     claim,
     code_version,
     forget,
     is_newest,
+    job_of,
     read_checkpoint,
     relocate_state,
     run_of,
@@ -60,7 +61,12 @@ METRICS = [f"{stage}/{name}" for stage in ("train", "val") for name in ("loss", 
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves the run's settings: in `config.yaml`, and in every checkpoint."""
+    """Saves the run's settings: in `config.yaml`, and in every checkpoint; there also the job of
+    SLURM that it is."""
+
+    def __init__(self, *args: Any, job: str | None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.job = job
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Do nothing yet: a checkpoint that does not fit must leave its run as it was."""
@@ -84,7 +90,7 @@ class SaveConfig(SaveConfigCallback):
         checkpoint["run"] = {key: self.settings[key] for key in RUN_SETTINGS}
         checkpoint["run"]["started_in"] = str(Path.cwd())  # what relative paths start from
         checkpoint["run"]["code"] = self.code
-        checkpoint["run"]["job"] = os.environ.get("SLURM_JOB_ID")
+        checkpoint["run"]["job"] = self.job
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -138,7 +144,8 @@ class CLI(LightningCLI):
                 ImageClassifier,
                 CIFAR10DataModule,
                 save_config_callback=SaveConfig,
-                save_config_kwargs={"overwrite": True},  # a resumed run may have other settings
+                # a resumed run may have other settings
+                save_config_kwargs={"overwrite": True, "job": job_of(args)},
                 trainer_defaults={
                     "default_root_dir": "runs",
                     "max_epochs": 30,  # Lightning's is 1,000
@@ -213,6 +220,8 @@ class CLI(LightningCLI):
         if not config.name:
             files = [Path(str(file)) for file in config.config or [] if file]
             config.name = files[-1].stem if files else "default"
+        if config.ckpt_path and self.subcommand != "predict":
+            _refuse_seen(config)
         if config.data.val_size == 0 and str(config.checkpoint.monitor).startswith("val/"):
             config.checkpoint.monitor = None  # there is nothing to choose by
         if config.checkpoint.monitor not in (None, *METRICS):
@@ -255,6 +264,11 @@ class CLI(LightningCLI):
         saves = is_fit and options.enable_checkpointing is not False and not options.fast_dev_run
         if saves and not any(isinstance(c, Checkpoint) for c in callbacks):
             callbacks.append(config.checkpoint)
+            kept = self.config.fit.checkpoint
+            is_by_epoch = not (kept.every_n_train_steps or kept.train_time_interval)
+            if kept.save_last is True and is_by_epoch:
+                config.checkpoint.save_last = None
+                callbacks.append(LastCheckpoint(kept.save_weights_only))
         plugins = _listed(options.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(WholeCheckpointIO())
@@ -300,9 +314,10 @@ class CLI(LightningCLI):
         """Train; afterwards write the weights, and say how it went and what can be done next."""
         max_epochs, code = self.config.fit.trainer.max_epochs, commit()
         path = kwargs["ckpt_path"]
-        was_done = path is not None and read_checkpoint(path)["epoch"] + 1 == max_epochs
+        done = 0 if path is None else read_checkpoint(path)["epoch"] + 1
+        was_done = 0 <= max_epochs <= done
         if was_done:
-            print(f"all {max_epochs} epochs are done: to go on, raise --trainer.max_epochs")
+            print(f"all {done} epochs are done: to go on, raise --trainer.max_epochs")
         try:
             self.trainer.fit(**kwargs, weights_only=True)  # a checkpoint is data: it runs no code
         except SystemExit as stop:  # by which Lightning ends after Ctrl-C or SIGTERM
@@ -352,13 +367,17 @@ class CLI(LightningCLI):
         if not good:
             return f"nothing is kept; begin again with a lower {flag}"
         go_on = f"python train.py fit --ckpt_path {shlex.quote(str(good))}"
+        epochs = self.config.fit.trainer.max_epochs
+        if read_checkpoint(good)["run"]["trainer"]["max_epochs"] != epochs:
+            go_on += f" --trainer.max_epochs {epochs}"
         return f"{good} is the last good checkpoint; go on at a lower rate: {go_on} {flag} ..."
 
     def _summary(self) -> str:
         lines = []
         checkpoint = self.trainer.checkpoint_callback
         if isinstance(checkpoint, ModelCheckpoint):
-            path = checkpoint.best_model_path or checkpoint.last_model_path
+            last = self.run_folder / "checkpoints" / "last.ckpt"
+            path = checkpoint.best_model_path or (str(last) if last.exists() else "")
             if path and checkpoint.best_model_score is not None:
                 epoch = read_checkpoint(path)["epoch"]
                 lines += [
@@ -375,6 +394,8 @@ class CLI(LightningCLI):
 
     def validate(self, **kwargs: Any) -> None:
         """Evaluate the checkpoint on the validation set."""
+        if not self.config.validate.data.val_size:
+            raise MisconfigurationException("there is no validation set: data.val_size is 0")
         self._evaluated(self.trainer.validate(**kwargs, weights_only=True, verbose=False))
 
     def test(self, **kwargs: Any) -> None:
@@ -446,6 +467,19 @@ class CLI(LightningCLI):
             self.trainer.predict(**kwargs, weights_only=True, return_predictions=False)
         if table.skipped:
             sys.exit(f"error: {table.skipped} of {len(files or [])} files are no pictures")
+
+
+def _refuse_seen(config: Any) -> None:
+    """Refuse a validation set with images that the checkpoint was trained on."""
+    now, before = config.data, read_checkpoint(config.ckpt_path).get("datamodule_hyper_parameters")
+    if not now.val_size or not before:
+        return
+    if now.val_size > before["val_size"] or now.split_seed != before["split_seed"]:
+        raise MisconfigurationException(
+            f"{config.ckpt_path} was trained on images of this validation set: keep its "
+            f"data.split_seed {before['split_seed']}, and at most its data.val_size "
+            f"{before['val_size']}"
+        )
 
 
 def _listed(value: Any) -> list[Any]:

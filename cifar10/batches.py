@@ -56,6 +56,8 @@ class Batches:
         order: Of a training set: returns its rows in the order of the next pass, int64 [M]; called
             when the pass begins. A tail of fewer images than ranks is left out, as a rank cannot
             train on nothing. Without `order` the pass is in the order of the set and complete.
+        first: Returns the batch that the next pass begins with: of an epoch that is resumed in its
+            middle, the first that it has not had.
 
     """
 
@@ -66,12 +68,14 @@ class Batches:
         rank: int = 0,
         world_size: int = 1,
         order: Callable[[], Tensor] | None = None,
+        first: Callable[[], int] = lambda: 0,
     ) -> None:
         self.image_set = image_set
         self.batch_size = batch_size
         self.rank = rank
         self.world_size = world_size
         self.order = order
+        self.first = first
 
     def __len__(self) -> int:
         """Return the number of batches."""
@@ -90,7 +94,7 @@ class Batches:
         indices = self.image_set.indices
         if self.order is not None:
             indices = indices[self.order().to(indices.device)]
-        for whole in torch.split(indices, self.batch_size)[: len(self)]:
+        for whole in torch.split(indices, self.batch_size)[self.first() : len(self)]:
             yield self.image_set.batch(whole.tensor_split(self.world_size)[self.rank])
 
 

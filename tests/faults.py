@@ -8,14 +8,13 @@
     python -m tests.faults read_only           # a data folder that cannot be written (as `disk`)
     python -m tests.faults sick                # a learning rate that ruins the weights
 
-A run survives if everything that lies in its folder is whole, and if it ends, once it goes on, with
-the very weights of a run that nothing happened to. Runs are small: a thousand images made up, and
-networks of a few thousand parameters, but with all that draws random numbers.
+A run survives if checkpoints and settings in its folder are whole, and if it ends, once it goes on,
+with the very weights of a run that nothing happened to. Runs are small: a thousand images made up,
+and networks of a few thousand parameters, but with all that draws random numbers.
 """
 
 import argparse
 import contextlib
-import glob
 import hashlib
 import io
 import os
@@ -29,13 +28,14 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
+import yaml
 
 import train
 from cifar10 import archive
@@ -60,11 +60,10 @@ RECIPES = {"improved": [*IMPROVED, *SMALL], "fast94": [*FAST, *SMALL]}
 
 
 CHOICE = random.Random(0)
-# The exit codes that a signal may lead to, of a run that had ended before it: 0.
-CODES = {
-    signal.SIGKILL: {0, -signal.SIGKILL},
-    signal.SIGTERM: {0, -signal.SIGTERM, 128 + signal.SIGTERM},  # before training, and in it
-    signal.SIGINT: {0, 128 + signal.SIGINT},
+CODES = {  # that a signal may lead to
+    signal.SIGKILL: {-signal.SIGKILL},
+    signal.SIGTERM: {-signal.SIGTERM, 128 + signal.SIGTERM},  # before training, and in it
+    signal.SIGINT: {128 + signal.SIGINT},
 }
 
 
@@ -91,8 +90,9 @@ class Run(NamedTuple):
         return len(re.findall(r"^ +\d+ +\d", self.said(), re.M))
 
 
-def start(words: list[str], folder: Path) -> Run:
-    """Run `python train.py ...` in a folder, in a process of its own."""
+def start(words: list[str], folder: Path, deadly: tuple[str, int] = ("", 0)) -> Run:
+    """Run `python train.py ...` in a folder, in a process of its own; `deadly` is a pattern for
+    files, and which writing of one kills it."""
     log = folder / f"log_{time.monotonic_ns()}"
     pid = os.fork()
     if pid:
@@ -109,6 +109,7 @@ def start(words: list[str], folder: Path) -> Run:
             os.dup2(out.fileno(), 2)
         sys.stdout = io.TextIOWrapper(os.fdopen(1, "wb", closefd=False), line_buffering=True)
         sys.argv = ["train.py", *words]
+        die_at(*deadly)
         train.main(words)
         code = 0
     except SystemExit as stop:
@@ -122,6 +123,25 @@ def start(words: list[str], folder: Path) -> Run:
         os._exit(code)
 
 
+def die_at(pattern: str, count: int) -> None:
+    """Have this process killed as it writes such files: at the n-th time that it opens one, or has
+    written a part of it that is drawn at random."""
+
+    def look(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal count
+        is_opened = event == "open" and "w" in str(args[1])
+        if (is_opened or event == "os.rename") and fnmatchcase(str(args[0]), pattern):
+            count -= 1
+            if count == 0:
+                file = Path(args[0])
+                if file.is_file():
+                    os.truncate(file, CHOICE.randint(0, file.stat().st_size))
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    if pattern:
+        sys.addaudithook(look)
+
+
 def digest(folder: Path) -> str:
     """Return the SHA-256 of the last weights of a run that has ended."""
     state = torch.load(folder / "runs/run/version_0/model.pth", weights_only=True)
@@ -130,7 +150,10 @@ def digest(folder: Path) -> str:
 
 
 def kept(folder: Path) -> list[int]:
-    """Return the epochs that the checkpoints in a folder are of. All, and `last`, must be whole."""
+    """Return the epochs that the checkpoints in a folder are of. All, `last` and the settings must
+    be whole."""
+    for file in folder.glob("runs/run/version_*/config.yaml"):
+        assert "checkpoint" in yaml.safe_load(file.read_text())
     files = sorted(folder.glob("runs/run/version_*/checkpoints/*.ckpt"))
     epochs = {file.name: read_checkpoint(file)["epoch"] for file in files}
     return [epoch for name, epoch in epochs.items() if name != "last.ckpt"]
@@ -177,63 +200,51 @@ class Table:
             print(f"| {fault} | {times} | {self.survived[fault]} | {self.lost[fault]} |")
 
 
-def wait_for(pattern: str, folder: Path, run: Run) -> None:
-    """Wait, without a pause, until a file is there, or until the run has ended."""
-    # Not Path.glob, which minds that a folder goes away while it looks.
-    while not any(glob.iglob(pattern, root_dir=folder)):  # noqa: PTH207
-        if os.waitid(os.P_PID, run.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            return
-
-
 def broken(
     fault: str, words: list[str], packed: bytes, expected: str, table: Table,
-    harm: Callable[[Run, Path], None], number: signal.Signals = signal.SIGKILL,
+    number: signal.Signals = signal.SIGKILL, within: float = 0, deadly: tuple[str, int] = ("", 0),
 ) -> None:  # fmt: skip
-    """Start a run, do it harm, look at what it left, let it go on, and compare."""
+    """Start a run, and send it a signal within some seconds or have it die; look at what it left,
+    let it go on, and compare."""
     with empty_folder(packed) as folder:
-        run = start(words, folder)
-        harm(run, folder)
-        code = run.wait()
+        run = start(words, folder, deadly)
+        codes = signalled(run, number, within) if within else {-signal.SIGKILL}
+        is_as_told = run.wait() in codes
         reported, whole = run.epochs(), kept(folder)
         lost = max(0, reported - len(whole))
         again = go_on(words, folder)
         survived = again.wait() == 0 and digest(folder) == expected and whole == sorted(set(whole))
-        survived &= code in CODES[number]
-        if not survived:
+        if not survived or not is_as_told:
             print(f"\n{fault}: {run.said()}\n{again.said()}")
-        table.add(fault, survived, lost)
+        table.add(fault, survived and is_as_told, lost)
+
+
+def signalled(run: Run, number: signal.Signals, within: float) -> set[int]:
+    """Send a signal at a random moment; return the exit codes that it may lead to."""
+    time.sleep(CHOICE.uniform(0, within))
+    has_ended = os.waitid(os.P_PID, run.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    may_end_well = run.epochs() >= EPOCHS - 1  # a signal in the last steps may find all done
+    os.killpg(run.pid, number)
+    return {0} if has_ended else CODES[number] | ({0} if may_end_well else set())
 
 
 def kill(times: int, packed: bytes, table: Table) -> None:
-    """Kill -9: at random moments from start to end, and as soon as a file is being written."""
-    writing = {
-        "while the archive is unpacked": ("data/.fetching-*/*/*", 1),
-        "while config.yaml is written": ("runs/run/version_0/.config.yaml.*", 1),
-        "while a checkpoint is written": ("runs/run/version_0/checkpoints/.*", 2 * EPOCHS),
+    """Kill -9: at random moments from start to end, and while a file is being written."""
+    writing = {  # and how often such a file is opened or moved
+        "while the archive is unpacked": ("*/.fetching-*", 5),
+        "while config.yaml is written": ("*/.config.yaml.*", 2),
+        "while a checkpoint is written": ("*/checkpoints/.*", 4 * EPOCHS),
     }
     for name, words in RECIPES.items():
         expected, seconds = unbroken(words, packed)
         for _ in range(times):
-            harm = partial(signalled, number=signal.SIGKILL, within=seconds)
-            broken(f"kill -9 at any moment, {name}", words, packed, expected, table, harm)
+            fault = f"kill -9 at any moment, {name}"
+            broken(fault, words, packed, expected, table, within=seconds)
         for what, (pattern, count) in writing.items():
             for _ in range(max(1, times // 5)):
-                harm = partial(killed_at, pattern=pattern, count=CHOICE.randint(1, count))
-                broken(f"kill -9 {what}, {name}", words, packed, expected, table, harm)
-
-
-def signalled(run: Run, folder: Path, number: signal.Signals, within: float) -> None:
-    """Send a signal at a random moment."""
-    time.sleep(CHOICE.uniform(0, within))
-    os.killpg(run.pid, number)
-
-
-def killed_at(run: Run, folder: Path, pattern: str, count: int) -> None:
-    """Kill a run when such a file is there for the n-th time, or a little later."""
-    for _ in range(count):
-        wait_for(pattern, folder, run)
-        time.sleep(CHOICE.uniform(0, 0.003))
-    os.killpg(run.pid, signal.SIGKILL)
+                deadly = (pattern, CHOICE.randint(1, count))
+                fault = f"kill -9 {what}, {name}"
+                broken(fault, words, packed, expected, table, deadly=deadly)
 
 
 def unbroken(words: list[str], packed: bytes) -> tuple[str, float]:
@@ -251,8 +262,7 @@ def stop(times: int, packed: bytes, table: Table) -> None:
     expected, seconds = unbroken(words, packed)
     for number in (signal.SIGTERM, signal.SIGINT):
         for _ in range(times):
-            harm = partial(signalled, number=number, within=seconds)
-            broken(f"{number.name} at any moment", words, packed, expected, table, harm, number)
+            broken(f"{number.name} at any moment", words, packed, expected, table, number, seconds)
 
 
 def resume(times: int, packed: bytes, table: Table) -> None:
@@ -269,7 +279,8 @@ def resume(times: int, packed: bytes, table: Table) -> None:
                 survived = again.wait() == 0 and digest(folder) == expected
                 if not survived:
                     print(f"\n{again.said()}")
-                table.add(f"resumed after any epoch, {name}", survived)
+                lost = max(0, again.epochs() - len(kept(folder)))
+                table.add(f"resumed after any epoch, {name}", survived, lost)
                 shutil.rmtree(folder / "runs", ignore_errors=True)
 
 
@@ -322,7 +333,8 @@ def read_only(times: int, packed: bytes, table: Table) -> None:
                 if not survived:
                     print(f"\n{run.said()}")
                 what = "unpacked" if is_unpacked else "the archive alone"
-                table.add(f"data folder read-only, {what}", survived)
+                lost = max(0, run.epochs() - len(kept(folder)))
+                table.add(f"data folder read-only, {what}", survived, lost)
 
 
 def sick(times: int, packed: bytes, table: Table) -> None:
@@ -333,6 +345,7 @@ def sick(times: int, packed: bytes, table: Table) -> None:
             with empty_folder(packed) as folder:
                 assert start(words, folder).wait() == 0
                 expected = digest(folder)
+                (folder / "runs/run/version_0/model.pth").unlink()
                 checkpoints = folder / "runs/run/version_0/checkpoints"
                 for file in checkpoints.iterdir():
                     if read_checkpoint(file)["epoch"] >= epoch:

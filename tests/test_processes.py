@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import train
 from cifar10 import archive
 from tests.conftest import Run
 from tests.test_train import BASE, ROOT, is_same, rows, weights
@@ -82,19 +83,21 @@ def test_two_nodes_train_as_one_process_does(run: Run, tarball: bytes, tmp_path:
 
 
 def test_a_job_that_slurm_requeues_goes_on_exactly(
-    run: Run, arrays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arrays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SLURM warns with SIGUSR1, Lightning asks it to requeue the job, SLURM kills it and starts the
     same command again."""
-    settings = ["--config", str(BASE), "--data.augment+=cifar10.augment.RandomFlip"]
-    settings += ["--trainer.max_epochs", "16", "--data.batch_size", "100"]
+    args = [
+        *("fit", "--config", str(BASE), "--data.augment+=cifar10.augment.RandomFlip"),
+        *("--data.root", str(arrays), "--data.verify=false", "--data.val_size=200"),
+        *("--data.batch_size=100", "--trainer.accelerator=cpu", "--trainer.max_epochs=16"),
+    ]
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "scontrol").write_text("#!/bin/sh\necho $@ > asked\n")
     (tmp_path / "scontrol").chmod(0o755)
     slurm = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train",
              "PATH": f"{tmp_path}:{os.environ['PATH']}"}  # fmt: skip
-    own = ["--data.root", str(arrays), "--data.verify=false", "--data.val_size=200",
-           "--model.optimizer.lr=0.002", "--trainer.accelerator=cpu"]  # fmt: skip
-    command = [sys.executable, str(ROOT / "train.py"), "fit", *settings[:2], *own, *settings[2:]]
+    command = [sys.executable, str(ROOT / "train.py"), *args]
     with (tmp_path / "log").open("w") as log:
         job = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **slurm})
         deadline = time.monotonic() + 100
@@ -114,10 +117,12 @@ def test_a_job_that_slurm_requeues_goes_on_exactly(
 
     for name, value in {**slurm, "SLURM_RESTART_COUNT": "1"}.items():
         monkeypatch.setenv(name, value)
-    run("fit", *settings)
+    train.main(args)
     assert [path.name for path in Path("runs/base").iterdir()] == ["version_0"]
+    train.main([*args, "--trainer.max_epochs=1"])  # the next command of the job
+    (Path("runs/base/version_1/checkpoints/last.ckpt")).write_bytes(b"damaged")
     monkeypatch.setenv("SLURM_JOB_ID", "78")
-    run("fit", *settings)  # a job that has saved nothing begins anew
+    train.main(args)  # a job that has saved nothing begins anew
     assert is_same(
-        *(weights(Path(f"runs/base/version_{i}/checkpoints/epoch_15.ckpt")) for i in (0, 1))
+        *(weights(Path(f"runs/base/version_{i}/checkpoints/epoch_15.ckpt")) for i in (0, 2))
     )

@@ -219,13 +219,43 @@ def test_what_is_typed_wins_over_the_checkpoint(run: Run, fails: Run, tmp_path: 
     last = RUN_0 / "checkpoints" / "last.ckpt"
     first = run("validate", "--ckpt_path", last)
     assert first == run("validate", "--ckpt_path", last)
-    assert first != run("validate", "--ckpt_path", last, "--data.split_seed", "7")
+    assert first != run("validate", "--ckpt_path", last, "--data.val_size", "100")
     config = tmp_path / "other.yaml"
-    config.write_text("data:\n  split_seed: 7\n")
+    config.write_text("data:\n  val_size: 100\n")
     assert first != run("validate", "--config", config, "--ckpt_path", last)
     assert "does not fit the network" in fails(
         "test", "--ckpt_path", last, "--model.network.dense_units", "80"
     )
+
+
+@pytest.mark.parametrize("subcommand", ["fit", "validate", "test"])
+def test_no_image_is_trained_on_and_then_validated(run: Run, fails: Run, subcommand: str) -> None:
+    run("fit", "--config", BASE, "--trainer.max_epochs", "1")
+    ckpt = ["--ckpt_path", RUN_0 / "checkpoints" / "last.ckpt"]
+    for other in (["--data.split_seed", "7"], ["--data.val_size", "201"]):
+        assert "trained on images of this validation set" in fails(subcommand, *ckpt, *other)
+    run("fit", *ckpt, "--data.val_size", "0", "--trainer.max_epochs", "2")
+    assert "there is no validation set" in fails("validate", *ckpt)
+
+
+def test_flags_win_over_a_config_file_that_follows_them(run: Run) -> None:
+    run("fit", "--seed_everything", "5", "--config", BASE)
+    assert yaml.safe_load((RUN_0 / "config.yaml").read_text())["seed_everything"] == 5
+
+
+@pytest.mark.parametrize(
+    "thin", [["every_n_epochs", "3"], ["save_top_k", "1"], ["save_top_k", "0"]]
+)
+def test_the_last_epoch_is_kept_however_few_others_are(run: Run, thin: list[str]) -> None:
+    flag, value = thin
+    slow = ["--model.optimizer.lr", "0"]  # so that no epoch is better than the first
+    out = run(
+        "fit", "--config", BASE, *slow, "--trainer.max_epochs", "2", f"--checkpoint.{flag}", value
+    )
+    last = RUN_0 / "checkpoints/last.ckpt"
+    assert torch.load(last, weights_only=True)["epoch"] == 1
+    assert f"{RUN_0}/checkpoints/" in out
+    assert "all 2 epochs are done" in run("fit", "--ckpt_path", last)
 
 
 def test_checkpoint_builds_the_model_in_python_too(run: Run) -> None:
@@ -270,8 +300,12 @@ def test_a_stopped_run_goes_on_exactly_in_its_own_folder(run: Run, tmp_path: Pat
 def test_a_run_goes_on_from_the_middle_of_an_epoch(run: Run) -> None:
     often = ["--checkpoint.every_n_train_steps", "10", "--trainer.max_epochs", "-1"]
     run("fit", "--config", BASE, *often, "--trainer.max_steps", "25")
-    run("fit", "--ckpt_path", RUN_0 / "checkpoints/last.ckpt", "--trainer.max_steps", "40")
+    last = RUN_0 / "checkpoints/last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 20, "in the middle"
+    run("fit", "--ckpt_path", last, "--trainer.max_steps", "40")
     assert [row["epoch"] for row in rows(RUN_0)] == [0, 1], "the third is not complete"
+    run("fit", "--config", BASE, *often, "--trainer.max_steps", "40", "--name", "whole")
+    assert is_same(weights(last), weights(Path("runs/whole/version_0/checkpoints/last.ckpt")))
 
 
 def test_weights_can_be_of_half_precision(run: Run) -> None:
