@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from itertools import groupby
 from typing import Any, Literal
@@ -37,8 +37,8 @@ class Group:
 
     """
 
-    parameters: str
-    lr: PositiveFloat
+    parameters: str = ""  # takes none, of which `MuonSGD` tells more than the parser could
+    lr: PositiveFloat = field(kw_only=True)
     rule: Literal["sgd", "muon"] = "sgd"
     momentum: ClosedUnitInterval = 0.85
     weight_decay: NonNegativeFloat = 0.0
@@ -86,8 +86,11 @@ class MuonSGD(torch.optim.Optimizer):
             taken[chosen].append((name, parameter))
         for name, parameters in taken.items():
             if not parameters:
+                others = ", ".join(other for other in groups if other != name)
                 raise MisconfigurationException(
-                    f"model.optimizer: group {name} ({groups[name].parameters}) takes no parameter"
+                    f"model.optimizer: group {name} takes no parameter: the pattern "
+                    f"groups.{name}.parameters is '{groups[name].parameters}' (other groups: "
+                    f"{others or 'none'})"
                 )
         super().__init__(
             [{"name": name, "params": taken[name], **plain(groups[name])} for name in groups],

@@ -42,7 +42,8 @@ class OneLineParser(LightningArgumentParser):
         if unknown:
             key = unknown[1] or unknown[2]
             parser = getattr(ex, "subcommand_parser", None) or self
-            known = [action.dest for action in parser._actions if action.dest != "help"]
+            dests = (action.dest for action in parser._actions)
+            known = [d for d in dests if not d.endswith("help") and not d.startswith("print_")]
             near = difflib.get_close_matches(key, known, n=1)
             message = f"unknown option {key}"
             if near:
@@ -51,6 +52,8 @@ class OneLineParser(LightningArgumentParser):
                 message += ": that class takes none (name one first, as by --model.network ConvNet)"
             elif len(known) < 12:
                 message += f": there are {', '.join(known)}"
+        elif message.lower().startswith("unrecognized arguments: ") and " -" not in message:
+            message += ": a pattern for files needs quotes"
         self.exit(2, f"error: {_one_line(message)}\n")
 
 
@@ -81,13 +84,19 @@ def _one_line(message: str) -> str:
     message = re.sub(r"typing\.Literal\[(.*?)\]", r"\1", message).replace(
         "Expected a '", "expected '"
     )
-    if "Union subtypes" in message:
+    several = re.search(r"(Multiple subclasses with name .*)\. Give .* ambiguity: (.*)\.", message)
+    is_number = re.search(r"Subtypes: .*\bfloat\b", message)
+    nowhere = re.search(r"dot import path string: (\S+)", message)
+    if several:
+        message = f"{message.splitlines()[0]} {several[1]}: give one of {several[2]}"
+    elif nowhere and not is_number:
+        message = f"{message.splitlines()[0]} there is no class {nowhere[1]}"
+    elif "Union subtypes" in message:
         types = " or ".join(re.findall(r"Subtypes: \[(.*)\]", message)[0].split(", "))
         value = re.findall(r"Given value: (.*)", message, re.S)[0]
         message = f"{message.splitlines()[0]} expected {types}, got {value}"
-    message = re.sub(
-        r"(?s):\n.* dot import path string: (\S+)$", r": there is no class \1", message
-    )
+    restriction = r"Not of type \w+: (.*?) does not conform to restriction (.*)"
+    message = re.sub(restriction, lambda m: f"{m[1]} is not {m[2].replace('v', '')}", message)
     message = re.sub(r'^Parser key "([^"]+)":', r"\1:", message)
     return " ".join(message.split())
 

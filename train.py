@@ -314,8 +314,13 @@ class CLI(LightningCLI):
         """Train; afterwards write the weights, and say how it went and what can be done next."""
         max_epochs, code = self.config.fit.trainer.max_epochs, commit()
         path = kwargs["ckpt_path"]
-        done = 0 if path is None else read_checkpoint(path)["epoch"] + 1
-        was_done = 0 <= max_epochs <= done
+        progress = read_checkpoint(path)["loops"]["fit_loop"]["epoch_progress"] if path else {}
+        done = progress["current"]["processed"] if progress else 0
+        if 0 <= max_epochs < done:
+            raise MisconfigurationException(
+                f"{path} has done {done} epochs: raise --trainer.max_epochs {max_epochs}"
+            )
+        was_done = path is not None and done == max_epochs
         if was_done:
             print(f"all {done} epochs are done: to go on, raise --trainer.max_epochs")
         try:

@@ -507,6 +507,13 @@ def test_a_wrong_yaml_is_refused(fails: Run, tmp_path: Path, text: str, message:
         (["--data.batch_size", "0"], "data.batch_size"),
         (["--data.batch_size", "many"], "data.batch_size"),
         (["--data.bath_size", "3"], "did you mean data.batch_size?"),
+        (["a.jpg", "b.jpg"], "a pattern for files needs quotes"),
+        (["--model.optimizer.lr", "x"], "lr: expected float or torch.Tensor, got x"),
+        (["--model.lr_scheduler", "Cos"], "model.lr_scheduler: there is no class Cos"),
+        (
+            ["--data.augment+=RandomCrop"],
+            "RandomCrop: give one of torchvision.transforms.RandomCrop",
+        ),
         (
             ["--model.network.width", "2"],
             "unknown option width: that class takes none (name one first, as by",
@@ -517,7 +524,7 @@ def test_a_wrong_yaml_is_refused(fails: Run, tmp_path: Path, text: str, message:
         (["--model.optimizer.lr", "-1"], "Invalid learning rate"),
         (["--model.network", "torch.nn.Flatten"], "expected logits [2, 10]"),
         (["--trainer.accelerator", "no_such_thing"], "no_such_thing"),
-        (["--config", str(BASE), "--model.network.dense_units", "-1"], "dense_units: Not of type"),
+        (["--config", str(BASE), "--model.network.dense_units", "-1"], "dense_units: -1 is not >0"),
         (["--seed_everything", "-1"], "-1"),
         (["--data.split_seed", "-1"], "data.split_seed"),
         (["--checkpoint.monitor", "val/accuracy"], "choose by train/loss"),
