@@ -373,7 +373,8 @@ class CLI(LightningCLI):
             return f"nothing is kept; begin again with a lower {flag}"
         go_on = f"python train.py fit --ckpt_path {shlex.quote(str(good))}"
         epochs = self.config.fit.trainer.max_epochs
-        if read_checkpoint(good)["run"]["trainer"]["max_epochs"] != epochs:
+        kept = read_checkpoint(good).get("run", {}).get("trainer", {})
+        if kept.get("max_epochs") != epochs:
             go_on += f" --trainer.max_epochs {epochs}"
         return f"{good} is the last good checkpoint; go on at a lower rate: {go_on} {flag} ..."
 

@@ -399,6 +399,7 @@ class Answer:
 
     def markdown(self) -> str:
         """Return the whole answer."""
+        by_setting = sorted(self.outcomes, key=lambda run: (run.setting, run.seed))
         runs = [
             (
                 run.setting,
@@ -407,12 +408,11 @@ class Answer:
                     f"{100 * best[key]:.2f}" if key in best else "-"
                     for key in ("val/acc", "test/acc")
                 ),
-                f"{best['epoch']:.0f}",
+                f"{best['epoch']:.0f}" if best else "-",
                 f"{run.seconds():.0f}",
                 run.ended,
             )
-            for run in sorted(self.outcomes, key=lambda run: (run.setting, run.seed))
-            if (best := run.best(self.choose) or {"epoch": math.nan})
+            for run, best in ((run, run.best(self.choose) or {}) for run in by_setting)
         ]
         headers = ("setting", "seed", "val/acc, %", "test/acc, %", "best epoch", "seconds", "")
         every = [(h, list(c)) for h, c in zip(headers, zip(*runs, strict=True), strict=True)]
