@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image, to_tensor
 
@@ -26,7 +28,8 @@ def module(arrays: Path, **settings: Any) -> CIFAR10DataModule:
         current_epoch=0,
         overfit_batches=0.0,
         state=SimpleNamespace(fn="fit"),
-        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+        strategy=SingleDeviceStrategy("cpu"),
+        fit_loop=Trainer(accelerator="cpu", barebones=True).fit_loop,
     )
     data.prepare_data()
     data.setup("fit")
