@@ -20,6 +20,7 @@ from tests.test_train import BASE, ROOT, is_same, rows, weights
 METRICS = [f"{stage}/{name}" for stage in ("train", "val", "test") for name in ("loss", "acc")]
 
 
+@pytest.mark.slow
 def test_two_nodes_train_as_one_process_does(run: Run, tarball: bytes, tmp_path: Path) -> None:
     """Batches of 97 divide evenly neither over the ranks nor the epoch, nor do 203 images to
     validate. Without batch norm, whose statistics are each rank's own."""

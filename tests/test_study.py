@@ -584,6 +584,7 @@ def test_the_answer_so_far_runs_nothing_and_leaves_nothing(after: Callable[..., 
     assert not Path("runs/b").exists()
 
 
+@pytest.mark.slow
 def test_every_study_of_the_project_can_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
