@@ -27,7 +27,7 @@ class Group:
         lr: Learning rate, for the mean loss of a batch.
         rule: `sgd`: a step along the gradient, with Nesterov momentum. `muon`: of the same step,
             seen as a matrix with a row for each output channel, the singular values are brought
-            near 1.
+            near 1 (`orthogonalized`).
         momentum: How much of the sum of past gradients is kept, in [0, 1].
         weight_decay: What is added to the gradient, times the parameter.
         normalize: Of `muon`: scale each parameter before a step, so that its rows have a mean
@@ -37,7 +37,7 @@ class Group:
 
     """
 
-    parameters: str = ""  # takes none, of which `MuonSGD` tells more than the parser could
+    parameters: str = ""  # which `MuonSGD` refuses, and names the group, as the parser would not
     lr: PositiveFloat = field(kw_only=True)
     rule: Literal["sgd", "muon"] = "sgd"
     momentum: ClosedUnitInterval = 0.85

@@ -187,7 +187,7 @@ def with_checkpoint_settings(args: list[str], subcommands: Collection[str]) -> l
                 f"name the subcommand first: {' or '.join(subcommands)}"
             )
         return args
-    subcommand, *rest = [args[0], *_files_first(args[1:])]
+    subcommand, rest = args[0], _files_first(args[1:])
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", "-c", nargs="?", action="append", default=[])
     for flag in ("ckpt_path", "name", "trainer.default_root_dir"):

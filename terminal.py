@@ -85,7 +85,7 @@ def _one_line(message: str) -> str:
         "Expected a '", "expected '"
     )
     several = re.search(r"(Multiple subclasses with name .*)\. Give .* ambiguity: (.*)\.", message)
-    is_number = re.search(r"Subtypes: .*\bfloat\b", message)
+    is_number = re.search(r"Subtypes: .*\bfloat\b", message)  # or a tensor, thus a class too
     nowhere = re.search(r"dot import path string: (\S+)", message)
     if several:
         message = f"{message.splitlines()[0]} {several[1]}: give one of {several[2]}"

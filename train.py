@@ -313,10 +313,11 @@ class CLI(LightningCLI):
     def fit(self, **kwargs: Any) -> None:
         """Train; afterwards write the weights, and say how it went and what can be done next."""
         max_epochs, code = self.config.fit.trainer.max_epochs, commit()
-        path = kwargs["ckpt_path"]
-        progress = read_checkpoint(path)["loops"]["fit_loop"]["epoch_progress"] if path else {}
-        done = progress["current"]["processed"] if progress else 0
-        if 0 <= max_epochs < done:
+        path, done = kwargs["ckpt_path"], 0
+        if path is not None:
+            progress = read_checkpoint(path)["loops"]["fit_loop"]["epoch_progress"]
+            done = progress["current"]["processed"]  # of one made inside an epoch, those before
+        if max_epochs is not None and 0 <= max_epochs < done:
             raise MisconfigurationException(
                 f"{path} has done {done} epochs: raise --trainer.max_epochs {max_epochs}"
             )
@@ -328,7 +329,7 @@ class CLI(LightningCLI):
         except SystemExit as stop:  # by which Lightning ends after Ctrl-C or SIGTERM
             if stop.code not in (None, 1):
                 raise
-            last = self.run_folder / "checkpoints" / "last.ckpt"
+            last = self._last()
             go_on = f"python train.py fit --ckpt_path {shlex.quote(str(last))}"
             if self.trainer.is_global_zero:
                 print(f"\nstopped; {f'to go on: {go_on}' if last.exists() else 'nothing is kept'}")
@@ -354,6 +355,9 @@ class CLI(LightningCLI):
             write_whole(file, card.encode())
         print(f"\n{self._summary()}")
 
+    def _last(self) -> Path:
+        return self.run_folder / "checkpoints" / "last.ckpt"
+
     def _init_args(self, part: str) -> dict[str, Any]:
         """Return the arguments of the optimizer or the scheduler."""
         settings: dict[str, Any] = self.model.hparams.get(part) or {}
@@ -374,7 +378,7 @@ class CLI(LightningCLI):
         go_on = f"python train.py fit --ckpt_path {shlex.quote(str(good))}"
         epochs = self.config.fit.trainer.max_epochs
         kept = read_checkpoint(good).get("run", {}).get("trainer", {})
-        if kept.get("max_epochs") != epochs:
+        if epochs is not None and kept.get("max_epochs") != epochs:
             go_on += f" --trainer.max_epochs {epochs}"
         return f"{good} is the last good checkpoint; go on at a lower rate: {go_on} {flag} ..."
 
@@ -382,7 +386,7 @@ class CLI(LightningCLI):
         lines = []
         checkpoint = self.trainer.checkpoint_callback
         if isinstance(checkpoint, ModelCheckpoint):
-            last = self.run_folder / "checkpoints" / "last.ckpt"
+            last = self._last()
             path = checkpoint.best_model_path or (str(last) if last.exists() else "")
             if path and checkpoint.best_model_score is not None:
                 epoch = read_checkpoint(path)["epoch"]

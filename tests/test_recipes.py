@@ -81,7 +81,7 @@ def test_a_schedule_ends_at_zero_though_an_epoch_has_other_steps(run: Run, sched
         ["--trainer.accumulate_grad_batches", "3"],
         ["--data.batch_size", "100", "--model.optimizer.weight_decay", "0"],
     ]
-    for i, typed in enumerate(changes if scheduler == "WarmupCosine" else changes[::3], start=1):
+    for i, typed in enumerate(changes, start=1):
         run("fit", "--ckpt_path", checkpoint("improved", 1), *typed)
         for epoch in (2, 3):
             (group,) = groups(checkpoint("improved", epoch, i))

@@ -298,7 +298,7 @@ def test_a_stopped_run_goes_on_exactly_in_its_own_folder(run: Run, tmp_path: Pat
 
 
 def test_a_run_goes_on_from_the_middle_of_an_epoch(run: Run) -> None:
-    often = ["--checkpoint.every_n_train_steps", "10", "--trainer.max_epochs", "-1"]
+    often = ["--checkpoint.every_n_train_steps", "10", "--trainer.max_epochs", "null"]
     run("fit", "--config", BASE, *often, "--trainer.max_steps", "25")
     last = RUN_0 / "checkpoints/last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 20, "in the middle"
