@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
+import cuda_graph as graphs
 from cifar10.archive import CLASSES
 from cifar10.augment import TestTimeAugmentation, Transform, average_over_views
 from cifar10.batches import Batch, Batches
@@ -48,13 +49,17 @@ class Means(Metric):
         self.add_state("images", torch.zeros((), dtype=torch.int64), "sum")
         self.add_state("finite", torch.zeros((), dtype=torch.int64), "min")
 
-    def update(self, mean_loss: Tensor, correct: Tensor, images: int) -> None:
-        """Add a batch: its mean loss [], its right predictions int64 [], its size."""
+    def update(
+        self, mean_loss: Tensor, correct: Tensor, images: int, finite: Tensor | None = None
+    ) -> None:
+        """Add a batch: its mean loss [], its right predictions int64 [], its size; or several, and
+        how many of them come before the first whose loss is not finite."""
+        were_finite = self.loss.isfinite()
         # Not in place: the zero that it begins with is as short as the weights, perhaps bfloat16.
         self.loss = self.loss + mean_loss.float() * images
         self.correct += correct
         self.images += images
-        self.finite += self.loss.isfinite()  # batches before the first that is not
+        self.finite += self.loss.isfinite() if finite is None else finite.long() * were_finite
 
     def compute(self) -> dict[str, Tensor]:
         """Return `loss` [] and `acc` [], a fraction, over all ranks."""
@@ -79,6 +84,10 @@ class ImageClassifier(LightningModule):
         compile: Train with a step that `torch.compile` has compiled in this mode, from pixels to
             loss; true means `default`. On a GPU `reduce-overhead` and `max-autotune` use CUDA
             graphs.
+        cuda_graph: Record a training step, from pixels to new weights, as a CUDA graph and replay
+            it, with many steps in one call of `training_step`. `auto`: on one GPU, where all that
+            the step consists of is known to allow it. True: on any device and with any modules,
+            which must not decide anything on the CPU; what cannot be recorded is refused.
         log_steps: Log `train/loss_step` too, every `trainer.log_every_n_steps` steps.
         tta: Test-time augmentation of `validate`, `test` and `predict`: the views of an image whose
             logits are averaged (`average_over_views`). During `fit` there is none.
@@ -96,6 +105,7 @@ class ImageClassifier(LightningModule):
         label_smoothing: ClosedUnitInterval = 0.0,
         softmax_before_loss: bool = False,
         compile: CompileMode | bool = "off",
+        cuda_graph: bool | Literal["auto"] = "auto",
         log_steps: bool = False,
         tta: TestTimeAugmentation = "none",
     ) -> None:
@@ -108,6 +118,9 @@ class ImageClassifier(LightningModule):
         if isinstance(compile, bool):
             compile = "default" if compile else "off"
         self.compile_mode = compile
+        self.cuda_graph = cuda_graph
+        self.steps_a_call = 0  # one step, which Lightning makes
+        self.inside_epoch_by: int | None = None  # `steps_a_call` of a checkpoint that is
         self.log_steps = log_steps
         self.label_smoothing = label_smoothing
         self.tta = self.views = tta
@@ -132,7 +145,7 @@ class ImageClassifier(LightningModule):
             train_set = datamodule.train_set
             pixels, _, indices = train_set.batch(train_set.indices[:INIT_IMAGES])
             with torch.no_grad():
-                images = self.transform.eval()(pixels.cpu(), indices.cpu())
+                images = self.transform.to(pixels.device).eval()(pixels, indices)
             self.transform.train()
             self.network.init_from(images)  # type: ignore[operator]
 
@@ -159,6 +172,8 @@ class ImageClassifier(LightningModule):
             optimizer = self.make_optimizer([(n, p) for n, p in named if p.requires_grad])
             for group in optimizer.param_groups:
                 group.pop("param_names", None)  # else a callback could add no group without
+            self._choose_steps(optimizer)
+            self._refuse_other_count()
             scheduler = self._scheduler(optimizer) if self.make_lr_scheduler else None
         except (TypeError, ValueError, ArithmeticError) as error:
             raise MisconfigurationException(f"model.optimizer or lr_scheduler: {error}") from error
@@ -176,7 +191,7 @@ class ImageClassifier(LightningModule):
     def _scheduler(self, optimizer: Optimizer) -> Any:
         make = self.make_lr_scheduler
         assert make is not None
-        steps = self.trainer.estimated_stepping_batches
+        steps = self._steps_of_training()
         given = make.keywords if isinstance(make, partial) else {}  # all arguments of the class
         if given.get("total_steps", 0) is None and given.get("epochs") is None:
             make = partial(make, total_steps=steps)  # type: ignore[call-arg]
@@ -188,12 +203,55 @@ class ImageClassifier(LightningModule):
             )
         return scheduler
 
+    def _choose_steps(self, optimizer: Optimizer) -> None:
+        """Decide who makes the steps: Lightning, one by one, or `_many_steps`."""
+        self.steps_a_call = 0
+        is_asked = self.cuda_graph is True
+        if not is_asked and (self.cuda_graph is False or self.device.type != "cuda"):
+            return
+        settings = graphs.recordable(optimizer)
+        hindrance = graphs.why_not(self.trainer, self)
+        if settings is None:
+            hindrance = f"does not know how {type(optimizer).__name__} can be recorded"
+        if self.compile_mode in ("reduce-overhead", "max-autotune"):
+            hindrance = f"and model.compile {self.compile_mode} would both record"
+        if not is_asked:
+            hindrance = hindrance or graphs.decides_on_cpu(self.network, self.transform)
+        elif hindrance:
+            raise MisconfigurationException(f"model.cuda_graph {hindrance}")
+        if not hindrance:
+            self.steps_a_call = graphs.steps_a_call(self.trainer)
+            self.recorded = graphs.RecordedStep(self._optimize, optimizer, settings or {})
+
+    def _refuse_other_count(self) -> None:
+        """Refuse to resume inside an epoch whose batches are as many steps as they were not."""
+        if self.inside_epoch_by not in (None, max(1, self.steps_a_call)):
+            raise MisconfigurationException(
+                "the checkpoint is from inside an epoch whose batches were counted in another way: "
+                "resume with the device and the callbacks that it had, or from the end of an epoch"
+            )
+
+    def _steps_an_epoch(self) -> int:
+        trainer, batches = self.trainer, self.trainer.train_dataloader
+        if self.steps_a_call > 1 and isinstance(batches, Batches):
+            return batches.steps
+        return math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+
+    def _steps_of_training(self) -> float:
+        steps = self.trainer.estimated_stepping_batches  # loads the batches, if they are not yet
+        epochs = self.trainer.max_epochs or 0
+        return self._steps_an_epoch() * epochs if self.steps_a_call > 1 and epochs > 0 else steps
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let a schedule over all steps go on towards what may be another end, with the rates of
         what may be groups in another order."""
         for state in checkpoint.get("lr_schedulers", []):
             for key in ("total_steps", "base_lrs", "_schedule_phases"):  # the last is OneCycleLR's
                 state.pop(key, None)
+        loops = checkpoint.get("loops", {}).get("fit_loop", {})
+        progress = loops.get("epoch_loop.batch_progress", {"is_last_batch": True})
+        if not progress["is_last_batch"] and progress["current"]["ready"]:
+            self.inside_epoch_by = checkpoint.get("steps_a_call", 1)
 
     def _steps_done(self) -> int:
         """Return how many steps of the schedule lie behind the run, as its epochs are now: others
@@ -201,11 +259,10 @@ class ImageClassifier(LightningModule):
         trainer = self.trainer
         if trainer.estimated_stepping_batches == trainer.max_steps:
             return trainer.global_step
-        accumulate = trainer.accumulate_grad_batches
-        per_epoch = math.ceil(trainer.num_training_batches / accumulate)
         progress = trainer.fit_loop.epoch_loop.batch_progress
-        of_this_epoch = 0 if progress.is_last_batch else progress.current.ready // accumulate
-        return self.current_epoch * per_epoch + of_this_epoch
+        calls = 0 if progress.is_last_batch else progress.current.ready
+        of_this_epoch = calls * max(self.steps_a_call, 1) // trainer.accumulate_grad_batches
+        return self.current_epoch * self._steps_an_epoch() + of_this_epoch
 
     def _place_schedules(self) -> None:
         """Have the schedules of a resumed run where the run is, should they begin anew or should an
@@ -228,6 +285,8 @@ class ImageClassifier(LightningModule):
     def on_fit_start(self) -> None:
         """Remember the run's seed, and prepare the step."""
         self.seed = self.trainer.strategy.broadcast(torch.initial_seed())
+        # Else cuDNN sums some gradients of weights in another order every time.
+        torch.backends.cudnn.deterministic = True
         self.compiled_loss = self._loss
         has_graphs = self.compile_mode in ("reduce-overhead", "max-autotune")
         if has_graphs and self.device.type == "cuda" and self.trainer.accumulate_grad_batches > 1:
@@ -238,6 +297,7 @@ class ImageClassifier(LightningModule):
         if self.compile_mode != "off":
             self.compiled_loss = torch.compile(self._loss, mode=self.compile_mode, dynamic=False)
         self.compiled_for = 0
+        self.sums = torch.zeros(3, device=self.device)  # of the steps of a call: see `_optimize`
 
     def on_train_start(self) -> None:
         """Begin an epoch, as Lightning does not say so where a run goes on in the middle of one."""
@@ -270,16 +330,22 @@ class ImageClassifier(LightningModule):
         loss = F.cross_entropy(scores, labels, label_smoothing=smoothing)
         return loss, (logits.argmax(dim=1) == labels).sum()
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the loss of one batch; with the last of an epoch, log the epoch's metrics."""
-        size = len(batch.labels)
+    def _best_loss(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what `_loss` does, compiled if that is wanted."""
+        size = len(batch[0])
         self.compiled_for = self.compiled_for or size
         # A short last batch is not worth a compilation of its own.
-        loss_of = self.compiled_loss if size == self.compiled_for else self._loss
-        loss, correct = loss_of(*batch)
-        self.train_metrics.update(loss.detach(), correct, size)
+        return (self.compiled_loss if size == self.compiled_for else self._loss)(*batch)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the loss of one batch; with the last of an epoch, log the epoch's metrics."""
+        if self.steps_a_call:
+            loss = self._many_steps(batch)
+        else:
+            loss, correct = self._best_loss(*batch)
+            self.train_metrics.update(loss.detach(), correct, len(batch.labels))
         if self.log_steps:
-            self.log("train/loss_step", loss, batch_size=size)
+            self.log("train/loss_step", loss, batch_size=len(batch.labels))
         if self.trainer.is_last_batch:
             self._refuse_no_number()
             self._log_epoch("train", self.train_metrics)
@@ -287,6 +353,71 @@ class ImageClassifier(LightningModule):
         if self.trainer.world_size > 1 and isinstance(loader, Batches):
             loss = loss * loader.weight(batch_idx)
         return loss
+
+    def _many_steps(self, chunk: Batch) -> Tensor:
+        """Make a step of each of several batches, which came as one; return the mean loss [].
+
+        Lightning, which believes this to be one step, makes no other, is told of the others, and
+        sets the learning rates after the last.
+        """
+        self.sums.zero_()
+        loader = self.trainer.train_dataloader
+        size = loader.step_size if isinstance(loader, Batches) else len(chunk.labels)
+        batches = list(zip(*(torch.split(tensor, size) for tensor in chunk), strict=True))
+        for number, batch in enumerate(batches):
+            if number:
+                self._step_schedulers()
+            self.recorded(*batch)
+        loop, more = self.trainer.fit_loop.epoch_loop, len(batches) - 1
+        loop._batches_that_stepped += more  # the step of loggers
+        for steps in vars(loop.automatic_optimization.optim_progress.optimizer.step).values():
+            steps.increment_by(more)
+        loss, correct, finite = self.sums.unbind()
+        loss = loss / len(chunk.labels)
+        self.train_metrics.update(loss, correct.long(), len(chunk.labels), finite)
+        return loss
+
+    def _optimize(self, *batch: Tensor) -> None:
+        """Make one step on the device and add up its loss: what is recorded."""
+        optimizer, size = self.trainer.optimizers[0], len(batch[0])
+        torch.clear_autocast_cache()  # of the weights before the last step
+        optimizer.zero_grad()
+        loss, correct = self._best_loss(*batch)
+        with torch.autocast(self.device.type, enabled=False):
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.configure_gradient_clipping(
+                optimizer,
+                self.trainer.gradient_clip_val,
+                self.trainer.gradient_clip_algorithm,
+            )
+            optimizer.step()
+            self.sums[0] += loss.detach() * size
+            self.sums[1] += correct
+            self.sums[2] += self.sums[0].isfinite()
+
+    def _step_schedulers(self) -> None:
+        for config in self.trainer.lr_scheduler_configs:
+            if config.interval == "step":
+                self.lr_scheduler_step(config.scheduler, None)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Clear the gradients, unless a step of `_many_steps` has."""
+        if not self.steps_a_call:
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Compute the gradients, unless `_many_steps` has."""
+        if not self.steps_a_call:
+            super().backward(loss, *args, **kwargs)
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
+    ) -> None:
+        """Call `training_step` and update the weights, unless `_many_steps` has."""
+        if self.steps_a_call:
+            optimizer_closure()
+        else:
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
 
     def _refuse_no_number(self) -> None:
         """Stop a run whose loss has become infinite or no number since the epoch began."""
@@ -324,6 +455,7 @@ class ImageClassifier(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep no ruined weights; keep what a plateau's schedule will be told after this."""
         self._refuse_ruin()
+        checkpoint["steps_a_call"] = max(1, self.steps_a_call)
         trainer = self.trainer
         if trainer.state.status == "running" and trainer.is_last_batch:
             states = checkpoint.get("lr_schedulers", [])

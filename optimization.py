@@ -69,6 +69,8 @@ class MuonSGD(torch.optim.Optimizer):
 
     """
 
+    is_recordable = True  # as a CUDA graph: nothing is decided on the CPU
+
     def __init__(self, params: Iterable[tuple[str, Tensor]], groups: dict[str, Group]) -> None:
         taken: dict[str, list[tuple[str, Tensor]]] = {name: [] for name in groups}
         for name, parameter in params:
@@ -121,7 +123,8 @@ class MuonSGD(torch.optim.Optimizer):
                         factors = [len(p) ** 0.5 / s for p, s in zip(params, sizes, strict=True)]
                         torch._foreach_mul_(params, factors)
                     updates = orthogonalized(updates)
-                torch._foreach_add_(params, updates, alpha=-group["lr"])
+                torch._foreach_mul_(updates, group["lr"])  # a number, or a tensor on the device
+                torch._foreach_sub_(params, updates)
         return loss
 
     def _with_momentum(self, params: list[Tensor], group: dict[str, Any]) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
     python -m benchmarks                  # a table, and benchmarks.json; under 10 minutes
     python -m benchmarks --rounds 2       # shorter, and less sure
+    python -m benchmarks --minutes 8      # on a GPU: all recipes, and what a step costs
 
 Five programs train the report's network on the same 40,000 images, validate on 10,000, write
 TensorBoard curves and a checkpoint after every epoch:
@@ -20,11 +21,9 @@ next to nothing: what is left of a step is what its loop costs.
 
 import argparse
 import contextlib
-import datetime
 import fcntl
 import json
 import os
-import platform
 import pty
 import signal
 import statistics
@@ -38,14 +37,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import BATCH_SIZE, VAL_SIZE
-from runs import processor
+from benchmarks import gpu
+from benchmarks.common import BATCH_SIZE, VAL_SIZE, machine
 
 HERE = Path(__file__).parent.parent
 TRAIN_SIZE = 50_000 - VAL_SIZE
@@ -176,19 +174,6 @@ def measured(ways: dict[str, Program], rounds: int, at_least: float) -> dict[str
     }
 
 
-def machine(device: str) -> dict[str, Any]:
-    """Return what the figures depend on."""
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
-        "cpu": processor(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "lightning": lightning.__version__,
-        "python": platform.python_version(),
-        "date": datetime.date.today().isoformat(),
-    }
-
-
 def main() -> None:
     """Measure, print the tables, write the JSON."""
     parser = argparse.ArgumentParser(
@@ -207,7 +192,24 @@ def main() -> None:
     parser.add_argument(
         "--json", type=Path, default=Path("benchmarks.json"), help="where to write all turns"
     )
+    suite = parser.add_argument_group(
+        "in a given time, all that a GPU can show (benchmarks/gpu.py)"
+    )
+    suite.add_argument("--minutes", type=float, help="the time; without it, the five programs")
+    suite.add_argument("--reference", type=Path, help="airbench94_muon.py, to train beside fast94")
+    suite.add_argument("--runs", type=int, default=5, help="of fast94 and the reference (5)")
+    suite.add_argument(
+        "--fast_flags",
+        default="--model.compile default --trainer.benchmark true",
+        help="flags for fast94",
+    )
+    suite.add_argument("--synthetic", type=int, help="train on as many made-up images")
+    suite.add_argument("--keep", type=Path, help="where to leave runs and logs")
     args = parser.parse_args()
+    if args.minutes:
+        with tempfile.TemporaryDirectory() as scratch:
+            gpu.run(args, args.keep or Path(scratch))
+        return
     args.seconds = args.seconds or (1.0 if args.device == "cpu" else 10.0)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     console = Console()

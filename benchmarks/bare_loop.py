@@ -21,7 +21,8 @@ def main() -> None:
     if args.best:
         keep_freed_memory()
     torch.manual_seed(0)
-    train_set, val_set = (images.to(args.device) for images in image_sets(args.root))
+    sets = image_sets(args.root, args.val_size, not args.unverified)
+    train_set, val_set = (images.to(args.device) for images in sets)
     network = NETWORKS[args.network]().to(args.device)
     is_graph = args.best and args.device == "cuda"
     optimizer = torch.optim.Adam(network.parameters(), lr=5e-4, fused=True, capturable=is_graph)

@@ -1,8 +1,13 @@
 """What all ways of training share: the networks, the images, and the marks that they leave."""
 
 import argparse
+import datetime
+import platform
+import time
 from pathlib import Path
+from typing import Any
 
+import lightning
 import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
@@ -10,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from cifar10 import archive
 from cifar10.batches import ImageSet, split
 from networks import ConvNet
+from runs import processor
 
 BATCH_SIZE, VAL_SIZE = 128, 10_000
 
@@ -50,13 +56,37 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--in_memory", action="store_true", help="of (b): no DataLoader, no bar")
     parser.add_argument("--best", action="store_true", help="(d) in place of (c)")
     parser.add_argument("--epochs", type=int, default=1_000_000)
+    parser.add_argument("--val_size", type=int, default=VAL_SIZE)
+    parser.add_argument("--unverified", action="store_true", help="images that are not CIFAR-10's")
     return parser.parse_args()
 
 
-def image_sets(root: str) -> tuple[ImageSet, ImageSet]:
+def machine(device: str = "cuda" if torch.cuda.is_available() else "cpu") -> dict[str, Any]:
+    """Return what the figures depend on."""
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
+        "cpu": processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def now() -> float:
+    """Return the time in seconds, when all that was asked of a GPU is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def image_sets(
+    root: str, val_size: int = VAL_SIZE, verify: bool = True
+) -> tuple[ImageSet, ImageSet]:
     """Return training and validation set, as `configs/base.yaml` splits them."""
-    data = archive.load(root)
-    indices = split(len(data.train_labels), VAL_SIZE, seed=0)
+    data = archive.load(root, verify=verify)
+    indices = split(len(data.train_labels), val_size, seed=0)
     train, val = (ImageSet(data.train_images, data.train_labels.long(), i) for i in indices)
     return train, val
 

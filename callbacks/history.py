@@ -35,6 +35,8 @@ class History(Callback):
 
     """
 
+    takes_many_steps = True  # as one batch: it counts images
+
     def __init__(self, writes: bool = True) -> None:
         self.writes = writes
         self.rows: list[Row] = []

@@ -58,6 +58,7 @@ class Batches:
             train on nothing. Without `order` the pass is in the order of the set and complete.
         first: Returns the batch that the next pass begins with: of an epoch that is resumed in its
             middle, the first that it has not had.
+        steps: How many optimizer steps a batch is for, each on `batch_size` images of it.
 
     """
 
@@ -69,9 +70,11 @@ class Batches:
         world_size: int = 1,
         order: Callable[[], Tensor] | None = None,
         first: Callable[[], int] = lambda: 0,
+        steps: int = 1,
     ) -> None:
         self.image_set = image_set
-        self.batch_size = batch_size
+        self.step_size = batch_size
+        self.batch_size = batch_size * steps
         self.rank = rank
         self.world_size = world_size
         self.order = order
@@ -81,6 +84,11 @@ class Batches:
         """Return the number of batches."""
         whole, tail = divmod(len(self.image_set), self.batch_size)
         return whole + (tail >= (self.world_size if self.order else 1))
+
+    @property
+    def steps(self) -> int:
+        """Return the number of optimizer steps of a pass, on one device."""
+        return -(-len(self.image_set) // self.step_size)
 
     def weight(self, index: int) -> float:
         """Return what makes the mean of the ranks' mean losses the mean over the images of a batch:

@@ -3,6 +3,7 @@
 from networks.convnet import ConvNet
 from networks.deep_convnet import DeepConvNet
 from networks.max_pool import MaxPool2x2
+from networks.resnet import resnet18
 from networks.speedrun import SpeedrunNet
 
 
@@ -12,4 +13,4 @@ def default_network() -> ConvNet:
     return ConvNet()
 
 
-__all__ = ["ConvNet", "DeepConvNet", "MaxPool2x2", "SpeedrunNet", "default_network"]
+__all__ = ["ConvNet", "DeepConvNet", "MaxPool2x2", "SpeedrunNet", "default_network", "resnet18"]

@@ -89,8 +89,10 @@ class SpeedrunNet(nn.Module):
         """
         if self.whiten.weight.requires_grad:
             return
-        patches = F.unfold(images, self.whiten.kernel_size).transpose(1, 2).flatten(0, 1)
-        variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
+        patches = F.unfold(images, self.whiten.kernel_size)  # [N, 12, patches of an image]
+        # Summed over images in 64 bits, so that all devices agree on small variances too.
+        covariance = (patches @ patches.mT).double().mean(0).cpu() / patches.shape[2]
+        variances, directions = torch.linalg.eigh(covariance)
         filters = (directions / (variances + WHITENING_EPS).sqrt()).T
         self.whiten.weight.copy_(torch.cat([filters, -filters]).view_as(self.whiten.weight))
 
