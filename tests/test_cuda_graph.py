@@ -161,13 +161,13 @@ def test_what_cannot_be_recorded_is_refused(
 
 def test_a_diverging_run_names_the_same_step(arrays: Path) -> None:
     def sgd(params: Any) -> torch.optim.Optimizer:
-        return torch.optim.SGD(params, lr=1e30)
+        return torch.optim.SGD(params, lr=1e36)
 
     messages = []
     for graph in (False, True):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
         with pytest.raises(Diverged) as stopped:
-            torch.manual_seed(0)
-            network = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
             fitted(arrays, ImageClassifier(network, sgd, cuda_graph=graph))
         messages.append(str(stopped.value))
     assert "from step" in messages[0]
