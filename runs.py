@@ -23,7 +23,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-CODE = ("train.py", "lightning_module.py", "optimization.py", "datamodule.py")
+CODE = ("train.py", "lightning_module.py", "cuda_graph.py", "optimization.py", "datamodule.py")
 RUN_SETTINGS = ("seed_everything", "name", "trainer", "checkpoint")
 
 
