@@ -171,7 +171,7 @@ def steps_a_call(trainer: Trainer) -> int:
         or trainer.val_check_interval != 1.0
         or trainer.max_steps != -1
         or trainer.min_steps is not None
-        or not getattr(trainer.datamodule, "gives_many_steps", False)  # type: ignore[attr-defined]
+        or not hasattr(trainer.datamodule, "steps_a_call")  # type: ignore[attr-defined]
         or getattr(trainer.lightning_module, "log_steps", False)
         or _overriding(trainer, ("on_train_batch_start", "on_train_batch_end"))
     )

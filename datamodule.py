@@ -43,7 +43,7 @@ class CIFAR10DataModule(LightningDataModule):
 
     """
 
-    gives_many_steps = True  # in one batch, where the model takes them
+    steps_a_call = 1  # of `training_step`: batches that come as one; the model says how many
 
     def __init__(
         self,
@@ -150,7 +150,7 @@ class CIFAR10DataModule(LightningDataModule):
             batch_size=max(self.batch_size, trainer.world_size),  # at least one image a device
             order=None if trainer.overfit_batches else order,  # type: ignore[attr-defined]
             first=lambda: trainer.fit_loop.epoch_loop.batch_progress.current.ready,
-            steps=max(1, getattr(trainer.lightning_module, "steps_a_call", 1)),
+            steps=self.steps_a_call,
         )
 
     def val_dataloader(self) -> list[Batches]:

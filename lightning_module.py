@@ -173,6 +173,8 @@ class ImageClassifier(LightningModule):
             for group in optimizer.param_groups:
                 group.pop("param_names", None)  # else a callback could add no group without
             self._choose_steps(optimizer)
+            if (datamodule := getattr(self.trainer, "datamodule", None)) is not None:
+                datamodule.steps_a_call = max(1, self.steps_a_call)
             self._refuse_other_count()
             scheduler = self._scheduler(optimizer) if self.make_lr_scheduler else None
         except (TypeError, ValueError, ArithmeticError) as error:
