@@ -120,6 +120,7 @@ class ImageClassifier(LightningModule):
         self.compile_mode = compile
         self.cuda_graph = cuda_graph
         self.steps_a_call = 0  # one step, which Lightning makes
+        self.is_inside_call = False
         self.inside_epoch_by: int | None = None  # `steps_a_call` of a checkpoint that is
         self.log_steps = log_steps
         self.label_smoothing = label_smoothing
@@ -212,18 +213,23 @@ class ImageClassifier(LightningModule):
         if not is_asked and (self.cuda_graph is False or self.device.type != "cuda"):
             return
         settings = graphs.recordable(optimizer)
-        hindrance = graphs.why_not(self.trainer, self)
+        hindrance = graphs.why_not(self.trainer)
         if settings is None:
             hindrance = f"does not know how {type(optimizer).__name__} can be recorded"
         if self.compile_mode in ("reduce-overhead", "max-autotune"):
             hindrance = f"and model.compile {self.compile_mode} would both record"
+        if type(self) is not ImageClassifier:  # whose training step may be another
+            hindrance = f"is for ImageClassifier itself, and {type(self).__name__} is another class"
         if not is_asked:
             hindrance = hindrance or graphs.decides_on_cpu(self.network, self.transform)
+            hindrance = hindrance or graphs.unknown_callback(self.trainer)
         elif hindrance:
             raise MisconfigurationException(f"model.cuda_graph {hindrance}")
         if not hindrance:
             self.steps_a_call = graphs.steps_a_call(self.trainer)
-            self.recorded = graphs.RecordedStep(self._optimize, optimizer, settings or {})
+            self.recorded = graphs.RecordedStep(
+                self._optimize, optimizer, settings or {}, self.network
+            )
 
     def _refuse_other_count(self) -> None:
         """Refuse to resume inside an epoch whose batches are as many steps as they were not."""
@@ -251,8 +257,8 @@ class ImageClassifier(LightningModule):
             for key in ("total_steps", "base_lrs", "_schedule_phases"):  # the last is OneCycleLR's
                 state.pop(key, None)
         loops = checkpoint.get("loops", {}).get("fit_loop", {})
-        progress = loops.get("epoch_loop.batch_progress", {"is_last_batch": True})
-        if not progress["is_last_batch"] and progress["current"]["ready"]:
+        epochs = loops.get("epoch_progress", {"current": {"processed": 0, "started": 0}})["current"]
+        if epochs["processed"] < epochs["started"]:
             self.inside_epoch_by = checkpoint.get("steps_a_call", 1)
 
     def _steps_done(self) -> int:
@@ -299,7 +305,9 @@ class ImageClassifier(LightningModule):
         if self.compile_mode != "off":
             self.compiled_loss = torch.compile(self._loss, mode=self.compile_mode, dynamic=False)
         self.compiled_for = 0
-        self.sums = torch.zeros(3, device=self.device)  # of the steps of a call: see `_optimize`
+        self.sums = torch.zeros(
+            3, device=self.device, dtype=torch.float32
+        )  # of the steps of a call: see `_optimize`
 
     def on_train_start(self) -> None:
         """Begin an epoch, as Lightning does not say so where a run goes on in the middle of one."""
@@ -362,7 +370,11 @@ class ImageClassifier(LightningModule):
         Lightning, which believes this to be one step, makes no other, is told of the others, and
         sets the learning rates after the last.
         """
+        if self.trainer.accumulate_grad_batches > 1:  # by now
+            raise MisconfigurationException("a callback accumulates: set --model.cuda_graph false")
         self.sums.zero_()
+        self.recorded.follow()
+        self.is_inside_call = self.steps_a_call > 1
         loader = self.trainer.train_dataloader
         size = loader.step_size if isinstance(loader, Batches) else len(chunk.labels)
         batches = list(zip(*(torch.split(tensor, size) for tensor in chunk), strict=True))
@@ -370,6 +382,7 @@ class ImageClassifier(LightningModule):
             if number:
                 self._step_schedulers()
             self.recorded(*batch)
+        self.is_inside_call = False
         loop, more = self.trainer.fit_loop.epoch_loop, len(batches) - 1
         loop._batches_that_stepped += more  # the step of loggers
         for steps in vars(loop.automatic_optimization.optim_progress.optimizer.step).values():
@@ -457,6 +470,10 @@ class ImageClassifier(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep no ruined weights; keep what a plateau's schedule will be told after this."""
         self._refuse_ruin()
+        if self.is_inside_call:
+            raise MisconfigurationException(
+                "nothing is saved of some of the steps of a call: resume from an earlier checkpoint"
+            )
         checkpoint["steps_a_call"] = max(1, self.steps_a_call)
         trainer = self.trainer
         if trainer.state.status == "running" and trainer.is_last_batch:

@@ -64,6 +64,8 @@ class SaveConfig(SaveConfigCallback):
     """Saves the run's settings: in `config.yaml`, and in every checkpoint; there also the job of
     SLURM that it is."""
 
+    takes_many_steps = True
+
     def __init__(self, *args: Any, job: str | None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.job = job

@@ -23,6 +23,8 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 class Trace(Callback):
     """Times the steps of epoch 1, and traces those of epoch 2."""
 
+    takes_many_steps = True
+
     found: dict[str, Any]
 
     def __init__(self, path: str) -> None:

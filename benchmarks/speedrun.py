@@ -33,6 +33,8 @@ RECIPE = Path(__file__).parent.parent / "configs" / "fast94.yaml"
 class Clock(Callback):
     """Times whitening and epochs; makes the first steps, which compile and record, beforehand."""
 
+    takes_many_steps = True
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Time what the network makes of training images before it begins."""
         network: Any = pl_module.network
@@ -55,7 +57,8 @@ class Clock(Callback):
         batch = next(iter(trainer.train_dataloader))  # type: ignore[arg-type]
         size = trainer.train_dataloader.step_size  # type: ignore[union-attr]
         for _ in range(WARM_UP + 2):
-            module.recorded(*(tensor[:size] for tensor in batch))
+            with trainer.precision_plugin.train_step_context():
+                module.recorded(*(tensor[:size] for tensor in batch))
         module.load_state_dict(before)
         for state in trainer.optimizers[0].state.values():
             state["momentum_buffer"].zero_()

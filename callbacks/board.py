@@ -22,6 +22,8 @@ class Board(Callback):
     images, at the end of every epoch with its learning rate and the norm of each layer's weights.
     """
 
+    takes_many_steps = True
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the graph and the images of a run that begins."""
         self.on_train_epoch_start(trainer, pl_module)  # not called for the rest of an epoch

@@ -89,7 +89,7 @@ class History(Callback):
             mode = getattr(pl_module, "compile_mode", "off")
             if mode != "off" and trainer.is_global_zero:
                 seconds = self._seconds(trainer)
-                _say(f"compiled ({mode}): {seconds:.1f} s to the end of the first step")
+                _say(f"compiled ({mode}): {seconds:.1f} s to the end of the first steps")
 
     def _seconds(self, trainer: Trainer) -> float:
         """Return the seconds since the epoch began, when all that is asked of a GPU is done."""

@@ -61,6 +61,8 @@ class _Logits(Metric):
 class PredictionsKeeper(Callback):
     """Keeps the predictions of the last validation or test."""
 
+    takes_many_steps = True
+
     def __init__(self) -> None:
         self.kept = _Logits()
 

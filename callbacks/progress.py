@@ -21,6 +21,8 @@ class ImagesBar(TQDMProgressBar):
     def init_train_tqdm(self) -> Tqdm:
         """Return the bar of training, which counts images where Lightning's counts batches."""
         batch_size = getattr(self.trainer.train_dataloader, "batch_size", 1)
+        steps = getattr(self.trainer.lightning_module, "steps_a_call", 1)
+        self._refresh_rate = max(1, STEPS_A_REFRESH // max(1, steps))
         return Tqdm(
             desc=self.train_description,
             disable=self.is_disabled,

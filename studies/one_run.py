@@ -30,6 +30,8 @@ from terminal import errors_in_one_line, quieten
 class Reporter(Callback):
     """Tells the study of every epoch, and stops the run if the study says so."""
 
+    takes_many_steps = True
+
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
 

@@ -1,6 +1,7 @@
 """Many steps in one call of `training_step`: the same as single ones. On a CPU nothing is recorded,
 but the loop is the same; tests/test_gpu.py has the rest."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,17 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    StochasticWeightAveraging,
+)
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
 from torchvision.transforms import v2
 
 from cifar10.augment import AlternatingFlip, Normalize, RandomCrop
-from cuda_graph import STEPS_A_CALL, decides_on_cpu
+from cuda_graph import STEPS_A_CALL, decides_on_cpu, facts_of
 from datamodule import CIFAR10DataModule
 from lightning_module import Diverged, ImageClassifier
 from networks import ConvNet, DeepConvNet, SpeedrunNet, resnet18
@@ -129,6 +134,8 @@ def test_averages_of_weights_are_the_same(arrays: Path) -> None:
 
 def test_limits_count_steps(arrays: Path) -> None:
     assert fitted(arrays, classifier(True), limit_train_batches=7).global_step == 14
+    assert fitted(arrays, classifier(True), limit_train_batches=1).global_step == 2
+    assert fitted(arrays, classifier(True), overfit_batches=1).global_step == 2
     assert fitted(arrays, classifier(True), max_steps=11).global_step == 11
 
 
@@ -148,6 +155,8 @@ def sgd_of_ones_own(params: Any) -> torch.optim.Optimizer:
     [
         ({}, {"callbacks": [Between()]}, "leaves nothing for Between to do"),
         ({}, {"accumulate_grad_batches": 2}, "trainer.accumulate_grad_batches"),
+        ({}, {"callbacks": [StochasticWeightAveraging(1e-3)]}, "StochasticWeightAveraging"),
+        ({}, {"callbacks": [GradientAccumulationScheduler({1: 2})]}, "GradientAccumulationSched"),
         ({"compile": "reduce-overhead"}, {}, "model.compile reduce-overhead would both record"),
         ({"optimizer": sgd_of_ones_own}, {}, "how LBFGS can be recorded"),
     ],
@@ -201,10 +210,94 @@ def test_an_epoch_is_resumed_in_its_middle_or_refused(arrays: Path, tmp_path: Pa
     assert whole.steps_a_call == STEPS_A_CALL
 
 
+class SavesAfterValidation(Callback):
+    """Saves before the epoch is counted, as ModelCheckpoint does where not all epochs validate."""
+
+    takes_many_steps = True
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch == 0:
+            trainer.save_checkpoint(self.path)
+
+
+def test_a_checkpoint_after_validation_repeats_no_step(arrays: Path, tmp_path: Path) -> None:
+    path = tmp_path / "after.ckpt"
+    fitted(arrays, classifier(True), callbacks=[SavesAfterValidation(path)])
+    assert fitted(arrays, classifier(True), path).global_step == 80
+    with pytest.raises(MisconfigurationException, match="inside an epoch"):
+        fitted(arrays, classifier(False), path)
+
+
+class Interrupts(Callback):
+    """Fails in the middle of a call, and saves then."""
+
+    takes_many_steps = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        optimizer, self.steps = trainer.optimizers[0], 0
+        step = optimizer.step
+
+        def failing(*args: Any) -> Any:
+            self.steps += 1
+            if self.steps == 20:
+                raise KeyboardInterrupt
+            return step(*args)
+
+        optimizer.step = failing  # type: ignore[method-assign, assignment]
+
+    def on_exception(self, trainer: Trainer, *_args: Any) -> None:
+        trainer.save_checkpoint("half.ckpt")
+
+
+def test_nothing_is_saved_of_half_a_call(
+    arrays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MisconfigurationException, match="nothing is saved"):
+        fitted(arrays, classifier(True), callbacks=[Interrupts()])
+    assert not (tmp_path / "half.ckpt").exists()
+
+
 def test_networks_of_this_project_decide_nothing_on_the_cpu() -> None:
     for network in (ConvNet(), DeepConvNet(), SpeedrunNet(), resnet18()):
         assert not decides_on_cpu(network)
     assert "RandomHorizontalFlip" in decides_on_cpu(nn.Sequential(v2.RandomHorizontalFlip()))
+
+
+class Derived(ImageClassifier):
+    """May have a training step of its own."""
+
+
+def test_a_class_of_ones_own_keeps_its_step(arrays: Path) -> None:
+    with pytest.raises(MisconfigurationException, match="Derived is another class"):
+        fitted(arrays, Derived(ConvNet(), cuda_graph=True))
+
+
+def test_a_recording_is_of_this_network_as_it_is() -> None:
+    network = ConvNet()
+    optimizer = torch.optim.Adam(network.parameters())
+    network(torch.zeros(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    facts = facts_of(network, optimizer)
+    network(torch.zeros(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    assert facts_of(network, optimizer) == facts, "weights change in place"
+    changes: list[Any] = [
+        lambda: network.conv1.eval(),
+        lambda: network.conv2[0].weight.requires_grad_(False),
+        lambda: setattr(network.dense3, "weight", nn.Parameter(torch.zeros(10, 84))),
+        lambda: optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict())),
+        lambda: setattr(network.conv3[1], "momentum", 0.5),
+        lambda: network.register_forward_pre_hook(lambda *_: None),
+    ]
+    for change in changes:
+        change()
+        now = facts_of(network, optimizer)
+        assert now != facts
+        facts = now
 
 
 def test_on_a_cpu_lightning_makes_the_steps(arrays: Path) -> None:
