@@ -1,0 +1,191 @@
+"""Usual ways of training, which `python -m benchmarks` compares with this project.
+
+    python -m benchmarks.peers c FOLDER --epochs 3
+
+a  the report's loop, as courses teach it: PIL images, ToTensor, DataLoader, `.item()`
+b  the usual Lightning way: the same loader, `self.log` and a metric in each step
+c  a bare eager loop on tensors in memory
+d  the same with freed memory kept; on a GPU each step is compiled and one CUDA graph
+"""
+
+import argparse
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+from torchmetrics.classification import MulticlassAccuracy
+from torchvision import transforms
+from torchvision.datasets import CIFAR10
+
+from benchmarks.common import NETWORKS
+from cifar10 import archive
+from cifar10.batches import Batches, ImageSet, split
+from cuda_graph import RecordedStep
+from datamodule import EVAL_BATCH_SIZES
+from memory import keep_freed_memory
+
+BATCH_SIZE, LR = 128, 5e-4  # as in configs/base.yaml
+
+Loader = Iterable[Any]
+
+
+class Pictures(CIFAR10):  # type: ignore[misc]
+    """torchvision's data set, on images that are in memory already."""
+
+    def __init__(self, image_set: ImageSet) -> None:
+        images, labels, _ = image_set.batch(image_set.indices)
+        self.data = images.permute(0, 2, 3, 1).contiguous().numpy()
+        self.targets = labels.tolist()
+        self.transform = transforms.ToTensor()
+        self.target_transform = None
+
+
+def loop(args: argparse.Namespace, network: nn.Module, train: Loader, val: Loader) -> None:
+    """Train as (a), (c) or (d); after each epoch leave what any run does: checkpoint, curves, a
+    line."""
+    device, waits = args.device, args.way == "a"
+    has_graph = args.way == "d" and device == "cuda"
+    network.to(device)
+    optimizer = torch.optim.Adam(network.parameters(), lr=LR, fused=not waits)
+    sums = torch.zeros(2, device="cpu" if waits else device)  # of losses, of correct predictions
+
+    def loss_of(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = network(images / 255 if images.dtype == torch.uint8 else images)
+        return F.cross_entropy(logits, labels), (logits.argmax(1) == labels).sum()
+
+    best_loss = torch.compile(loss_of, dynamic=False) if has_graph else loss_of
+
+    def add_up(loss: Tensor, correct: Tensor, size: int) -> None:
+        sums[0] += loss.item() * size if waits else loss.detach() * size
+        sums[1] += correct.item() if waits else correct
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        is_whole = len(labels) == BATCH_SIZE  # the tail is not worth a compilation
+        loss, correct = (best_loss if is_whole else loss_of)(images, labels)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        add_up(loss, correct, len(labels))
+
+    train_step: Callable[..., None] = step
+    if has_graph:
+        train_step = RecordedStep(step, optimizer, {"capturable": True}, network)
+    (args.folder / "checkpoints").mkdir(parents=True)
+    writer = SummaryWriter(args.folder)
+    for epoch in range(args.epochs):
+        metrics = {}
+        for stage, loader in (("train", train), ("val", val)):
+            network.train(stage == "train")
+            sums.zero_()
+            seen = 0
+            for images, labels, *_ in loader:
+                images, labels = images.to(device), labels.to(device)
+                if stage == "train":
+                    train_step(images, labels)
+                else:
+                    with torch.no_grad():
+                        add_up(*loss_of(images, labels), len(labels))
+                seen += len(labels)
+            metrics[f"{stage}_loss"], metrics[f"{stage}_acc"] = (sums / seen).tolist()
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, epoch)
+        state = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
+        torch.save(state, args.folder / "checkpoints" / f"epoch_{epoch:02d}.ckpt")
+        print(f"epoch {epoch}", *(f"{key} {v:.4f}" for key, v in metrics.items()), flush=True)
+
+
+class LitClassifier(L.LightningModule):
+    """A LightningModule as most tutorials write it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.train_acc = MulticlassAccuracy(num_classes=10, average="micro")
+        self.val_acc = MulticlassAccuracy(num_classes=10, average="micro")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images [B, 3, 32, 32] to logits [B, 10]."""
+        return self.network(images / 255 if images.dtype == torch.uint8 else images)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        """Return the loss."""
+        images, labels, *_ = batch
+        logits = self(images)
+        loss = F.cross_entropy(logits, labels)
+        self.train_acc(logits, labels)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True)
+        self.log("train_acc", self.train_acc, on_step=False, on_epoch=True, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        """Log loss and accuracy."""
+        images, labels, *_ = batch
+        logits = self(images)
+        self.val_acc(logits, labels)
+        self.log("val_loss", F.cross_entropy(logits, labels), prog_bar=True)
+        self.log("val_acc", self.val_acc, on_step=False, on_epoch=True, prog_bar=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return the optimizer."""
+        return torch.optim.Adam(self.parameters(), lr=LR)
+
+
+def lightning(args: argparse.Namespace, network: nn.Module, train: Loader, val: Loader) -> None:
+    """Train as (b)."""
+    checkpoint = ModelCheckpoint(args.folder / "checkpoints", "epoch_{epoch:02d}", save_top_k=-1)
+    trainer = L.Trainer(
+        accelerator=args.device,
+        devices=1,
+        max_epochs=args.epochs,
+        logger=TensorBoardLogger(args.folder, "", ""),
+        callbacks=[checkpoint],
+        enable_progress_bar=args.network != "Tiny",
+    )
+    trainer.fit(LitClassifier(network), train, val)
+
+
+def main() -> None:
+    """Train until the epochs are done, or the process is stopped."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("way", choices="abcd")
+    parser.add_argument("folder", type=Path, help="receives checkpoints and curves")
+    parser.add_argument("--root", default="data", help="folder of the images")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--network", choices=NETWORKS, default="ConvNet")
+    parser.add_argument("--epochs", type=int, default=1_000_000)
+    parser.add_argument("--val_size", type=int, default=10_000)
+    parser.add_argument("--verify", default="true", help="false: images that are not CIFAR-10's")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    if args.way == "d":
+        keep_freed_memory()
+    data = archive.load(args.root, verify=args.verify == "true")
+    train_set, val_set = (
+        ImageSet(data.train_images, data.train_labels.long(), indices)
+        for indices in split(len(data.train_labels), args.val_size, seed=0)
+    )
+    loaders: list[Loader]
+    if args.way in "cd" or args.network == "Tiny":  # then no loader is to be measured
+        train_set, val_set = train_set.to(args.device), val_set.to(args.device)
+        loaders = [Batches(train_set, BATCH_SIZE, order=lambda: torch.randperm(len(train_set)))]
+        loaders += [Batches(val_set, EVAL_BATCH_SIZES[args.device])]
+    else:
+        options: dict[str, Any] = {"batch_size": BATCH_SIZE}
+        if args.way == "b" and (os.cpu_count() or 1) >= 12:  # with two cores workers slow it down
+            options |= {"num_workers": 8, "persistent_workers": True}
+        loaders = [DataLoader(Pictures(train_set), shuffle=True, **options)]
+        loaders += [DataLoader(Pictures(val_set), **options)]
+    (lightning if args.way == "b" else loop)(args, NETWORKS[args.network](), *loaders)
+
+
+if __name__ == "__main__":
+    main()
