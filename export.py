@@ -1,13 +1,13 @@
-"""The third door: a checkpoint leaves as a file that needs nothing of this project.
+"""Export a checkpoint as a file that needs nothing of this project.
 
     python export.py --ckpt_path X --format onnx --out model.onnx
     python export.py --ckpt_path X --format torch --out model.pt2       # a torch.export program
-    python export.py --ckpt_path X --format weights --out model.pth     # with a card, model.json
+    python export.py --ckpt_path X --format safetensors --out model.safetensors    # weights, card
     python export.py --ckpt_path X --format page --out page             # to try it in a browser
 
-The first two take pixels uint8 [B, 3, 32, 32] and return probabilities float32 [B, 10]: what the
-recipe does to pixels is inside. Each export is loaded again and compared with the checkpoint on
-1,000 test images before it is there; docs/export.md says how each is used.
+All but safetensors map pixels uint8 [B, 3, 32, 32] to probabilities float32 [B, 10]: normalisation,
+test-time augmentation and softmax are inside. Every export is loaded again and compared with the
+checkpoint on 1,000 test images before it is written; docs/export.md shows how to use each.
 """
 
 import contextlib
@@ -20,52 +20,51 @@ import sys
 import tarfile
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning
 import requests
 import torch
-import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import instantiate_module
 from torch import Tensor, nn
 
 from cifar10 import archive
-from cifar10.augment import Normalize, TestTimeAugmentation, Transform, average_over_views
-from datamodule import CIFAR10DataModule
+from cifar10.augment import average_over_views
 from lightning_module import ImageClassifier
-from runs import read_checkpoint, with_checkpoint_settings
-from terminal import KNOWN_ERRORS, OneLineParser, errors_in_one_line, quieten
+from runs import read_checkpoint, settings_of
+from terminal import ShortParser, innermost, quieten, short_errors
 
+Card = dict[str, Any]
 Predict = Callable[[Tensor], Tensor]
 
-NEEDS = ("onnx", "onnxscript", "onnxruntime")
+SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "safetensors": ".safetensors", "page": ""}
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 RUNTIME = "onnxruntime-web@1.30.0"
 RUNTIME_BYTES = 33_106_585
 RUNTIME_FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
 PAGE_FILES = {"index.html", "model.onnx", *RUNTIME_FILES}
 COMPARED = 1000  # test images
+EXAMPLE = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)  # of one image the batch would be fixed
+SHAPES = ({0: torch.export.Dim("batch", min=1)},)
 
 
 class Classifier(nn.Module):
-    """A network from pixels to probabilities."""
+    """A trained model from pixels to probabilities, as `predict` applies it."""
 
-    def __init__(self, network: nn.Module, transform: Transform, tta: TestTimeAugmentation) -> None:
+    def __init__(self, model: ImageClassifier) -> None:
         super().__init__()
-        self.network = network
-        self.transform = transform
-        self.tta = tta
+        self.model = model
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor) -> Tensor:
         """Map pixels uint8 [B, 3, 32, 32] to probabilities float32 [B, 10]."""
-        # Indices matter to augmentation only, which evaluation leaves out.
-        images = self.transform(images, images)
-        return average_over_views(self.network, images, self.tta).softmax(dim=1)
+        return average_over_views(self.model, pixels / 255, self.model.tta).softmax(dim=1)
 
 
-def load(path: str, root: str | None) -> tuple[Classifier, dict[str, Any], Tensor]:
+def load(path: str, root: str | None) -> tuple[Classifier, Card, Tensor]:
     """Return the classifier of a checkpoint, its card, and test images uint8 [N, 3, 32, 32].
 
     Args:
@@ -73,103 +72,94 @@ def load(path: str, root: str | None) -> tuple[Classifier, dict[str, Any], Tenso
         root: The folder of the images, if not the checkpoint's.
 
     Raises:
-        MisconfigurationException: No such checkpoint, or not one of this laboratory.
-        CIFAR10Error: The images cannot be had.
+        MisconfigurationException: No such checkpoint, or its network can't be built.
+        CIFAR10Error: The images can't be had.
     """
     checkpoint = read_checkpoint(path)
-    options: dict[str, Any] = {
-        "map_location": "cpu",
-        "weights_only": True,
-        "_instantiator": "lightning.pytorch.cli.instantiate_module",  # whatever the file says
-    }
-    said = io.StringIO()  # by jsonargparse, many lines
     try:
-        with contextlib.redirect_stderr(said):
-            restored = with_checkpoint_settings(["test", "--ckpt_path", path], ["test"])[2]
-            root = root or yaml.safe_load(restored)["data"].get("root", "data")
-            model = ImageClassifier.load_from_checkpoint(path, **options)
-            data = CIFAR10DataModule.load_from_checkpoint(path, **options, root=root)
-        settings = checkpoint["hyper_parameters"]["network"]
-        # A checkpoint of weights only has no callbacks.
-        rows = checkpoint.get("callbacks", {}).get("History", {}).get("rows", [])
-    except (SystemExit, Exception) as error:  # settings can be wrong in any way
-        reason = " ".join(f"{said.getvalue() or error}".split())
-        raise MisconfigurationException(
-            f"{path} does not say how to build its network: {reason}"
-        ) from error
-    images = archive.load(
-        data.root, download=data.download, sources=data.sources, verify=data.verify
-    ).test_images
-    chosen = [row for row in rows if row["epoch"] == checkpoint["epoch"]]
+        # What builds the model is said here, whatever the file says.
+        builder = "lightning.pytorch.cli.instantiate_module"
+        model = ImageClassifier.load_from_checkpoint(path, _instantiator=builder)
+    except ArgumentError as error:
+        reason = " ".join(str(innermost(error)).split())
+        raise MisconfigurationException(f"{path}: can't build its network: {reason}") from error
+    settings = settings_of(checkpoint)
+    data = settings["data"] | ({"root": root} if root else {})
+    data = {key: data[key] for key in ("root", "download", "sources", "verify") if key in data}
+    unchanged = torch.zeros(3), torch.ones(3)
+    mean, std = (model.mean, model.std) if model.is_normalizing else unchanged
+    rows = checkpoint.get("callbacks", {}).get("History", {}).get("rows", [])  # none: weights only
+    metrics = {row["epoch"]: row for row in rows}.get(checkpoint["epoch"], {})
     card = {
-        "network": settings,
+        "network": settings["model"]["network"],
         "classes": archive.CLASSES,
         "input": "float32 [B, 3, 32, 32], RGB: pixels / 255, then (x - mean) / std per channel",
-        **_normalisation(data.augment),
+        "mean": mean.flatten().tolist(),
+        "std": std.flatten().tolist(),
         "output": "logits [B, 10]; softmax makes probabilities of them",
         "test_time_augmentation": model.tta,
-        "recipe": checkpoint.get("run", {}).get("name"),
+        "recipe": settings.get("name"),
         "epoch": checkpoint["epoch"],
-        **{key: row[key] for row in chosen for key in ("val/acc", "val/loss") if key in row},
+        **{key: metrics[key] for key in ("val/acc", "val/loss") if key in metrics},
         "versions": {"torch": torch.__version__, "lightning": lightning.__version__},
     }
-    classifier = Classifier(model.network, Transform(data.augment), model.tta)
-    return classifier.eval(), card, images
-
-
-def _normalisation(steps: Any) -> dict[str, list[float]]:
-    """Return the mean and the standard deviation that all normalising steps together come to."""
-    mean, std = torch.zeros(3), torch.ones(3)
-    for step in steps:
-        if isinstance(step, Normalize):
-            mean, std = mean + std * step.mean.view(-1), std * step.std.view(-1)
-    return {"mean": mean.tolist(), "std": std.tolist()}
+    return Classifier(model).eval(), card, archive.load(**data).test_images
 
 
 # ------------------------------------------------------------------------------------- formats
 
 
-def export_onnx(classifier: Classifier, card: dict[str, Any], file: Path) -> Predict:
-    """Write an ONNX model, and return what ONNX Runtime makes of it."""
-    import onnxruntime
+def export_onnx(classifier: Classifier, card: Card) -> tuple[bytes, Predict]:
+    """Return an ONNX model, and its predictions by ONNX Runtime."""
+    import onnxruntime  # an optional dependency
 
     program = torch.onnx.export(
-        classifier, (_example(),), dynamo=True, verbose=False, external_data=False,
-        input_names=["images"], output_names=["probabilities"], dynamic_shapes=_dynamic(),
+        classifier, (EXAMPLE,), dynamo=True, verbose=False, external_data=False,
+        input_names=["images"], output_names=["probabilities"], dynamic_shapes=SHAPES,
     )  # fmt: skip
     assert program is not None
-    keys = {"classes", "recipe", "epoch", "val/acc"} & card.keys()
-    program.model.metadata_props.update({key: json.dumps(card[key]) for key in sorted(keys)})
-    program.save(file)
-    session = onnxruntime.InferenceSession(file.read_bytes(), providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    keys = [key for key in ("classes", "recipe", "epoch", "val/acc") if key in card]
+    program.model.metadata_props.update({key: json.dumps(card[key]) for key in keys})
+    content = program.model_proto.SerializeToString()
+    run = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"]).run
+    return content, lambda pixels: torch.from_numpy(run(None, {"images": pixels.numpy()})[0])
 
 
-def export_torch(classifier: Classifier, card: dict[str, Any], file: Path) -> Predict:
-    """Write a `torch.export` program, and return it loaded again."""
-    program = torch.export.export(classifier, (_example(),), dynamic_shapes=_dynamic())
+def export_torch(classifier: Classifier, card: Card) -> tuple[bytes, Predict]:
+    """Return a `torch.export` program, and its predictions after loading."""
+    program = torch.export.export(classifier, (EXAMPLE,), dynamic_shapes=SHAPES)
+    file = io.BytesIO()
     torch.export.save(program, file, extra_files={"card.json": json.dumps(card)})
-    return torch.export.load(file).module()
+    return file.getvalue(), torch.export.load(io.BytesIO(file.getvalue())).module()
 
 
-def export_weights(classifier: Classifier, card: dict[str, Any], file: Path) -> Predict:
-    """Write the network's weights and, in JSON beside them, how to use them; return a network built
-    from the two."""
-    torch.save(classifier.network.state_dict(), file)
-    file.with_suffix(".json").write_text(json.dumps(card, indent=2) + "\n")
-    said = json.loads(file.with_suffix(".json").read_text())
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("network", type=nn.Module)
-    network = parser.instantiate(parser.parse_object({"network": said["network"]})).network
-    network.load_state_dict(torch.load(file, weights_only=True))
-    normalise, tta = Normalize(said["mean"], said["std"]), said["test_time_augmentation"]
-    network.eval()
-    return lambda images: average_over_views(network, normalise(images / 255), tta).softmax(dim=1)
+def export_safetensors(classifier: Classifier, card: Card) -> tuple[bytes, Predict]:
+    """Return the network's weights with the card as metadata, and the predictions of a network that
+    is built from these alone."""
+    from safetensors.torch import load, save
+
+    weights = classifier.model.network.state_dict()
+    weights = {key: value.clone().contiguous() for key, value in weights.items()}  # tied ones twice
+    content = save(weights, {"card": json.dumps(card)})
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    read = json.loads(header["__metadata__"]["card"])
+    arguments = {"network": read["network"], "tta": read["test_time_augmentation"]}
+    arguments["normalize"] = {key: read[key] for key in ("mean", "std")}
+    model = instantiate_module(ImageClassifier, arguments)
+    model.network.load_state_dict(load(content))
+    return content, Classifier(model).eval()
 
 
-def export_page(classifier: Classifier, card: dict[str, Any], folder: Path) -> Predict:
-    """Write a folder with a page, the ONNX model, and what runs it in a browser, from npm."""
-    folder.mkdir()
+FORMATS = {
+    "onnx": export_onnx,
+    "torch": export_torch,
+    "safetensors": export_safetensors,
+    "page": export_onnx,
+}
+
+
+def page_files(model: bytes, card: Card) -> dict[str, bytes]:
+    """Return the files of a page: HTML, an ONNX model, and from npm what runs it in a browser."""
     with tempfile.TemporaryDirectory() as scratch:
         try:
             package = archive.npm_pack(RUNTIME, Path(scratch), total=RUNTIME_BYTES)
@@ -178,32 +168,13 @@ def export_page(classifier: Classifier, card: dict[str, Any], folder: Path) -> P
                 f"--format page needs {RUNTIME} from npm, but {str(error) or 'it sent nothing'}: "
                 "install npm, or see that it reaches its registry"
             ) from error
-        with tarfile.open(package) as files:
-            for name in RUNTIME_FILES:
-                content = files.extractfile(f"package/dist/{name}")
-                assert content is not None
-                (folder / name).write_bytes(content.read())
+        with tarfile.open(package) as tar:
+            members = {name: tar.extractfile(f"package/dist/{name}") for name in RUNTIME_FILES}
+            files = {name: member.read() for name, member in members.items() if member}
     said = json.dumps({key: card[key] for key in ("classes", "recipe", "epoch")})
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     page = page.replace("CARD", said.replace("<", "\\u003c"))
-    (folder / "index.html").write_text(page, encoding="utf-8")
-    return export_onnx(classifier, card, folder / "model.onnx")
-
-
-FORMATS = {
-    "onnx": export_onnx,
-    "torch": export_torch,
-    "weights": export_weights,
-    "page": export_page,
-}
-
-
-def _example() -> Tensor:
-    return torch.zeros(2, 3, 32, 32, dtype=torch.uint8)  # of one image the batch would be fixed
-
-
-def _dynamic() -> tuple[dict[int, Any]]:
-    return ({0: torch.export.Dim("batch", min=1)},)
+    return {"index.html": page.encode(), "model.onnx": model, **files}
 
 
 # ----------------------------------------------------------------------------------- the command
@@ -226,100 +197,100 @@ def compare(expected: Predict, found: Predict, images: Tensor) -> float:
         raise MisconfigurationException(
             f"the export names another class for {wrong} of {len(images)} images: it is not kept"
         )
-    if not difference < 1e-3:  # as it is where the network says no numbers
+    if not difference < 1e-3:  # NaN included
         raise MisconfigurationException(
             f"the export's probabilities differ by {difference:.1e}: it is not kept"
         )
     return difference
 
 
-def _check_packages(format_: str) -> None:
-    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
+def _check(format_: str, out: Path, overwrite: bool) -> None:
+    """Refuse a format or an output before any work; never let a file of a run be overwritten, none
+    of which has the suffix of an export."""
+    if format_ not in FORMATS:
+        raise MisconfigurationException(
+            f"--format {format_}: expected onnx, torch, safetensors (for weights) or page"
+        )
+    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if format_ in ("onnx", "page") and missing:
         raise MisconfigurationException(
             f"--format {format_} needs {', '.join(missing)}: pip install -e '.[export]'"
         )
-
-
-def _check_out(out: Path, options: Namespace) -> None:
-    """Refuse to write over what is no earlier export."""
-    checkpoint = Path(options.ckpt_path).resolve()
-    if out.name in ("", ".."):
-        raise MisconfigurationException(f"--out {out}: name a new file, or of a page a folder")
-    if options.format == "page":
-        there = {path.name for path in out.iterdir()} if out.is_dir() else set()
-        if (out.exists() and not out.is_dir()) or there not in (set(), PAGE_FILES):
-            raise MisconfigurationException(f"--out {out} holds other things: name a new folder")
+    suffix, is_page = SUFFIXES[format_], format_ == "page"
+    if out.name in ("", "..") or (suffix and out.suffix != suffix):
+        expected = "a new folder" if is_page else f"a file that ends in {suffix}"
+        raise MisconfigurationException(f"--out {out}: name {expected}")
+    if not out.exists():
         return
-    if options.format == "torch" and out.suffix != ".pt2":
-        raise MisconfigurationException(f"--out {out}: PyTorch wants a name that ends in .pt2")
-    if options.format == "weights" and out.suffix == ".json":
-        raise MisconfigurationException(f"--out {out}: the weights' card will be the .json file")
-    for file in [out] + [out.with_suffix(".json")] * (options.format == "weights"):
-        if file.exists() and not file.is_file():
-            raise MisconfigurationException(f"--out {file} is no file: name a new one")
-        is_the_runs = file.suffix == ".ckpt" or (
-            checkpoint.parent.name == "checkpoints"
-            and checkpoint.parents[1] in file.resolve().parents
-            and file.suffix not in (".onnx", ".pt2")  # which are earlier exports
-        )
-        if file.exists() and (is_the_runs or file.resolve() == checkpoint):
-            raise MisconfigurationException(f"--out {file} is a file of the run: name a new one")
-        if file != out and file.exists() and '"network"' not in file.read_text(errors="replace"):
-            raise MisconfigurationException(f"--out {file} is no card of weights: name a new file")
+    is_page_folder = out.is_dir() and {path.name for path in out.iterdir()} <= PAGE_FILES
+    if not (is_page_folder if is_page else out.is_file()):
+        raise MisconfigurationException(f"--out {out} is no earlier export: name a new one")
+    if not overwrite:
+        raise MisconfigurationException(f"--out {out} exists: add --overwrite to replace it")
 
 
-def _write(options: Namespace, classifier: Classifier, card: dict[str, Any], file: Path) -> Predict:
-    """Write a scratch file of the format, without what PyTorch says meanwhile.
-
-    Raises:
-        MisconfigurationException: The network has code that the format cannot hold.
-    """
-    noise = io.StringIO()
+@contextlib.contextmanager
+def _exporting(format_: str, network: nn.Module) -> Iterator[None]:
+    """Turn what an exporter can't do into one line, and keep its progress off the terminal."""
     logging.getLogger("torch").setLevel(logging.CRITICAL)
+    noise = io.StringIO()
     try:
         with contextlib.redirect_stderr(noise), contextlib.redirect_stdout(noise):
-            predict = FORMATS[options.format](classifier, card, file)
-            predict(torch.zeros(3, 3, 32, 32, dtype=torch.uint8))  # a batch unlike the example's
-    except KNOWN_ERRORS:
-        raise
-    except Exception as error:  # a network can be beyond a format in any way
+            yield
+    except Exception as error:  # an exporter fails with exceptions of any kind
         cause = error.__cause__ or error
         reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
         raise MisconfigurationException(
-            f"--format {options.format} cannot hold {type(classifier.network).__name__} ({reason})"
-            + (": --format weights can" if options.format != "weights" else "")
+            f"--format {format_} can't hold {type(network).__name__} ({reason})"
+            + (": --format safetensors can" if format_ != "safetensors" else "")
         ) from error
-    return predict
 
 
-def _main(args: list[str]) -> None:
-    parser = OneLineParser(prog="export.py", description="Export a checkpoint.")
+def write(out: Path, content: bytes | dict[str, bytes]) -> None:
+    """Write a file, or a folder of files, that is never seen half-written.
+
+    Raises:
+        MisconfigurationException: The folder can't be written to, or the disk is full.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+            new = Path(scratch, "new")
+            if isinstance(content, bytes):
+                new.write_bytes(content)
+            else:
+                new.mkdir()
+                for name, part in content.items():
+                    (new / name).write_bytes(part)
+            if out.is_dir():  # a file is replaced in one go, a folder can't be
+                out.replace(Path(scratch, "earlier"))
+            new.replace(out)
+    except OSError as error:
+        raise MisconfigurationException(f"--out {out}: {error.strerror}") from error
+
+
+def export(args: list[str]) -> None:
+    """Export as the command line says."""
+    parser = ShortParser(prog="export.py", description="Export a checkpoint.")
     parser.add_argument("--ckpt_path", type=str, required=True, help="the checkpoint")
-    parser.add_argument("--format", type=Literal[tuple(FORMATS)], required=True)
-    parser.add_argument("--out", type=str, required=True, help="a file; of page a folder")
+    parser.add_argument("--format", type=str, required=True, help=" | ".join(FORMATS))
+    parser.add_argument("--out", type=str, required=True, help="a file; for a page a folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument("--data.root", type=str | None, default=None, help="the images' folder")
     options = parser.parse_args(args)
-    out = Path(options.out)
-    _check_packages(options.format)
-    _check_out(out, options)
+    out, format_ = Path(options.out), options.format
+    _check(format_, out, options.overwrite)
     classifier, card, images = load(options.ckpt_path, options.data.root)
-    # Folders that are not there yet are made when there is something to put into them.
-    near = next(folder for folder in out.absolute().parents if folder.is_dir())
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=near) as scratch:
-        new = Path(scratch, "new")
-        new.mkdir()
-        predict = _write(options, classifier, card, new / out.name)
-        difference = compare(classifier, predict, images[:COMPARED])
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.is_dir():
-            out.replace(Path(scratch, "earlier"))
-        for part in sorted(new.iterdir(), reverse=True):
-            part.replace(out.with_name(part.name))
-    count = min(COMPARED, len(images))
-    print(f"the same classes for {count} test images, probabilities within {difference:.1e}")
+    classifier(EXAMPLE)  # a bug in the network's code shows its traceback here
+    with _exporting(format_, classifier.model.network):
+        exported, predict = FORMATS[format_](classifier, card)
+        predict(torch.zeros(3, 3, 32, 32, dtype=torch.uint8))  # a batch of another size
+    images = images[:COMPARED]
+    difference = compare(classifier, predict, images)
+    write(out, page_files(exported, card) if format_ == "page" else exported)
+    print(f"the same classes for {len(images)} test images, probabilities within {difference:.1e}")
     print(f"written to {out}")
-    if options.format == "page":
+    if format_ == "page":
         server = f"python -m http.server --directory {shlex.quote(str(out))}"
         print(f"view    {server}    then http://localhost:8000")
 
@@ -328,8 +299,8 @@ def main(args: list[str] | None = None) -> None:
     """Run the command line; a user's mistake gives one line and an exit code that is not 0."""
     quieten()
     warnings.filterwarnings("ignore", module="torch")
-    with errors_in_one_line():
-        _main(sys.argv[1:] if args is None else args)
+    with short_errors():
+        export(sys.argv[1:] if args is None else args)
 
 
 if __name__ == "__main__":

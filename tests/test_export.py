@@ -1,4 +1,4 @@
-"""What leaves the laboratory: the same predictions, in a file that needs nothing of it."""
+"""Exports: the same predictions, in a file that needs nothing of this project."""
 
 import json
 import os
@@ -8,18 +8,27 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import export
+import train
 from cifar10 import archive
 from cifar10.augment import average_over_views
+from cifar10.pictures import read_picture
+from datamodule import CIFAR10DataModule
+from lightning_module import ImageClassifier
 from networks import ConvNet
+from tests.conftest import tar
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = Path("runs/normalised/version_0/checkpoints/epoch_01.ckpt")
@@ -54,12 +63,10 @@ class Tiny(nn.Module):
 @pytest.fixture(scope="session")
 def trained(arrays: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with runs of two recipes."""
-    import train
-
     folder = tmp_path_factory.mktemp("trained")
     (folder / "normalised.yaml").write_text(
+        "model:\n  normalize: cifar10\n"
         "data:\n  augment:\n    - class_path: cifar10.augment.RandomFlip\n"
-        "    - class_path: cifar10.augment.Normalize\n"
     )
     base = ["fit", "--config", str(ROOT / "configs" / "base.yaml")]
     small = ["--data.root", str(arrays), "--data.verify", "false", "--data.val_size", "200",
@@ -87,9 +94,9 @@ def out(
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
 
-    def out(format_: str, file: str, checkpoint: Path = CHECKPOINT) -> str:
+    def out(format_: str, file: str, checkpoint: Path = CHECKPOINT, *more: str) -> str:
         capsys.readouterr()
-        export.main(["--ckpt_path", str(checkpoint), "--format", format_, "--out", file])
+        export.main(["--ckpt_path", str(checkpoint), "--format", format_, "--out", file, *more])
         return capsys.readouterr().out
 
     return out
@@ -112,24 +119,55 @@ def expected(images: Tensor) -> Tensor:
 
 def as_documented(file: str, folder: Path, *more: Path) -> None:
     """Run the lines of docs/export.md that use a file, where nothing of this project is but what
-    is copied there; expect the class and probabilities of the checkpoint."""
-    text = (ROOT / "docs" / "export.md").read_text()
-    (code,) = [c for c in re.findall(r"```python\n(.*?)```", text, re.S) if f'"{file}"' in c]
+    is copied there. Expect the class and probabilities of `predict`, for a photo that a lossy
+    camera took of 4:3, turned on its side."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.S)
+    (code,) = [block for block in blocks if f'"{file}"' in block]
     code += "import sys; numpy.save('p.npy', numpy.asarray(probabilities.tolist()))\n"
     code += f"assert {str(ROOT)!r} not in sys.path\n"
     away = folder / "away"
     away.mkdir()
-    for path in (*folder.glob("model.*"), *more):
+    for path in (Path(file), *more):
         (shutil.copytree if path.is_dir() else shutil.copy)(path, away / path.name)
-    image = some(1)
-    Image.fromarray(image[0].permute(1, 2, 0).numpy()).save(away / "photo.png")
+    (away / "picture.py").write_text(blocks[0])
+    photo = some(1)[0].permute(1, 2, 0).numpy()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    Image.fromarray(photo).resize((640, 480)).save(away / "photo.jpg", exif=exif)
     ran = subprocess.run(
         [sys.executable, "-c", code], cwd=away, check=True, timeout=100, text=True,
         stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": ""},
     )  # fmt: skip
     found = torch.from_numpy(np.load(away / "p.npy")).float()
-    assert torch.allclose(found, expected(image), atol=1e-5)
-    assert ran.stdout.strip() == archive.CLASSES[int(expected(image).argmax())]
+    assert torch.allclose(found, expected(read_picture(away / "photo.jpg")[None]), atol=1e-5)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    data = CIFAR10DataModule(images=str(away / "photo.jpg"))
+    predictions: Any = trainer.predict(ImageClassifier.load_from_checkpoint(CHECKPOINT), data)
+    (predicted,) = predictions
+    assert torch.allclose(found, predicted, atol=1e-5)
+    assert ran.stdout.strip() == archive.CLASSES[int(predicted.argmax())]
+
+
+def test_the_documented_lines_read_a_picture_as_predict_does(tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.S)
+    documented: dict[str, Any] = {}
+    exec(blocks[0], documented)
+    upright = Image.fromarray(some(1)[0].permute(1, 2, 0).numpy()).resize((400, 300))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright.save(tmp_path / "turned.jpg", exif=exif)
+    upright.save(tmp_path / "rgb.png")
+    upright.convert("L").save(tmp_path / "grey.png")
+    upright.convert("P").save(tmp_path / "palette.png")
+    upright.convert("CMYK").save(tmp_path / "print.jpg")
+    upright.putalpha(upright.convert("L"))
+    upright.save(tmp_path / "transparent.png")
+    for path in tmp_path.iterdir():
+        found = documented["read_picture"](str(path))
+        assert found.dtype == np.uint8
+        assert np.array_equal(found, read_picture(path)[None].numpy()), path.name
+        squashed = Image.open(path).convert("RGB").resize((32, 32))
+        assert not np.array_equal(found[0].transpose(1, 2, 0), np.asarray(squashed))
 
 
 def test_onnx_says_the_same_for_every_size_of_batch(out: Out, tmp_path: Path) -> None:
@@ -157,17 +195,21 @@ def test_a_torch_program_needs_nothing_of_this_project(out: Out, tmp_path: Path)
     as_documented("model.pt2", tmp_path)
 
 
+def card_of(file: str) -> dict[str, Any]:
+    with safe_open(file, "pt") as weights:
+        return json.loads(weights.metadata()["card"])
+
+
 def test_weights_come_with_a_card_that_says_how_to_use_them(out: Out, tmp_path: Path) -> None:
-    out("weights", "model.pth")
-    out("weights", "model.pth")  # replaces the first
-    card = json.loads(Path("model.json").read_text())
+    out("safetensors", "model.safetensors")
+    card = card_of("model.safetensors")
     assert card["network"]["class_path"] == "networks.ConvNet"
     assert card["mean"] == pytest.approx(MEAN)
     assert card["std"] == pytest.approx(STD)
     assert card["classes"] == list(archive.CLASSES)
     assert (card["recipe"], card["epoch"]) == ("normalised", 1)
     assert 0 < card["val/acc"] <= 1
-    as_documented("model.pth", tmp_path, ROOT / "networks")
+    as_documented("model.safetensors", tmp_path, ROOT / "networks")
 
 
 def test_a_checkpoint_of_weights_only_is_exported(out: Out) -> None:
@@ -175,21 +217,54 @@ def test_a_checkpoint_of_weights_only_is_exported(out: Out) -> None:
     for key in ("callbacks", "optimizer_states", "lr_schedulers", "loops"):
         del checkpoint[key]
     torch.save(checkpoint, "weights.ckpt")
-    for _ in range(2):  # the second time it replaces the first
-        out("weights", "model.pth", Path("weights.ckpt"))
-    assert "val/acc" not in json.loads(Path("model.json").read_text())
+    out("safetensors", "model.safetensors", Path("weights.ckpt"))
+    assert "val/acc" not in card_of("model.safetensors")
+
+
+def test_an_earlier_export_is_replaced_only_with_overwrite(out: Out) -> None:
+    tiny = Path("runs/tiny/version_0/checkpoints/last.ckpt")
+    for file in ("m.safetensors", "runs/tiny/version_0/m.safetensors"):
+        out("safetensors", file)
+        with pytest.raises(SystemExit, match=f"error: --out {file} exists: add --overwrite"):
+            out("safetensors", file, tiny)
+        assert card_of(file)["recipe"] == "normalised"
+        out("safetensors", file, tiny, "--overwrite")
+        assert card_of(file)["recipe"] == "tiny"
+
+
+def test_a_page_is_replaced_as_a_whole(out: Out, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {f"package/dist/{name}": b"code" for name in export.RUNTIME_FILES}
+
+    def npm_pack(_: str, folder: Path, **__: object) -> Path:
+        (folder / "package.tgz").write_bytes(tar(files))
+        return folder / "package.tgz"
+
+    monkeypatch.setattr(archive, "npm_pack", npm_pack)
+    monkeypatch.setitem(export.FORMATS, "page", lambda classifier, _: (b"model", classifier))
+    out("page", "page")
+    assert {path.name for path in Path("page").iterdir()} == export.PAGE_FILES
+    Path("page/index.html").write_text("old")
+    with pytest.raises(SystemExit, match="error: --out page exists: add --overwrite"):
+        out("page", "page")
+    out("page", "page", CHECKPOINT, "--overwrite")
+    assert '"recipe": "normalised"' in Path("page/index.html").read_text()
+    before = sorted(Path().rglob("*"))
+    monkeypatch.setattr(export, "RUNTIME_FILES", ("missing.mjs",))
+    with pytest.raises(KeyError):
+        out("page", "page", CHECKPOINT, "--overwrite")
+    assert sorted(Path().rglob("*")) == before
 
 
 def test_a_network_of_ones_own_is_exported(out: Out) -> None:
     tiny = Path("runs/tiny/version_0/checkpoints/last.ckpt")
     assert "the same classes" in out("onnx", "tiny.onnx", tiny)
-    out("weights", "tiny.pth", tiny)
-    card = json.loads(Path("tiny.json").read_text())
+    out("safetensors", "tiny.safetensors", tiny)
+    card = card_of("tiny.safetensors")
     assert card["network"]["init_args"] == {"width": 5}
     assert (card["mean"], card["std"]) == ([0, 0, 0], [1, 1, 1])
     # Its recipe averages over views, and so does what was exported; weights are of one view.
     network, images = Tiny(5).eval(), some(3)
-    network.load_state_dict(torch.load("tiny.pth", weights_only=True))
+    network.load_state_dict(load_file("tiny.safetensors"))
     with torch.no_grad():
         logits = average_over_views(network, images / 255, card["test_time_augmentation"])
     (found,) = onnxruntime.InferenceSession("tiny.onnx").run(None, {"images": images.numpy()})
@@ -208,9 +283,9 @@ def test_an_export_that_differs_is_not_kept(out: Out, monkeypatch: pytest.Monkey
         return 0.9 * expected(images) + 0.01
 
     for wrong, message in ((one_class, "names another class for"), (less_sure, "differ by")):
-        monkeypatch.setitem(export.FORMATS, "onnx", lambda *_, wrong=wrong: wrong)
+        monkeypatch.setitem(export.FORMATS, "onnx", lambda *_, wrong=wrong: (b"", wrong))
         with pytest.raises(SystemExit, match=f"error: the export.* {message}"):
-            out("onnx", "model.onnx")
+            out("onnx", "model.onnx", CHECKPOINT, "--overwrite")
     assert sorted(Path().iterdir()) == before
     assert Path("model.onnx").read_text() == "an earlier one"
 
@@ -231,26 +306,48 @@ def test_what_a_format_cannot_hold_is_refused_in_one_line(out: Out) -> None:
               "out_features": 10}}  # fmt: skip
     settings = {"class_path": "tests.test_export.Branching", "init_args": {"layer": linear}}
     branching = changed("branching.ckpt", Branching(layer), **settings)
-    out("weights", "model.pth", branching)  # a network that is made of another
+    out("safetensors", "model.safetensors", branching)  # a network that is made of another
     for format_, file in (("onnx", "new/model.onnx"), ("torch", "new/model.pt2")):
         with pytest.raises(SystemExit) as stopped:
             out(format_, file, branching)
         message = str(stopped.value.code)
-        assert message.startswith(f"error: --format {format_} cannot hold Branching (")
-        assert message.endswith("): --format weights can")
+        assert message.startswith(f"error: --format {format_} can't hold Branching (")
+        assert message.endswith("): --format safetensors can")
         assert len(message.splitlines()) == 1
     nn.init.constant_(layer.bias, float("nan"))
     diverged = changed("diverged.ckpt", Branching(layer), **settings)
     with pytest.raises(SystemExit, match="error: the export's probabilities differ by nan"):
-        out("weights", "new/model.pth", diverged)
+        out("safetensors", "new/model.safetensors", diverged)
     assert not Path("new").exists()
+
+
+class Buggy(nn.Module):
+    """A network whose author made a mistake, which shows after training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3072, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.layer.bias[0] == 7:
+            raise KeyError("a bug")
+        return self.layer(images.flatten(1))
+
+
+def test_a_bug_in_the_network_shows_its_traceback(out: Out) -> None:
+    network = Buggy()
+    nn.init.constant_(network.layer.bias, 7)
+    path = changed("buggy.ckpt", network, class_path="tests.test_export.Buggy")
+    for format_ in ("onnx", "safetensors"):
+        with pytest.raises(KeyError, match="a bug"):
+            out(format_, f"new.{format_}", path)
 
 
 def test_wrong_calls_are_refused_in_one_line_and_leave_nothing(
     out: Out, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Path("full").mkdir()
-    Path("full/letter.txt").write_text("dear")
+    Path("full.onnx").mkdir()
+    Path("full.onnx/letter.txt").write_text("dear")
     Path("link.ckpt").symlink_to(CHECKPOINT)
     Path("damaged.ckpt").write_bytes(CHECKPOINT.read_bytes()[:5000])
     hostile = torch.load(CHECKPOINT, weights_only=True)
@@ -259,7 +356,6 @@ def test_wrong_calls_are_refused_in_one_line_and_leave_nothing(
         "class_path": "subprocess.Popen", "init_args": {"args": ["touch", "hacked"]},
     }  # fmt: skip
     torch.save(hostile, "hostile.ckpt")
-    Path("notes.json").write_text("{}")
     Path("mine").mkdir()
     Path("mine/index.html").write_text("my own page")
 
@@ -268,9 +364,9 @@ def test_wrong_calls_are_refused_in_one_line_and_leave_nothing(
 
     before = files()
 
-    def refused(message: str, format_: str, file: str, checkpoint: Path = CHECKPOINT) -> None:
+    def refused(message: str, format_: str, file: str, *more: Any) -> None:
         with pytest.raises(SystemExit) as stopped:
-            out(format_, file, checkpoint)
+            out(format_, file, *more)
         code = stopped.value.code
         line = code if isinstance(code, str) else capsys.readouterr().err
         assert code
@@ -281,21 +377,25 @@ def test_wrong_calls_are_refused_in_one_line_and_leave_nothing(
 
     refused("no checkpoint nowhere.ckpt", "onnx", "m.onnx", Path("nowhere.ckpt"))
     refused("not a checkpoint", "onnx", "m.onnx", Path("damaged.ckpt"))
-    refused("does not say how to build its network", "onnx", "m.onnx", Path("hostile.ckpt"))
-    refused("full is no file", "onnx", "full")
-    refused("full holds other things", "page", "full")
-    refused("--out .: name a new", "page", ".")
-    refused("--out .: name a new", "weights", ".")
-    refused("is a file of the run", "onnx", str(CHECKPOINT))
-    refused("is a file of the run", "onnx", str(CHECKPOINT), Path("link.ckpt"))
-    refused("card will be the .json file", "weights", "m.json")
-    refused("ends in .pt2", "torch", "m.torch")
-    refused("notes.json is no card of weights", "weights", "notes.pth")
-    refused("is a file of the run", "weights", str(CHECKPOINT.parents[1] / "model.pth"))
-    refused("mine holds other things", "page", "mine")
-    refused("format", "keras", "m")
+    refused("can't build its network", "onnx", "m.onnx", Path("hostile.ckpt"))
+    refused("--out .: name a new folder", "page", ".")
+    refused("--out .: name a file that ends in .safetensors", "safetensors", ".")
+    refused("name a file that ends in .pt2", "torch", "m.torch")
+    refused("mine exists", "page", "mine")
+    refused("--format keras: expected onnx", "keras", "m")
+    refused("--format weights: expected onnx, torch, safetensors (for weights)", "weights", "m.pth")
+    run = CHECKPOINT.parents[1]
+    always = [CHECKPOINT, "--overwrite"]  # not even so
+    refused("full.onnx is no earlier export", "onnx", "full.onnx", *always)
+    refused("full.onnx is no earlier export", "page", "full.onnx", *always)
+    refused(f"{run} is no earlier export", "page", str(run), *always)
+    refused("config.yaml is no earlier export", "page", str(run / "config.yaml"), *always)
+    refused("name a file that ends in .onnx", "onnx", str(CHECKPOINT), *always)
+    refused("name a file that ends in .onnx", "onnx", str(CHECKPOINT), Path("link.ckpt"), always[1])
+    refused("name a file that ends in .onnx", "onnx", str(run / "model.pth"), *always)
+    refused("name a file that ends in .pt2", "torch", str(run / "model.pth"), *always)
     with monkeypatch.context() as patch:
-        patch.setattr(export, "NEEDS", ("onnx", "no_such_package"))
+        patch.setattr(export, "ONNX_PACKAGES", ("onnx", "no_such_package"))
         said = "needs no_such_package: pip install -e '.[export]'"
         refused(f"--format onnx {said}", "onnx", "m.onnx")
     monkeypatch.setattr(shutil, "which", lambda _: None)
