@@ -4,29 +4,21 @@ A small network's step is a hundred kernels of a few microseconds. Launched one 
 CPU busier than the GPU; a replay launches all of them at once.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import (
-    DeviceStatsMonitor,
-    EarlyStopping,
-    GradientAccumulationScheduler,
-    LearningRateMonitor,
-    ModelCheckpoint,
-    ModelSummary,
-    ProgressBar,
-    StochasticWeightAveraging,
-    Timer,
-    WeightAveraging,
-)
+from lightning.pytorch import Callback, Trainer, callbacks
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from cifar10.batches import Batch, Batches
+from overhead import LeanModule
 
 STEPS_A_CALL = 32  # of `training_step`: makes Lightning's bookkeeping small beside the steps
 WARM_UP = 3  # steps before the recording, in which libraries choose kernels and take memory
@@ -35,18 +27,184 @@ WARM_UP = 3  # steps before the recording, in which libraries choose kernels and
 # recording would keep for ever.
 PURE = ("torch.nn.", "torchvision.models.", "torchvision.ops.", "networks.", "cifar10.augment.")
 
-
 # Callbacks that change nothing in a step; others may, as pruning does.
 HARMLESS = (
-    DeviceStatsMonitor,
-    EarlyStopping,
-    LearningRateMonitor,
-    ModelCheckpoint,
-    ModelSummary,
-    ProgressBar,
-    Timer,
-    WeightAveraging,
+    callbacks.DeviceStatsMonitor,
+    callbacks.EarlyStopping,
+    callbacks.LearningRateMonitor,
+    callbacks.ModelCheckpoint,
+    callbacks.ModelSummary,
+    callbacks.ProgressBar,
+    callbacks.Timer,
+    callbacks.WeightAveraging,
 )
+ACCUMULATING = (callbacks.GradientAccumulationScheduler, callbacks.StochasticWeightAveraging)
+BETWEEN = (  # backward pass and update
+    "on_after_backward", "on_before_zero_grad", "on_before_backward", "on_before_optimizer_step",
+)  # fmt: skip
+
+
+class RecordableModule(LeanModule):
+    """A module whose `training_step` may make many optimizer steps in one call, each recorded.
+
+    Lightning takes a call for one step. It makes none itself (the overridden hooks), is told of the
+    others, and steps epoch schedules, saves and validates as ever. Subclasses have `step_loss`,
+    `network`, `augment` and `train_metrics`.
+
+    Args:
+        cuda_graph: `auto`: record on one GPU if every part of a step is known to allow it. True:
+            wherever nothing forbids it; what forbids it is an error. On a CPU the calls are the
+            same, without a recording.
+
+    """
+
+    step_loss: Callable[..., tuple[Tensor, Tensor]]
+    network: nn.Module
+    augment: nn.Module
+    train_metrics: Any
+    compile_mode: Any = "off"
+
+    def __init__(self, cuda_graph: bool | Literal["auto"] = "auto") -> None:
+        super().__init__()
+        self.cuda_graph = cuda_graph
+        self.steps_a_call = 0  # none: Lightning makes the steps
+        self.steps_inside_call = 0  # done in the present call
+        self.inside_epoch_by: tuple[int, int] | None = None  # of a checkpoint made in an epoch
+
+    def choose_steps(self, optimizer: Optimizer) -> None:
+        """Decide who makes the steps: Lightning, one by one, or `many_steps`."""
+        self.steps_a_call = 0
+        if self.cuda_graph is True or (self.cuda_graph == "auto" and self.device.type == "cuda"):
+            reason = self._why_not_recorded(optimizer)
+            if reason and self.cuda_graph is True:
+                raise MisconfigurationException(f"model.cuda_graph {reason}")
+            if not reason:
+                self.steps_a_call = steps_a_call(self.trainer)
+                settings = recordable(optimizer) or {}
+                self.recorded = RecordedStep(self._optimize, optimizer, settings, self.network)
+                # Of the loss and of correct predictions, over the images of a call.
+                self.sums = torch.zeros(2, device=self.device, dtype=torch.float32)
+        if (datamodule := getattr(self.trainer, "datamodule", None)) is not None:
+            datamodule.steps_a_call = max(1, self.steps_a_call)
+        if self.inside_epoch_by not in (None, self._counting()):
+            raise MisconfigurationException(
+                "the checkpoint is from inside an epoch whose batches were counted in another way: "
+                "resume with its batch size, device and callbacks, or from the end of an epoch"
+            )
+
+    def _why_not_recorded(self, optimizer: Optimizer) -> str:
+        """Return why the steps of this training can't be recorded; nothing if they can."""
+        if "step_loss" not in vars(type(self)):  # its training step may be another
+            return f"is for ImageClassifier itself, and {type(self).__name__} is another class"
+        if self.compile_mode in ("reduce-overhead", "max-autotune"):
+            return f"and model.compile {self.compile_mode} would both record"
+        if recordable(optimizer) is None:
+            return f"does not know how {type(optimizer).__name__} can be recorded"
+        reason = why_not(self.trainer)
+        if reason or self.cuda_graph is True:
+            return reason
+        return decides_on_cpu(self.network, self.augment) or unknown_callback(self.trainer)
+
+    def many_steps(self, chunk: Batch) -> Tensor:
+        """Make a step of each of the batches that came as one; return their mean loss []."""
+        if self.trainer.accumulate_grad_batches > 1:  # by now
+            raise MisconfigurationException("a callback accumulates: set --model.cuda_graph false")
+        self.sums.zero_()
+        self.recorded.follow()
+        loader = self.trainer.train_dataloader
+        size = loader.step_size if isinstance(loader, Batches) else len(chunk.labels)
+        batches = list(zip(*(torch.split(tensor, size) for tensor in chunk), strict=True))
+        for number, batch in enumerate(batches):
+            self.steps_inside_call = number
+            if number:
+                for config in self.trainer.lr_scheduler_configs:
+                    if config.interval == "step":
+                        self.lr_scheduler_step(config.scheduler, None)
+            self.recorded(*batch)
+        self.steps_inside_call = 0
+        loop, more = self.trainer.fit_loop.epoch_loop, len(batches) - 1
+        loop._batches_that_stepped += more  # the step of loggers
+        for steps in vars(loop.automatic_optimization.optim_progress.optimizer.step).values():
+            steps.increment_by(more)
+        loss, correct = self.sums.unbind()
+        loss = loss / len(chunk.labels)
+        self.train_metrics.update(loss, correct.long(), len(chunk.labels))
+        return loss
+
+    def _optimize(self, *batch: Tensor) -> None:
+        """Make one step on the device and add up its loss: what is recorded."""
+        optimizer, trainer = self.trainer.optimizers[0], self.trainer
+        torch.clear_autocast_cache()  # of the weights before the last step
+        optimizer.zero_grad()
+        loss, correct = self.step_loss(*batch)
+        with torch.autocast(self.device.type, enabled=False):
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.configure_gradient_clipping(
+                optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+            )
+            optimizer.step()
+            self.sums[0] += loss.detach() * len(batch[0])
+            self.sums[1] += correct
+
+    def steps_an_epoch(self) -> int:
+        """Return the number of optimizer steps of an epoch."""
+        trainer, batches = self.trainer, self.trainer.train_dataloader
+        if self.steps_a_call > 1 and isinstance(batches, Batches):
+            return batches.steps
+        return math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+
+    def steps_into_epoch(self) -> int:
+        """Return the number of optimizer steps of this epoch that are done."""
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        calls = 0 if progress.is_last_batch else progress.current.ready
+        return calls * max(self.steps_a_call, 1) // self.trainer.accumulate_grad_batches
+
+    def steps_of_training(self) -> float:
+        """Return the number of optimizer steps of the whole training; infinity without an end."""
+        steps = self.trainer.estimated_stepping_batches  # loads the batches, if they are not yet
+        epochs = self.trainer.max_epochs or 0
+        return self.steps_an_epoch() * epochs if self.steps_a_call > 1 and epochs > 0 else steps
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Clear the gradients, unless a step of `many_steps` has."""
+        if not self.steps_a_call:
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Compute the gradients, unless `many_steps` has."""
+        if not self.steps_a_call:
+            super().backward(loss, *args, **kwargs)
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
+    ) -> None:
+        """Call `training_step` and update the weights, unless `many_steps` has."""
+        if self.steps_a_call:
+            optimizer_closure()
+        else:
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+
+    def _counting(self) -> tuple[int, int]:
+        """Return how the batches of an epoch are counted."""
+        data = getattr(self.trainer, "datamodule", None) if self._trainer else None
+        # A number of the parser's own type has no place in a checkpoint.
+        return max(1, self.steps_a_call), int(getattr(data, "batch_size", 0))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save how batches are counted; save nothing of half a call."""
+        if self.steps_inside_call:
+            raise MisconfigurationException(
+                "nothing is saved of some of the steps of a call: resume from an earlier checkpoint"
+            )
+        checkpoint["steps_a_call"], checkpoint["batch_size"] = self._counting()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep how the batches of an epoch that is resumed in its middle were counted."""
+        loops = checkpoint.get("loops", {}).get("fit_loop", {})
+        epochs = loops.get("epoch_progress", {"current": {"processed": 0, "started": 0}})["current"]
+        if epochs["processed"] < epochs["started"]:
+            size = checkpoint.get("batch_size", self._counting()[1])
+            self.inside_epoch_by = checkpoint.get("steps_a_call", 1), size
 
 
 class RecordedStep:
@@ -192,31 +350,28 @@ def recordable(optimizer: Optimizer) -> dict[str, Any] | None:
 
 
 def why_not(trainer: Trainer) -> str:
-    """Return why the steps of a training cannot be recorded; nothing if they can, on a GPU."""
-    between = ("zero_grad", "backward", "optimizer_step")
-    hooks = ("on_after_backward", *(f"on_before_{name}" for name in between))
-    watching = _overriding(trainer, hooks)
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    if trainer.world_size > 1:
-        return "takes one device"
-    for callback in callbacks:
-        if isinstance(callback, GradientAccumulationScheduler | StochasticWeightAveraging):
-            return f"makes a step of every batch, and {type(callback).__name__} does not"
-    if trainer._detect_anomaly:
-        return "leaves nothing for trainer.detect_anomaly to look at"
-    if trainer.accumulate_grad_batches > 1:
-        return "makes a step of every batch, and trainer.accumulate_grad_batches does not"
-    if getattr(trainer.precision_plugin, "scaler", None) is not None:
-        return "knows no trainer.precision that scales the loss: take bf16-mixed"
-    if watching:
-        return f"leaves nothing for {watching[0]} to do between backward pass and update"
-    return ""
+    """Return why the steps of a training can't be recorded; nothing if they can, on a GPU."""
+    accumulating = [c for c in _callbacks(trainer) if isinstance(c, ACCUMULATING)]
+    watching = _overriding(trainer, BETWEEN)
+    scales = getattr(trainer.precision_plugin, "scaler", None) is not None
+    makes = "makes a step of every batch, and"
+    reasons = {
+        "takes one device": trainer.world_size > 1,
+        f"{makes} trainer.accumulate_grad_batches does not": trainer.accumulate_grad_batches > 1,
+        "leaves nothing for trainer.detect_anomaly to look at": trainer._detect_anomaly,
+        "knows no trainer.precision that scales the loss: use bf16-mixed": scales,
+        **{f"{makes} {type(c).__name__} does not": True for c in accumulating},
+        **{
+            f"leaves nothing for {name} to do between backward and update": True
+            for name in watching
+        },
+    }
+    return next((reason for reason, is_so in reasons.items() if is_so), "")
 
 
 def unknown_callback(trainer: Trainer) -> str:
     """Return the name of a callback that may change what a step does; nothing if there is none."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    for callback in callbacks:
+    for callback in _callbacks(trainer):
         if not (isinstance(callback, HARMLESS) or hasattr(callback, "takes_many_steps")):
             return type(callback).__name__
     return ""
@@ -236,9 +391,9 @@ def decides_on_cpu(*modules: nn.Module) -> str:
 def steps_a_call(trainer: Trainer) -> int:
     """Return how many steps `training_step` may make at once: one where anything counts batches or
     looks at the end of each."""
+    shares = (trainer.limit_train_batches, trainer.val_check_interval)
     counts = (
-        not _is_all(trainer.limit_train_batches)
-        or not _is_all(trainer.val_check_interval)
+        any(share != 1.0 or isinstance(share, int) for share in shares)  # 1 is one batch, 1.0 all
         or "SLURM_JOB_ID" in os.environ  # whose signals save at any moment, not between calls
         or trainer.max_steps != -1
         or trainer.min_steps is not None
@@ -249,24 +404,24 @@ def steps_a_call(trainer: Trainer) -> int:
     return 1 if counts else STEPS_A_CALL
 
 
-def _is_all(share: Any) -> bool:
-    """Whether a share of the batches is all of them; the integer 1 is one batch."""
-    return isinstance(share, float) and share == 1.0
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined]
 
 
 def _overriding(trainer: Trainer, hooks: tuple[str, ...]) -> list[str]:
     """Return the names of callbacks that have one of these hooks, but for those that do nothing in
     them or count images."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+
+    def saves_by_epoch(callback: Callback) -> bool:
+        return isinstance(callback, callbacks.ModelCheckpoint) and not (
+            callback._every_n_train_steps or callback._train_time_interval
+        )
+
     return [
         type(callback).__name__
-        for callback in callbacks
+        for callback in _callbacks(trainer)
         if any(is_overridden(hook, callback, Callback) for hook in hooks)
-        and not isinstance(callback, ProgressBar)
+        and not isinstance(callback, callbacks.ProgressBar)
         and not getattr(callback, "takes_many_steps", False)
-        and not (
-            isinstance(callback, ModelCheckpoint)
-            and not callback._every_n_train_steps
-            and callback._train_time_interval is None
-        )
+        and not saves_by_epoch(callback)
     ]

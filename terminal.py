@@ -1,12 +1,13 @@
-"""What the person at the terminal sees: mistakes in one line, and no noise of the frameworks."""
+"""What the person at the terminal sees: a user's mistake in a few words, and no noise of the
+frameworks. LAB_DEBUG=1 shows every traceback."""
 
 import contextlib
 import difflib
-import errno
 import logging
-import re
+import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from typing import NoReturn
@@ -15,94 +16,97 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.cli import LightningArgumentParser
 
-from cifar10.archive import CIFAR10Error
-
-KNOWN_ERRORS = (MisconfigurationException, CIFAR10Error, OSError)
-
-
 # What PyTorch and Lightning say only in the middle of a run, as a RuntimeError.
 MENDS = {
     "No working C++ compiler": "model.compile needs a C++ compiler: install g++, or leave it off",
     "Failed to find C compiler": "model.compile needs a C compiler: install gcc, or leave it off",
     "Cannot find a working triton": "model.compile needs triton: install it, or leave it off",
     "too old to be supported by the triton": "model.compile needs a newer GPU: leave it off",
-    "closed by peer": "another process of this run has ended: what is saved can be gone on with",
-    "reset by peer": "another process of this run has ended: what is saved can be gone on with",
+    "closed by peer": "another process of this run has ended: resume from its last checkpoint",
+    "reset by peer": "another process of this run has ended: resume from its last checkpoint",
+    "Early stopping conditioned on metric": "EarlyStopping's monitor is not logged: use val/loss "
+    "or val/acc, with data.val_size above 0",
     "does not allow for gradient clipping": "trainer.gradient_clip_val with mixed precision needs "
     "an optimizer that is not fused: add --model.optimizer.fused false",
 }
 
 
-class OneLineParser(LightningArgumentParser):
+def innermost(error: BaseException) -> BaseException:
+    """Return the exception at the root of a chain of them."""
+    while True:
+        cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        if cause is None:
+            return error
+        error = cause
+
+
+def refused(error: BaseException) -> MisconfigurationException:
+    """Return what a class said about its arguments in the settings, with the class's name."""
+    root = innermost(error)
+    frames = [frame for frame, _ in traceback.walk_tb(root.__traceback__)]
+    builders = [f.f_locals["self"] for f in frames if f.f_code.co_name == "__init__"]
+    name = f"{type(builders[-1]).__name__}: " if builders else ""
+    return MisconfigurationException(f"{name}{root}")
+
+
+class ShortParser(LightningArgumentParser):
     """Says what is wrong in one line, where jsonargparse prints the usage first."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the message, with the nearest right key for an unknown one, and exit with 2."""
-        unknown = re.search(r"option '(\S+)'|unrecognized arguments: --([^\s=]+)", message, re.I)
+        """Print the key and the innermost cause, or the keys near an unknown one; exit with 2."""
+        key = message.partition('Parser key "')[2].partition('"')[0]
+        unknown = message.partition("unrecognized arguments: --")[2].split("=")[0].split(" ")[0]
+        if type(ex).__name__ == "NSKeyError":
+            unknown = message.split("'")[-2]
         if unknown:
-            key = unknown[1] or unknown[2]
             parser = getattr(ex, "subcommand_parser", None) or self
-            dests = (action.dest for action in parser._actions)
-            known = [d for d in dests if not d.endswith("help") and not d.startswith("print_")]
-            near = difflib.get_close_matches(key, known, n=1)
-            message = f"unknown option {key}"
+            known = [a.dest for a in parser._actions if not a.dest.endswith(("help", "config"))]
+            near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.75)
             if near:
-                message += f": did you mean {near[0]}?"
-            elif not known:  # as of the default network
-                message += ": that class takes none (name one first, as by --model.network ConvNet)"
+                hint = f": did you mean {near[0]}?"
             elif len(known) < 12:
-                message += f": there are {', '.join(known)}"
-        elif message.lower().startswith("unrecognized arguments: ") and " -" not in message:
-            message += ": a pattern for files needs quotes"
-        self.exit(2, f"error: {_one_line(message)}\n")
+                hint = f": there are {', '.join(known)}" if known else ": that class takes none"
+            else:
+                hint = ""
+            message = f"unknown option {unknown}{hint}"
+        elif key and ex is not None:
+            message = f"{key}: {innermost(ex)}"
+        elif message.startswith("unrecognized arguments: "):
+            words = message.partition(": ")[2]
+            is_config = words.endswith((".yaml", ".yml"))
+            message += (
+                f": did you mean --config {words}?" if is_config else ": quote patterns of files"
+            )
+        if os.environ.get("LAB_DEBUG") and ex is not None:
+            raise ex
+        self.exit(2, f"error: {' '.join(message.split())}\n")
 
 
 @contextlib.contextmanager
-def errors_in_one_line() -> Iterator[None]:
-    """Turn a user's mistake into one line and an exit code that is not 0."""
+def short_errors() -> Iterator[None]:
+    """Turn a user's mistake into a line and an exit code that is not 0; leave all others alone."""
     try:
         yield
-    except KNOWN_ERRORS as error:
-        is_full = getattr(error, "errno", None) == errno.ENOSPC
-        sys.exit(f"error: {_one_line(str(error))}{': free some space' if is_full else ''}")
-    except RuntimeError as error:
+    except (MisconfigurationException, RuntimeError, KeyboardInterrupt) as error:
+        if os.environ.get("LAB_DEBUG"):
+            raise
+        if isinstance(error, KeyboardInterrupt):
+            print("stopped", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
+        text = " ".join(str(error).split())
+        if isinstance(error, MisconfigurationException):
+            sys.exit(f"error: {text}")
         for cause, mend in MENDS.items():
-            if cause in str(error):
+            if cause in text:
                 sys.exit(f"error: {mend}")
-        if "loading state_dict" not in str(error):
+        if "loading state_dict" not in text:
             raise
         mismatch = str(error).splitlines()[1].strip()
         sys.exit(f"error: the checkpoint does not fit the network of the settings: {mismatch}")
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
-
-
-def _one_line(message: str) -> str:
-    """Put a message of jsonargparse or Lightning on one line, without the inner workings."""
-    message = re.sub(r"<class '([\w.]+)'>", r"\1", message).replace("NoneType", "null")
-    message = re.sub(r"typing\.Literal\[(.*?)\]", r"\1", message).replace(
-        "Expected a '", "expected '"
-    )
-    several = re.search(r"(Multiple subclasses with name .*)\. Give .* ambiguity: (.*)\.", message)
-    is_number = re.search(r"Subtypes: .*\bfloat\b", message)  # or a tensor, thus a class too
-    nowhere = re.search(r"dot import path string: (\S+)", message)
-    if several:
-        message = f"{message.splitlines()[0]} {several[1]}: give one of {several[2]}"
-    elif nowhere and not is_number:
-        message = f"{message.splitlines()[0]} there is no class {nowhere[1]}"
-    elif "Union subtypes" in message:
-        types = " or ".join(re.findall(r"Subtypes: \[(.*)\]", message)[0].split(", "))
-        value = re.findall(r"Given value: (.*)", message, re.S)[0]
-        message = f"{message.splitlines()[0]} expected {types}, got {value}"
-    restriction = r"Not of type \w+: (.*?) does not conform to restriction (.*)"
-    message = re.sub(restriction, lambda m: f"{m[1]} is not {m[2].replace('v', '')}", message)
-    message = re.sub(r'^Parser key "([^"]+)":', r"\1:", message)
-    return " ".join(message.split())
 
 
 def quieten() -> None:
-    """Keep tips of the framework, and what it does not know of this project, off the terminal."""
+    """Keep tips of the frameworks, and what they don't know of this project, off the terminal."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # A compilation on a machine without a GPU says that there is none.
@@ -114,7 +118,7 @@ def quieten() -> None:
     for message in (
         r".*callbacks used to create the checkpoint need to be provided",  # to test without them
         r"Checkpoint directory .* exists and is not empty",  # a resumed run's
-        r"The dirpath has changed",  # for a run that goes on from an earlier epoch of another
+        r"The dirpath has changed",  # of a moved run, or one that resumes another's earlier epoch
         r"Total length of `Batches` across ranks is zero",  # val_size 0
         r"Precision bf16-mixed is not supported by the model summary",
         r"`?isinstance\(treespec, LeafSpec\)`? is deprecated",

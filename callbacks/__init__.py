@@ -1,12 +1,12 @@
-"""What watches a run and never changes its outcome."""
+"""Callbacks, which observe a run and never change its outcome."""
 
-from callbacks.board import Board
 from callbacks.history import History
-from callbacks.layer_table import LayerTable
 from callbacks.predictions import ConfusionMatrix, PredictionsKeeper, PredictionTable
-from callbacks.progress import ImagesBar
+from callbacks.settings import SaveSettings
+from callbacks.tensorboard import Board, LayerTable
 
 __all__ = [
     "Board",
-    "ConfusionMatrix", "History", "ImagesBar", "LayerTable", "PredictionTable", "PredictionsKeeper",
+    "ConfusionMatrix", "History", "LayerTable", "PredictionTable", "PredictionsKeeper",
+    "SaveSettings",
 ]  # fmt: skip

@@ -1,5 +1,4 @@
-"""The history of a run, results and speed: a line an epoch on the terminal, `metrics.csv` and
-`curves.png`."""
+"""The history of a run: a line an epoch on the terminal, `metrics.csv` and `curves.png`."""
 
 import csv
 import io
@@ -11,20 +10,12 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
-from matplotlib.figure import Figure
-from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from cifar10.batches import Batch
-from runs import write_whole
+from runs import Row, chosen, write_whole
 
-COLORS = {"train": "tab:blue", "val": "tab:orange", "test": "tab:green"}
-QUANTITIES = {"loss": "loss", "acc": "accuracy"}
-
-CHOSEN = ("val/acc", "val/loss", "test/acc", "epoch")  # what HParams shows of the best epoch
-
-Row = dict[str, float]
+STAGES, NAMES = ("train", "val", "test"), ("loss", "acc")
 
 
 class History(Callback):
@@ -51,19 +42,12 @@ class History(Callback):
         return {"rows": self.rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the rows of the checkpoint."""
+        """Continue the rows of the checkpoint."""
         self.rows = list(state_dict["rows"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Have TensorBoard draw train and validation on one chart."""
-        self.on_train_epoch_start(trainer, pl_module)  # not called for the rest of an epoch
-        layout = {
-            title: ["Multiline", [f"^{stage}/{name}$" for stage in COLORS]]
-            for name, title in QUANTITIES.items()
-        }
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                logger.experiment.add_custom_scalars({"learning curves": layout})
+        """Start the clock, as Lightning calls no hook for the rest of an epoch."""
+        self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock; report the epoch before, which by now is saved."""
@@ -79,8 +63,8 @@ class History(Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
-        """Count images; with the last batch of an epoch stop the clock of the training, with the
-        first of a run say how long its compilation took."""
+        """Count images; stop the clock of training with an epoch's last batch, and say how long the
+        compilation took with a run's first."""
         self.images += len(batch.labels) * trainer.world_size
         if trainer.is_last_batch:
             self.images_per_second = self.images / (self._seconds(trainer) - self.evaluating)
@@ -92,23 +76,25 @@ class History(Callback):
                 _say(f"compiled ({mode}): {seconds:.1f} s to the end of the first steps")
 
     def _seconds(self, trainer: Trainer) -> float:
-        """Return the seconds since the epoch began, when all that is asked of a GPU is done."""
+        """Return the seconds since the epoch began, when all that a GPU was asked for is done."""
         if trainer.strategy.root_device.type != "cpu":
             torch.accelerator.synchronize()
         return time.perf_counter() - self.started
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock of the training, for a validation in the middle of an epoch."""
+        """Stop the clock of training, for a validation in the middle of an epoch."""
         self.evaluation_started = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep what was measured, until the epoch ends."""
+        """Keep what was measured until the epoch ends."""
+        if trainer.sanity_checking:
+            return
         self.evaluating += time.perf_counter() - self.evaluation_started
         self.evaluated = _measured(trainer, "val", "test")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the epoch's metrics."""
-        # Lightning goes on offering those of earlier epochs, which are not this one's.
+        """Keep the epoch's metrics, and write the rows."""
+        # Lightning still has those of earlier epochs, which are not this one's.
         measured = (_measured(trainer, "train") if trainer.is_last_batch else {}) | self.evaluated
         self.evaluated = {}
         if not measured:
@@ -117,64 +103,53 @@ class History(Callback):
         if trainer.is_last_batch:
             speed["images_per_second"] = round(self.images_per_second)
             pl_module.log("train/images_per_second", self.images_per_second)
-        self.rows.append({"epoch": trainer.current_epoch, **measured, **speed})
+        when = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+        self.rows.append({**when, **measured, **speed})
         self.is_new = True
         if self.writes and (folder := trainer.log_dir) and trainer.is_global_zero:
-            write_whole(Path(folder) / "metrics.csv", _csv(self.rows))
+            text = io.StringIO()
+            keys = list(dict.fromkeys(key for row in self.rows for key in row))
+            writer = csv.DictWriter(text, keys, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({key: round(row[key], 6) for key in row} for row in self.rows)
+            write_whole(Path(folder) / "metrics.csv", text.getvalue().encode())
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report the last epoch."""
         self._report(trainer)
 
-    def _report(self, trainer: Trainer) -> None:
-        """Print the newest row, once."""
-        if self.is_new and trainer.is_global_zero:
-            self._print(is_best=self.rows[-1] is self.best(trainer))
-        self.is_new = False
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the curves."""
+        from reports.figures import curves, png  # Matplotlib is slow to import
 
-    def _print(self, is_best: bool) -> None:
-        """Print the last epoch on one line; a star where it is the best so far."""
-        row = self.rows[-1]
-        stages = [stage for stage in COLORS if f"{stage}/loss" in row]
+        if self.writes and (folder := trainer.log_dir) and self.rows and trainer.is_global_zero:
+            write_whole(Path(folder) / "curves.png", png(curves(self.rows, self.best(trainer))))
+
+    def best(self, trainer: Trainer) -> Row | None:
+        """Return the epoch that validation chose (`runs.chosen`)."""
+        callback = trainer.checkpoint_callback
+        found = chosen(self.rows, callback) if isinstance(callback, ModelCheckpoint) else None
+        return found[0] if found else None
+
+    def _report(self, trainer: Trainer) -> None:
+        """Print the newest row once, with a star where it is the best so far."""
+        if not (self.is_new and trainer.is_global_zero):
+            return
+        self.is_new = False
+        row, star = self.rows[-1], " "
+        stages = [stage for stage in STAGES if f"{stage}/loss" in row]
         if stages != self.header:
             headers = (f"{stage:>7} loss     acc " for stage in stages)
             _say(" ".join(["epoch", *headers, " seconds", "images/s"]))
             self.header = stages
         columns = [f"{row['epoch']:5.0f}"]
         for stage in stages:
-            star = "*" if stage == "val" and is_best else " "
+            star = "*" if stage == "val" and row is self.best(trainer) else " "
             columns.append(f"{row[f'{stage}/loss']:12.4f} {row[f'{stage}/acc']:7.2%}{star}")
         columns.append(f"{row['seconds']:8.1f}")
         if "images_per_second" in row:
             columns.append(f"{row['images_per_second']:8,.0f}")
         _say(" ".join(columns))
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the curves; fill TensorBoard's tab HParams."""
-        if not (self.writes and (folder := trainer.log_dir) and self.rows):
-            return
-        best = self.best(trainer)
-        if trainer.is_global_zero:
-            write_whole(Path(folder) / "curves.png", _curves(self.rows, best))
-        chosen = {f"chosen/{key}": best[key] for key in CHOSEN if best and key in best}
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                logger.log_metrics(chosen, trainer.global_step)
-                # Without torch's description of the whole table, TensorBoard makes its own, which
-                # shows the settings first that differ between runs.
-                _, *run = hparams(_typed(trainer), {})  # type: ignore[no-untyped-call]
-                for summary in run:
-                    logger.experiment._get_file_writer().add_summary(summary, trainer.global_step)
-
-    def best(self, trainer: Trainer) -> Row | None:
-        """Return the first epoch of the best value that the run's ModelCheckpoint watches."""
-        callback = trainer.checkpoint_callback
-        if not isinstance(callback, ModelCheckpoint) or callback.monitor is None:
-            return None
-        key, choose = callback.monitor, max if callback.mode == "max" else min
-        return choose(
-            (row for row in self.rows if key in row), key=lambda row: row[key], default=None
-        )
 
 
 def _say(line: str) -> None:
@@ -184,70 +159,10 @@ def _say(line: str) -> None:
 
 
 def _measured(trainer: Trainer, *stages: str) -> Row:
+    """Return the metrics of these stages; with those of validation, the one that is monitored."""
     metrics = trainer.callback_metrics
-    keys = [f"{stage}/{name}" for stage in stages for name in QUANTITIES]
-    return {key: round(float(metrics[key]), 6) for key in keys if key in metrics}
-
-
-def _typed(trainer: Trainer) -> dict[str, Any]:
-    """Return the settings that a result depends on, by the names that a user types."""
-    found: dict[str, Any] = {
-        "seed_everything": getattr(trainer.lightning_module, "seed", None),
-        "trainer.max_epochs": trainer.max_epochs,
-        "trainer.precision": trainer.precision,
-    }
-
-    def add(name: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                add(name if key == "init_args" else f"{name}.{key}", inner)
-        else:
-            found[name] = value if isinstance(value, bool | int | float) else str(value)
-
-    modules = {"model": trainer.lightning_module, "data": trainer.datamodule}  # type: ignore[attr-defined]
-    for part, module in modules.items():
-        settings = dict(getattr(module, "hparams", {}))
-        for key in (
-            "_instantiator",
-            "root",
-            "download",
-            "sources",
-            "verify",
-            "log_steps",
-            "images",
-        ):
-            settings.pop(key, None)
-        add(part, settings)
-    return found
-
-
-def _csv(rows: list[Row]) -> bytes:
-    text = io.StringIO()
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    writer = csv.DictWriter(text, keys, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
-
-
-def _curves(rows: list[Row], best: Row | None) -> bytes:
-    """Draw loss and accuracy side by side, as a PNG."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, (name, title) in zip(figure.subplots(1, 2), QUANTITIES.items(), strict=True):
-        for stage, color in COLORS.items():
-            points = [
-                (row["epoch"], row[f"{stage}/{name}"]) for row in rows if f"{stage}/{name}" in row
-            ]
-            if points:
-                label, style = (f"{stage} (not used)", "--") if stage == "test" else (stage, "-")
-                axes.plot(*zip(*points, strict=True), style, color=color, label=label, marker=".")
-        if best is not None:
-            label = f"chosen: epoch {best['epoch']:.0f}"
-            axes.axvline(best["epoch"], color="grey", linewidth=1, linestyle=":", label=label)
-        axes.set(title=title, xlabel="epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=120)
-    return png.getvalue()
+    monitor = str(getattr(trainer.checkpoint_callback, "monitor", None))
+    keys = [f"{stage}/{name}" for stage in stages for name in NAMES]
+    if monitor not in keys and monitor.startswith("train/") == ("train" in stages):
+        keys.append(monitor)
+    return {key: float(metrics[key]) for key in keys if key in metrics}

@@ -1,61 +1,25 @@
-"""Keeps what a network says of every image, for whoever wants more than two means."""
+"""What a network predicts for every image."""
 
 import csv
 import os
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
-from torchmetrics import Metric
 from tqdm import tqdm
 
+from callbacks.tensorboard import writers
 from cifar10.archive import CLASSES
-from cifar10.batches import Batch
-from cifar10.pictures import BATCH_SIZE
+from cifar10.batches import Batch, Predictions
+from cifar10.pictures import BATCH_SIZE, why_unreadable
 
 SHOWN = 30  # pictures on the terminal
-
-
-class Predictions(NamedTuple):
-    """Logits float32 [N, 10], labels int64 [N] and indices int64 [N] of the images of a set."""
-
-    logits: Tensor
-    labels: Tensor
-    indices: Tensor
-
-
-class _Logits(Metric):
-    """Collects logits over the batches of a set and over all ranks."""
-
-    logits: list[Tensor]
-    labels: list[Tensor]
-    indices: list[Tensor]
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in Predictions._fields:
-            self.add_state(name, [], "cat")
-
-    def update(self, logits: Tensor, batch: Batch) -> None:
-        self.logits.append(logits.float())
-        self.labels.append(batch.labels)
-        self.indices.append(batch.indices)
-
-    def compute(self) -> Predictions:
-        parts = (self.logits, self.labels, self.indices)
-        # Of several ranks they come as one tensor.
-        whole = [part if isinstance(part, Tensor) else torch.cat(part) for part in parts]
-        logits, labels, indices = whole[0].cpu(), whole[1].view(-1).cpu(), whole[2].view(-1).cpu()
-        order = indices.argsort()
-        return Predictions(logits[order], labels[order], indices[order])
 
 
 class PredictionsKeeper(Callback):
@@ -64,12 +28,11 @@ class PredictionsKeeper(Callback):
     takes_many_steps = True
 
     def __init__(self) -> None:
-        self.kept = _Logits()
+        self.batches: list[Predictions] = []
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin anew."""
-        self.kept.reset()
-        self.kept.to(pl_module.device)
+        """Forget the predictions of the set before."""
+        self.batches = []
 
     def on_validation_batch_end(
         self,
@@ -80,19 +43,27 @@ class PredictionsKeeper(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep a batch; of the test set's curve none."""
+        """Keep a batch, but none of the test set's curve."""
         if dataloader_idx == 0:
-            self.kept.update(outputs, batch)
+            self.batches.append(Predictions(outputs.float(), batch.labels, batch.indices))
 
     on_test_start = on_validation_start
     on_test_batch_end = on_validation_batch_end
 
     def predictions(self) -> Predictions | None:
-        """Return the predictions, in the order of the images in the data set, and forget them; None
-        if there was no batch."""
-        found = self.kept.compute() if self.kept.update_called else None
-        self.kept.reset()
-        return found
+        """Return the predictions of all ranks, in the order of the images in the data set, and
+        forget them; None if there was no batch."""
+        mine = [torch.cat(parts).cpu() for parts in zip(*self.batches, strict=True)]
+        self.batches = []
+        every = [mine]
+        if torch.distributed.is_initialized():
+            every *= torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(every, mine)
+        whole = [torch.cat(parts) for parts in zip(*filter(None, every), strict=True)]
+        if not whole:
+            return None
+        order = whole[2].argsort()
+        return Predictions(*(part[order] for part in whole))
 
 
 class ConfusionMatrix(PredictionsKeeper):
@@ -110,45 +81,42 @@ class ConfusionMatrix(PredictionsKeeper):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw."""
-        from reports.evaluation import confusion_figure, confusion_of  # slow to import
+        from reports.evaluation import confusion_of  # slow to import
+        from reports.figures import confusion_figure
 
         is_due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        if trainer.state.fn != "fit" or not is_due:
+        if trainer.state.fn != "fit" or trainer.sanity_checking or not is_due:
             return
         predictions = self.predictions()  # takes all ranks
-        if predictions is None:
-            return
-        confusion = confusion_of(predictions)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                logger.experiment.add_figure(
-                    "val/confusion", confusion_figure(confusion), trainer.global_step
-                )
+        if predictions is not None:
+            for board in writers(trainer):
+                figure = confusion_figure(confusion_of(predictions))
+                board.add_figure("val/confusion", figure, trainer.global_step)
 
 
 class PredictionTable(Callback):
-    """Writes the two most probable classes of every image to a CSV file, batch by batch; to be used
-    in `with`, after which the file is whole, or not there.
+    """Writes the two most probable classes of every image to a CSV file, which is there once it is
+    complete, and shows those of the first pictures.
 
     Args:
-        path: The file, which is there when all is done.
+        path: The file.
         files: The pictures' files, or None if the images have numbers only.
 
     """
 
     def __init__(self, path: Path, files: list[Path] | None) -> None:
         self.path, self.files = path, files
+        self.scratch = path.with_name(f".{path.name}.{os.getpid()}")
         self.first: list[list[str]] = []  # rows to show
         self.written = self.skipped = 0
         self.due = 0  # the index of the next image
 
-    def __enter__(self) -> "PredictionTable":
-        self.scratch = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        self.file = self.scratch.open("w", newline="")
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the file."""
+        self.file = self.scratch.open("w", newline="", encoding="utf-8")
         self.writer = csv.writer(self.file, lineterminator="\n")
         name = "image" if self.files is None else "file"
         self.writer.writerow([name, "class", "probability", "runner_up", "runner_up_probability"])
-        return self
 
     def on_predict_batch_end(
         self,
@@ -165,7 +133,7 @@ class PredictionTable(Callback):
             batch.indices.tolist(), best.values.tolist(), best.indices.tolist(), strict=True
         ):
             self._skip_to(index)
-            name = str(index if self.files is None else self.files[index])
+            name = str(index) if self.files is None else _printable(self.files[index])
             pairs = zip(classes, values, strict=True)
             row = [name, *(w for c, v in pairs for w in (CLASSES[c], f"{v:.4f}"))]
             self.writer.writerow(row)
@@ -176,18 +144,19 @@ class PredictionTable(Callback):
         self._skip_to(BATCH_SIZE * (batch_idx + 1))
 
     def _skip_to(self, index: int) -> None:
-        """Name the files before `index` that gave no picture."""
+        """Name the files before `index` that could not be read."""
         for file in (self.files or [])[self.due : index]:
-            tqdm.write(f"skipped {file}: no picture, or a damaged one", file=sys.stderr)
+            tqdm.write(f"skipped {_printable(file)}: {why_unreadable(file)}", file=sys.stderr)
             self.skipped += 1
         self.due = index
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        """Finish the file, and show the first pictures; or leave nothing half-written."""
+    def on_exception(self, *_: object) -> None:
+        """Leave nothing half-written."""
+        self.scratch.unlink(missing_ok=True)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finish the file, and show the first pictures."""
         self.file.close()
-        if kind is not None:
-            self.scratch.unlink()
-            return
         self.scratch.replace(self.path)
         if self.files is not None and self.first:
             table = Table(box=box.SIMPLE, header_style="bold", pad_edge=False)
@@ -202,3 +171,8 @@ class PredictionTable(Callback):
             if (more := self.written - len(self.first)) > 0:
                 print(f"and {more} more")
         print(f"written to {self.path}")
+
+
+def _printable(file: Path) -> str:
+    """Return a file's name, with escapes where it is not valid UTF-8."""
+    return os.fsencode(file).decode("utf-8", "backslashreplace")

@@ -1,16 +1,16 @@
-"""From a batch of pixels to what the network sees, on the device that trains.
+"""From a batch of pixels to augmented images, on the device that trains.
 
-`Transform` is the way of every batch; the other classes are its steps, listed in `data.augment`:
+`Augment` is what every training batch passes through; the other classes are its steps, listed in
+`data.augment`:
 
     data:
       augment:
         - class_path: cifar10.augment.RandomCrop
           init_args: {padding: 4}
         - class_path: cifar10.augment.RandomFlip
-        - class_path: cifar10.augment.Normalize
 
-Every image has a random choice of its own, and no step loops over images. Steps run in the order of
-the list. All run in training only, but for `Normalize` of this file, which always does.
+The steps run in training only, in this order, on float images in [0, 1]. Each image has a random
+choice of its own, without a loop over images.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,10 +26,9 @@ MEAN = (0.49140, 0.48216, 0.44653)
 STD = (0.24703, 0.24349, 0.26159)
 
 
-class Transform(nn.Module):
-    """Turns pixels uint8 [B, 3, 32, 32] into floats in [0, 1] and applies the steps to them.
-
-    Dividing by 255 is what torchvision's `ToTensor` does.
+class Augment(nn.Module):
+    """Turns pixels uint8 [B, 3, 32, 32] into floats in [0, 1], as torchvision's `ToTensor` does; in
+    training mode applies the steps to them.
 
     Args:
         steps: Modules that map float images [B, 3, 32, 32] to such.
@@ -43,42 +42,34 @@ class Transform(nn.Module):
         super().__init__()
         self.steps = nn.ModuleList(steps)
         self.seed = seed
-        # A tensor, as a number would be compiled anew every epoch.
+        # A tensor, as `torch.compile` would compile a number anew every epoch.
         self.register_buffer("epoch", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def forward(self, pixels: Tensor, indices: Tensor) -> Tensor:
         """Map pixels uint8 [B, 3, 32, 32] of the images of `indices` int64 [B] to floats."""
         images = pixels / 255
-        for step in self.steps:
-            if isinstance(step, Normalize):
-                images = step(images)
-            elif self.training:
-                is_alternating = isinstance(step, AlternatingFlip)
-                context = (indices, self.epoch, self.seed) if is_alternating else ()
-                images = step(images, *context)
+        for step in self.steps if self.training else ():
+            is_by_epoch = getattr(step, "is_by_epoch", False)
+            images = step(images, *((indices, self.epoch, self.seed) if is_by_epoch else ()))
         return images
 
 
-class Normalize(nn.Module):
-    """Subtracts a mean and divides by a standard deviation, per channel; in evaluation too.
+class ForEachImage(nn.Module):
+    """Applies a transform to one image after the other. torchvision's random transforms need this:
+    on a batch they make one random choice for all of its images.
 
     Args:
-        mean: Of each channel. Default: CIFAR-10's.
-        std: Of each channel. Default: CIFAR-10's.
+        transform: Maps a float image [3, 32, 32] to such.
 
     """
 
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> None:
+    def __init__(self, transform: nn.Module) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+        self.transform = transform
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images in [0, 1] to images of mean 0 and standard deviation 1 over the data set."""
-        return (images - self.mean) / self.std
+        """Transform each of images [B, 3, 32, 32]."""
+        return torch.stack([self.transform(image) for image in images])
 
 
 class RandomCrop(nn.Module):
@@ -122,40 +113,44 @@ class AlternatingFlip(nn.Module):
     twice half of the time (arXiv 2404.00498, section 3.6).
     """
 
+    is_by_epoch = True  # `Augment` passes indices, epoch and seed
+
     def forward(self, images: Tensor, indices: Tensor, epoch: Tensor, seed: int) -> Tensor:
         """Mirror those of images [B, C, H, W] whose turn it is in this epoch, int64 []."""
         return _flip(images, (_coins(indices, seed) + epoch) % 2 == 1)
 
 
 class Cutout(nn.Module):
-    """Blanks a square around a random pixel; what lies outside the image is cut off.
-
-    DeVries and Taylor (arXiv 1708.04552), who write zeros into normalised images: put it after
-    `Normalize`, so that zero is the mean colour.
+    """Fills a square around a random pixel with one colour; the part outside the image is cut off
+    (DeVries and Taylor, arXiv 1708.04552).
 
     Args:
         size: Side of the square in pixels.
+        fill: Red, green and blue in [0, 1]. Default: CIFAR-10's mean colour.
 
     """
 
-    def __init__(self, size: PositiveInt = 8) -> None:
+    fill: Tensor
+
+    def __init__(self, size: PositiveInt = 8, fill: tuple[float, float, float] = MEAN) -> None:
         super().__init__()
         self.size = size
+        self.register_buffer("fill", torch.tensor(fill).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Blank a square in each of images [B, C, H, W]."""
+        """Fill a square in each of images [B, 3, H, W]."""
         inside = []
         for length in images.shape[2:]:
             centre = torch.randint(length, (len(images), 1), device=images.device)
             offset = torch.arange(length, device=images.device) - centre + self.size // 2
             inside.append((offset >= 0) & (offset < self.size))
         rows, columns = inside
-        return images.masked_fill(rows[:, None, :, None] & columns[:, None, None, :], 0.0)
+        is_inside = rows[:, None, :, None] & columns[:, None, None, :]
+        return torch.where(is_inside, self.fill.to(images.dtype), images)
 
 
 class RandomBrightness(nn.Module):
-    """Multiplies each image by a random factor, as torchvision's `ColorJitter` does: for images in
-    [0, 1], so before `Normalize`.
+    """Multiplies each image by a random factor, as torchvision's `ColorJitter` does.
 
     Args:
         strength: The factor is uniform in [max(0, 1 - strength), 1 + strength].
@@ -173,7 +168,7 @@ class RandomBrightness(nn.Module):
 
 class RandomContrast(nn.Module):
     """Moves each image towards or away from its mean grey by a random factor, as torchvision's
-    `ColorJitter` does: for images in [0, 1], so before `Normalize`.
+    `ColorJitter` does.
 
     Args:
         strength: The factor is uniform in [max(0, 1 - strength), 1 + strength].

@@ -18,6 +18,14 @@ class Batch(NamedTuple):
     indices: Tensor
 
 
+class Predictions(NamedTuple):
+    """Logits float32 [N, 10], labels int64 [N] and indices int64 [N] of the images of a set."""
+
+    logits: Tensor
+    labels: Tensor
+    indices: Tensor
+
+
 @dataclass
 class ImageSet:
     """Images uint8 [N, 3, 32, 32] and labels int64 [N], on the device that trains, of which

@@ -52,7 +52,6 @@ class DeepConvNet(nn.Module):
         self.dropout = dropout
         self.dense1 = nn.Linear(third * 4 * 4, dense_units)
         self.dense2 = nn.Linear(dense_units, 10)
-        self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map float images [B, 3, 32, 32] to logits [B, 10]."""

@@ -1,5 +1,6 @@
 """The model card: what a run was, so that it can be repeated, and what came of it."""
 
+import inspect
 import os
 import platform
 import shlex
@@ -10,11 +11,15 @@ from typing import Any
 import lightning
 import torch
 import torchvision
+from lightning.pytorch import Trainer
 
-from callbacks.history import Row
 from cifar10 import archive
-from runs import processor
+from runs import Row, processor
 
+LIMITS = (  # settings of the trainer that the card names where they are not the defaults
+    "max_steps", "max_time", "limit_val_batches", "overfit_batches", "val_check_interval",
+    "check_val_every_n_epoch", "accumulate_grad_batches", "gradient_clip_val",
+)  # fmt: skip
 RESULT = "\n## On the test set\n"
 
 
@@ -37,47 +42,61 @@ def commit() -> str:
 def model_card(
     folder: Path,
     settings: dict[str, Any],
-    network: torch.nn.Module,
-    device: torch.device,
+    run: dict[str, Any],
+    trainer: Trainer,
     rows: list[Row],
     best: Row | None,
-    code: str,
 ) -> str:
     """Return the card of a run that has been trained, as Markdown.
 
     Args:
         folder: The run's.
         settings: As in its `config.yaml`.
-        network: What was trained.
-        device: Where.
+        run: `commit`, the code's; `images`, what the training and the test images are; `parts`, in
+            which settings changed when the run was resumed.
+        trainer: What trained it.
         rows: Its epochs.
         best: The epoch that validation chose.
-        code: The commit that it was trained by.
 
     """
-    model, data, trainer = (settings[part] for part in ("model", "data", "trainer"))
-    config = shlex.quote(str(folder / "config.yaml"))
+    model, data = settings["model"], settings["data"]
+    device, parts = trainer.strategy.root_device, run["parts"]
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     cores = f"{torch.get_num_threads()} of {os.cpu_count()} cores, " if device.type == "cpu" else ""
-    val_size = data["val_size"]
-    steps = [_call(step) for step in data["augment"]] or ["none"]
+    network: Any = trainer.lightning_module.network
+    size = sum(p.numel() for p in network.parameters())
+    config = shlex.quote(str(folder / parts[0]["config"]))
+    images = run["images"]
+    some, every = trainer.num_training_batches, len(trainer.train_dataloader)  # type: ignore[arg-type]
+    defaults = inspect.signature(Trainer.__init__).parameters
+    limits = {key: settings["trainer"][key] for key in LIMITS}
+    others = "".join(f", {k} {v}" for k, v in limits.items() if v != defaults[k].default)
+    share = f"{some} of {every} batches an epoch, " if some < every else ""
     lines = {
-        "Repeat": f"`python train.py fit --config {config}`",
-        "Code": f"commit {code}",
-        "Network": f"{_call(model['network'])}, {sum(p.numel() for p in network.parameters()):,} "
-        "parameters",
+        "Repeat": f"`python train.py fit --config {config}`" + ", then resume" * (len(parts) > 1),
+        "Code": f"commit {run['commit']}",
+        "Network": f"{_call(model['network'])}, {size:,} parameters",
         "Data": f"CIFAR-10, python version, md5 {archive.ARCHIVE_MD5}"
-        + ("" if data["verify"] else "; not verified: other images were admitted"),
-        "Split": f"{val_size:,} of the training images held out for validation, split_seed "
-        f"{data['split_seed']}; the test set chose nothing",
-        "Augmentation": ", ".join(steps),
-        "Training": f"{len(rows)} of {trainer['max_epochs']} epochs of batches of "
-        f"{data['batch_size']}, {_call(model['optimizer'])}, seed {settings['seed_everything']}, "
-        f"precision {trainer['precision'] or '32-true'}"
+        if set(images.values()) == {"CIFAR-10"}
+        else f"not CIFAR-10 as published: SHA-256 of training images and labels {images['train']}, "
+        f"of test images and labels {images['test']}",
+        "Split": f"{data['val_size']:,} of the training images held out for validation, "
+        f"split_seed {data['split_seed']}; the test set chose nothing",
+        "Augmentation": ", ".join(_call(step) for step in data["augment"]) or "none",
+        "Training": f"{len(rows)} of {settings['trainer']['max_epochs']} epochs, {share}"
+        f"{data['batch_size']} images a batch, {_call(model['optimizer'])}, "
+        f"seed {settings['seed_everything']}, precision {trainer.precision_plugin.precision}"
+        + others
         + (f", {_call(model['lr_scheduler'])}" if model["lr_scheduler"] else "")
+        + (f", images normalised by {model['normalize']}" if model["normalize"] else "")
         + (f", label smoothing {model['label_smoothing']}" if model["label_smoothing"] else "")
         + (", softmax before the loss" if model["softmax_before_loss"] else "")
         + (f"; evaluated with {model['tta']} views" if model["tta"] != "none" else ""),
+    }
+    for i, part in enumerate(parts[1:], 1):
+        changes = ", ".join(f"{k} {now} (was {old})" for k, (old, now) in part["changed"].items())
+        lines[f"Resumed ({i})"] = f"from epoch {part['from_epoch']} with {changes}"
+    lines |= {
         "Time": f"{sum(row['seconds'] for row in rows):.0f} s on {cores}{hardware}",
         "Versions": f"torch {torch.__version__}, torchvision {torchvision.__version__}, lightning "
         f"{lightning.__version__}, Python {platform.python_version()}, {platform.system()}",
@@ -89,10 +108,15 @@ def model_card(
     return f"# {settings['name']}, {folder.name}\n\n{text}\n"
 
 
-def with_result(card: str, checkpoint: str, summary: str) -> str:
-    """Return a card with the result of a test in place of that of an earlier one."""
+def with_result(
+    card: str, checkpoint: str, summary: str, images: str, changed: dict[str, list[Any]]
+) -> str:
+    """Return a card with the result of a test, in place of an earlier one: of which checkpoint, on
+    which images, and with which settings other than the run's."""
     lines = "\n".join(f"- {line}" for line in summary.splitlines())
-    return f"{card.partition(RESULT)[0]}{RESULT}\nOf `{checkpoint}`:\n\n{lines}\n"
+    how = "".join(f", with {k} {now} (not {old})" for k, (old, now) in changed.items())
+    on = f"Of `{checkpoint}` on the test images of {images}{how}:"
+    return f"{card.partition(RESULT)[0]}{RESULT}\n{on}\n\n{lines}\n"
 
 
 def _call(settings: Any) -> str:

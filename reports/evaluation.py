@@ -3,8 +3,6 @@
 import math
 from typing import Any
 
-import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
@@ -21,12 +19,11 @@ from torchmetrics.functional.classification import (
     multiclass_recall,
 )
 
-from callbacks.predictions import Predictions
 from cifar10.archive import CLASSES
+from cifar10.batches import Predictions
+from reports.figures import BINS, confusion_figure, mistakes_figure, reliability_figure
 
 N = len(CLASSES)
-BINS = 15  # of confidence, as in Guo et al.
-SHOWN = 36  # mistakes
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
@@ -125,83 +122,18 @@ class Evaluation:
             table.add_row(name, *numbers, taken if count else "")
         return table
 
-    # --------------------------------------------------------------------------------- figures
-
     def figures(self, images: Tensor) -> dict[str, Figure]:
         """Return all figures by name; images are those of the set, uint8 [N, 3, 32, 32]."""
+        logits, labels = self.test.logits, self.test.labels
+        panels = {f"as trained: ECE {self.calibration['ece']:.1%}": logits}
+        if self.temperature is not None:
+            title = f"temperature {self.temperature:.2f}: ECE {self.scaled['ece']:.1%}"
+            panels[title] = logits / self.temperature
         return {
             "confusion": confusion_figure(self.confusion),
-            "reliability": self.reliability_figure(),
-            "mistakes": self.mistakes_figure(images),
+            "reliability": reliability_figure(panels, labels),
+            "mistakes": mistakes_figure(logits, labels, images),
         }
-
-    def reliability_figure(self) -> Figure:
-        """Draw accuracy over confidence, as the network is and with the temperature."""
-        logits, labels = self.test.logits, self.test.labels
-        panels = [("as trained", logits, self.calibration)]
-        if self.temperature is not None:
-            title = f"temperature {self.temperature:.2f}"
-            panels.append((title, logits / self.temperature, self.scaled))
-        figure = Figure(figsize=(4.2 * len(panels), 4.3), layout="constrained")
-        for axes, (title, scores, numbers) in zip(
-            figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-        ):
-            _draw_reliability(axes, scores, labels)
-            axes.set_title(f"{title}: ECE {numbers['ece']:.1%}")
-        return figure
-
-    def mistakes_figure(self, images: Tensor) -> Figure:
-        """Draw the most confident mistakes, each with what it is taken for and what it is."""
-        confidence, predicted = self.test.logits.softmax(dim=1).max(dim=1)
-        wrong = (predicted != self.test.labels).nonzero()[:, 0]
-        worst = wrong[confidence[wrong].argsort(descending=True)][:SHOWN]
-        figure = Figure(figsize=(9, 11.4), layout="constrained")
-        for axes in figure.subplots(6, 6).flat:
-            axes.set_axis_off()
-        for axes, i in zip(figure.axes, worst.tolist(), strict=False):
-            axes.imshow(images[i].permute(1, 2, 0).cpu())
-            taken, true = CLASSES[predicted[i]], CLASSES[self.test.labels[i]]
-            axes.set_title(f"{taken} {confidence[i]:.0%}\nis: {true}", fontsize=11)
-        figure.suptitle(f"The {len(worst)} most confident mistakes", fontsize=14)
-        return figure
-
-
-def confusion_figure(confusion: Tensor) -> Figure:
-    """Draw a confusion matrix int64 [10, 10]: how many of each class are taken for which."""
-    share = (confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)).cpu().numpy()
-    figure = Figure(figsize=(6.8, 6), layout="constrained")
-    axes = figure.subplots()
-    picture = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(N), CLASSES, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(N), CLASSES)
-    axes.set(xlabel="predicted", ylabel="true")
-    for (row, column), count in np.ndenumerate(confusion.cpu().numpy()):
-        color = "white" if share[row, column] > 0.5 else "black"
-        axes.text(column, row, str(count), ha="center", va="center", color=color)
-    figure.colorbar(picture, label="share of the true class", shrink=0.85)
-    return figure
-
-
-def _draw_reliability(axes: Axes, logits: Tensor, labels: Tensor) -> None:
-    """Draw the accuracy of each bin of confidence, and how much of the set is in it."""
-    confidence, predicted = (part.cpu().numpy() for part in logits.softmax(dim=1).max(dim=1))
-    correct = predicted == labels.cpu().numpy()
-    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    counts = np.bincount(bins, minlength=BINS)
-    hits = np.bincount(bins, weights=correct, minlength=BINS)
-    middles = (np.arange(BINS) + 0.5) / BINS
-    there = counts > 0
-    axes.plot([0, 1], [0, 1], "--", color="grey", linewidth=1, label="perfect")
-    axes.bar(
-        middles[there], (hits[there] / counts[there]), 0.9 / BINS,
-        color="tab:blue", label="accuracy in the bin",
-    )  # fmt: skip
-    axes.plot(
-        middles, counts / counts.sum(), color="tab:orange", marker=".", label="share of images"
-    )
-    axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    axes.grid(alpha=0.3)
-    axes.legend(loc="upper left")
 
 
 def _rounded(value: Any) -> Any:

@@ -22,8 +22,8 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import DescrStatsW
 
-from callbacks.history import COLORS, QUANTITIES, Row
-from runs import write_whole
+from reports.figures import COLORS, QUANTITIES
+from runs import Row, write_whole
 
 CHANCE = 0.05  # a difference is larger than chance if its corrected p is below
 PAIRS = 3  # fewer do not show how much chance does

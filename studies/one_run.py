@@ -19,12 +19,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 import train
-from callbacks import History
-from callbacks.history import Row
-from lightning_module import Diverged
-from runs import claim, code_version, processor, read_checkpoint
+from runs import Row, claim, code_version, processor, read_checkpoint
 from studies.question import ELSEWHERE, DryRun
-from terminal import errors_in_one_line, quieten
+from terminal import quieten, short_errors
 
 
 class Reporter(Callback):
@@ -37,7 +34,7 @@ class Reporter(Callback):
 
     def rows(self, trainer: Trainer) -> list[Row]:
         """Return the rows of the run's history."""
-        return next(c for c in trainer.callbacks if isinstance(c, History)).rows  # type: ignore[attr-defined]
+        return next(c for c in trainer.callbacks if isinstance(c, train.History)).rows  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell what was done before the run was stopped."""
@@ -93,7 +90,7 @@ def fit(
     train.keep_freed_memory()
     try:
         # A process that lost its parent may take a moment to end.
-        with FileLock(folder / ".lock", timeout=60), errors_in_one_line():
+        with FileLock(folder / ".lock", timeout=60), short_errors():
             settings = settings_of(command)
             newest = newest_kept(folder, settings)
             if newest is None and (twin := find_twin(folder, settings)):
@@ -108,8 +105,14 @@ def fit(
             reporter = Reporter(link)
             try:
                 train.CLI(command, [reporter])
-            except Diverged as error:
-                link.send(("diverged", str(error).partition(", at ")[0], reporter.machine))
+            except train.Diverged as error:
+                link.send(
+                    (
+                        "diverged",
+                        str(error).partition(", at ")[0].partition(": ")[2],
+                        reporter.machine,
+                    )
+                )
                 return
         link.send(("done", reporter.kept, reporter.machine))
     except (SystemExit, Exception) as error:
@@ -123,8 +126,7 @@ def fit(
 
 def settings_of(command: list[str]) -> dict[str, Any]:
     """Return all settings that a command line of `fit` comes to, but for what it writes where."""
-    cli = DryRun(command)
-    return _common(yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))["fit"])
+    return _common(DryRun(command).config_dump)
 
 
 def _settings_in(version: Path) -> dict[str, Any] | None:

@@ -168,12 +168,10 @@ class Question:
     def command(self, flags: Flags, seed: int, folder: Path, name: str) -> list[str]:
         """Return the command line of one run, without `python train.py`."""
         files = [self.config] if isinstance(self.config, str) else self.config
-        mode = "max" if self.choose.endswith("acc") else "min"
         settings = {
             "name": name,
             "trainer.default_root_dir": str(folder),
             "checkpoint.monitor": self.choose,
-            "checkpoint.mode": mode,
             "data.test_curve": True,  # to look at; `choose` cannot name it
             **self.fixed,
             **flags,

@@ -15,7 +15,7 @@ from optuna.samplers import TPESampler
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from callbacks.history import Row
+from runs import Row
 from studies.answer import Outcome
 from studies.question import Flags, Question, as_text, run_key
 

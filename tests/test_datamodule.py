@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
+from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image, to_tensor
 
 from cifar10 import archive
-from cifar10.augment import Normalize
+from cifar10.augment import ForEachImage
 from cifar10.batches import Batches, ImageSet, shuffled
 from datamodule import CIFAR10DataModule
 from tests.conftest import TEST_SIZE, TRAIN_SIZE
@@ -130,10 +132,15 @@ def test_the_same_images_come_first_where_few_are_overfitted(arrays: Path) -> No
 def test_the_model_gets_what_totensor_gives(arrays: Path) -> None:
     data = module(arrays)
     batch = next(iter(data.val_dataloader()[0]))
-    floats = data.transform(batch.images, batch.indices)
+    floats = data.augmentation(batch.images, batch.indices)
     expected = torch.stack([to_tensor(to_pil_image(image)) for image in batch.images])
     assert torch.equal(floats, expected)
     assert torch.equal(pil_to_tensor(to_pil_image(batch.images[0])), batch.images[0])
+
+
+class Halve(nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images / 2
 
 
 class Negative(nn.Module):
@@ -141,15 +148,34 @@ class Negative(nn.Module):
         return 1 - images
 
 
-def test_steps_run_in_order_and_only_normalize_in_evaluation(arrays: Path) -> None:
-    halve = Normalize((0.0,) * 3, (2.0,) * 3)
-    transform = module(arrays, augment=[halve, Negative()]).transform
+def test_steps_run_in_order_and_in_training_only(arrays: Path) -> None:
     pixels, indices = torch.full((2, 3, 32, 32), 255, dtype=torch.uint8), torch.arange(2)
-    assert transform(pixels, indices).unique().tolist() == [0.5]
-    assert transform.eval()(pixels, indices).unique().tolist() == [0.5]
-    transform = module(arrays, augment=[Negative(), halve]).transform
-    assert transform(pixels, indices).unique().tolist() == [0.0]
-    assert transform.eval()(pixels, indices).unique().tolist() == [0.5]
+    for steps, expected in (([Halve(), Negative()], 0.5), ([Negative(), Halve()], 0.0)):
+        augmentation = module(arrays, augment=steps).augmentation
+        assert augmentation(pixels, indices).unique().tolist() == [expected]
+        assert augmentation.eval()(pixels, indices).unique().tolist() == [1.0]
+
+
+def test_a_normalize_that_would_be_left_out_of_evaluation_is_refused(arrays: Path) -> None:
+    both = nn.Sequential(Negative(), v2.Normalize([0.5] * 3, [0.5] * 3))
+    with pytest.raises(MisconfigurationException, match=r"use --model\.normalize"):
+        module(arrays, augment=[both])
+
+
+def test_one_choice_a_batch_is_said(arrays: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module(arrays, augment=[v2.RandomHorizontalFlip()])
+    assert "RandomHorizontalFlip makes one random choice a batch" in capsys.readouterr().out
+    module(arrays, augment=[ForEachImage(v2.RandomHorizontalFlip())])
+    assert capsys.readouterr().out == ""
+
+
+def test_it_works_without_a_trainer(arrays: Path) -> None:
+    data = CIFAR10DataModule(str(arrays), verify=False, val_size=200)
+    data.prepare_data()
+    data.setup()
+    assert sum(len(batch.labels) for batch in data.train_dataloader()) == 800
+    assert sum(len(batch.labels) for batch in data.val_dataloader()[0]) == 200
+    assert sum(len(batch.labels) for batch in data.test_dataloader()) == TEST_SIZE
 
 
 def test_the_test_set_is_evaluated_in_fit_only_when_asked_for(arrays: Path) -> None:
@@ -164,5 +190,7 @@ def test_the_test_set_is_evaluated_in_fit_only_when_asked_for(arrays: Path) -> N
 
 
 def test_a_split_without_training_images_is_refused(arrays: Path) -> None:
-    with pytest.raises(archive.CIFAR10Error, match="leaves no training image of 1000.*at most 999"):
+    with pytest.raises(
+        MisconfigurationException, match="leaves no training image of 1000.*at most 999"
+    ):
         module(arrays, val_size=TRAIN_SIZE)

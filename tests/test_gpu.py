@@ -95,15 +95,11 @@ def test_runs_repeat_and_resume_to_the_bit(run: Run, recipe: str, tmp_path: Path
     assert_same(whole, runs / "parts/version_1/checkpoints/last.ckpt")
 
 
-def cosine(optimizer: torch.optim.Optimizer, total_steps: int | None = None) -> WarmupCosine:
-    return WarmupCosine(optimizer, total_steps=total_steps)
-
-
 def one_cycle(optimizer: torch.optim.Optimizer, total_steps: int | None = None) -> OneCycleLR:
     return OneCycleLR(optimizer, 1e-3, total_steps=total_steps)
 
 
-@pytest.mark.parametrize("schedule", [None, partial(cosine, total_steps=None),
+@pytest.mark.parametrize("schedule", [None, WarmupCosine,
                                       partial(one_cycle, total_steps=None)])  # fmt: skip
 @pytest.mark.parametrize("optimizer", ["Adam", "AdamW", "SGD", "RMSprop"])
 def test_recorded_steps_train_as_single_ones(arrays: Path, optimizer: str, schedule: Any) -> None:

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.nn import functional as F
 
-from cifar10.augment import AlternatingFlip, Normalize
+from cifar10.augment import AlternatingFlip
 from cifar10.batches import Batch
 from datamodule import CIFAR10DataModule
 from lightning_module import ImageClassifier
@@ -110,9 +110,8 @@ def fitted(
     arrays: Path, model: ImageClassifier, accelerator: str = "cpu", **settings: Any
 ) -> Trainer:
     """Train on the small data set for two epochs, the last batch of each a short one."""
-    augment = [AlternatingFlip(), Normalize()]
     data = CIFAR10DataModule(
-        str(arrays), verify=False, batch_size=96, val_size=200, augment=augment
+        str(arrays), verify=False, batch_size=96, val_size=200, augment=[AlternatingFlip()]
     )
     trainer = Trainer(
         accelerator=accelerator,
@@ -131,7 +130,8 @@ def fitted(
 
 def linear(**settings: Any) -> ImageClassifier:
     torch.manual_seed(0)
-    return ImageClassifier(nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), **settings)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+    return ImageClassifier(network, **{"normalize": "cifar10", **settings})
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")

@@ -92,8 +92,8 @@ def test_muon_takes_filters_that_are_all_zero() -> None:
 @pytest.mark.parametrize("warmup", [-0.5, 1, 2])
 def test_warmup_cosine_has_a_part_to_rise_and_one_to_fall(warmup: float) -> None:
     optimizer = torch.optim.SGD(parameters((2,)), lr=1.0)
-    with pytest.raises(ValueError, match=r"must be in \[0, 1\)"):
-        WarmupCosine(optimizer, warmup, 10)
+    with pytest.raises(ValueError, match=r"is not in \[0, 1\)"):
+        WarmupCosine(optimizer, warmup)
 
 
 def test_each_parameter_has_the_group_that_fits() -> None:
@@ -112,32 +112,29 @@ def test_linear_decay_ends_where_each_group_says() -> None:
     one, other = parameters((2,), (2,))
     groups = {"a": Group("one", lr=1, until=0.5), "b": Group("other", lr=10)}
     optimizer = MuonSGD([("one", one), ("other", other)], groups)
-    schedule = LinearDecay(optimizer, total_steps=4)
+    schedule = LinearDecay(optimizer)
     rates = []
-    for _ in range(6):  # a step or two too many does not train backwards
+    for step in range(6):  # a step or two too many does not train backwards
+        schedule.set_progress(step / 4)
         rates.append([group["lr"] for group in optimizer.param_groups])
-        optimizer.step()
-        schedule.step()
     assert rates == [[1, 10], [0.5, 7.5], [0, 5], [0, 2.5], [0, 0], [0, 0]]
 
 
 @pytest.mark.parametrize("total", [50, 400])
 def test_warmup_cosine_is_the_curve_of_one_cycle(total: int) -> None:
-    rates: list[list[float]] = []
-    for make in (
-        lambda optimizer: WarmupCosine(optimizer, 0.2, total),
-        lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, max_lr=3.0, pct_start=0.2, total_steps=total, cycle_momentum=False
-        ),
-    ):
-        optimizer = torch.optim.SGD(parameters((2,)), lr=3.0)
-        schedule = make(optimizer)
-        rates.append([])
-        for _ in range(total):
-            rates[-1].append(optimizer.param_groups[0]["lr"])
-            optimizer.step()
-            if len(rates[-1]) < total:
-                schedule.step()
+    rates: list[list[float]] = [[], []]
+    optimizers = [torch.optim.SGD(parameters((2,)), lr=3.0) for _ in rates]
+    ours = WarmupCosine(optimizers[0], 0.2)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(
+        optimizers[1], max_lr=3.0, pct_start=0.2, total_steps=total, cycle_momentum=False
+    )
+    for step in range(total):
+        if step:
+            ours.set_progress(step / total)
+            optimizers[1].step()
+            theirs.step()
+        for found, optimizer in zip(rates, optimizers, strict=True):
+            found.append(optimizer.param_groups[0]["lr"])
     # PyTorch's is there a step earlier.
     assert rates[0] == pytest.approx(rates[1], abs=3.0 * 1.6 * 5 / total)
     assert max(rates[0]) == 3.0
@@ -147,11 +144,10 @@ def test_warmup_cosine_is_the_curve_of_one_cycle(total: int) -> None:
 @pytest.mark.parametrize("total", [1, 2, 5])
 def test_warmup_cosine_of_a_few_steps_trains_and_ends_at_zero(total: int) -> None:
     optimizer = torch.optim.SGD(parameters((2,)), lr=1.0)
-    schedule = WarmupCosine(optimizer, 0.2, total)
-    for _ in range(total):
+    schedule = WarmupCosine(optimizer, 0.2)
+    for step in range(total):
         assert optimizer.param_groups[0]["lr"] > 0
-        optimizer.step()
-        schedule.step()
+        schedule.set_progress((step + 1) / total)
     assert optimizer.param_groups[0]["lr"] == 0
 
 
@@ -179,10 +175,14 @@ SMALL = [
             "{parameters: heda, lr: 1}",
             "group more takes no parameter: the pattern groups.more.parameters is 'heda'",
         ),
-        (".filters.rule", "adam", "expected 'sgd', 'muon'"),
-        (".filters.lr", "-1", "lr: -1 is not >0"),
-        (".norms.momentum", "1.5", "momentum: 1.5 is not >=0 and <=1"),
-        (".whitening.until", "0", "until: 0 is not >0"),
+        (
+            ".filters.rule",
+            "adam",
+            "rule: Expected a typing.Literal['sgd', 'muon']. Got value: adam",
+        ),
+        (".filters.lr", "-1", "lr: -1 does not conform to restriction v>0"),
+        (".norms.momentum", "1.5", "momentum: 1.5 does not conform to restriction v>=0 and v<=1"),
+        (".whitening.until", "0", "until: 0 does not conform to restriction v>0"),
         (".head.rate", "1", "unknown option rate: there are parameters, rule,"),
         (".norms.rule", "muon", "groups.0.norm1.bias is a vector, which rule muon cannot update"),
     ],
@@ -193,27 +193,15 @@ def test_wrong_groups_are_refused_in_one_line(
     assert message in fails("fit", *SMALL, f"--model.optimizer.groups{flag}", value)
 
 
-@pytest.mark.parametrize(
-    "endless",
-    [
-        ["--trainer.max_epochs", "-1", "--trainer.max_time", "00:00:01:00"],
-        ["--model.lr_scheduler.total_steps", "-5"],
-    ],
-)
-def test_a_decay_without_an_end_is_refused(fails: Run, endless: list[str]) -> None:
+def test_a_decay_without_an_end_is_refused(fails: Run) -> None:
+    endless = ["--trainer.max_epochs", "-1", "--trainer.max_time", "00:00:01:00"]
     assert "give trainer.max_epochs or max_steps" in fails("fit", *SMALL, *endless)
 
 
-@pytest.mark.parametrize(
-    "short",
-    [
-        ["LinearDecay", "--model.lr_scheduler.total_steps", "5"],
-        ["OneCycleLR", "--model.lr_scheduler.max_lr", "1", "--model.lr_scheduler.epochs", "1",
-         "--model.lr_scheduler.steps_per_epoch", "5"],
-    ],
-)  # fmt: skip
-def test_a_schedule_that_ends_before_the_training_is_refused(fails: Run, short: list[str]) -> None:
-    message = fails("fit", "--model.lr_scheduler", *short)
+def test_a_schedule_that_ends_before_the_training_is_refused(fails: Run) -> None:
+    short = ["--model.lr_scheduler.max_lr", "1", "--model.lr_scheduler.epochs", "1"]
+    short += ["--model.lr_scheduler.steps_per_epoch", "5"]
+    message = fails("fit", "--model.lr_scheduler", "OneCycleLR", *short)
     assert "a schedule over 5 steps ends before the training, which takes 32" in message
 
 

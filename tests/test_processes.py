@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,7 +14,6 @@ from pathlib import Path
 import pytest
 
 import train
-from cifar10 import archive
 from tests.conftest import Run
 from tests.test_train import BASE, ROOT, is_same, rows, weights
 
@@ -21,7 +21,7 @@ METRICS = [f"{stage}/{name}" for stage in ("train", "val", "test") for name in (
 
 
 @pytest.mark.slow
-def test_two_nodes_train_as_one_process_does(run: Run, tarball: bytes, tmp_path: Path) -> None:
+def test_two_nodes_train_as_one_process_does(run: Run, arrays: Path, tmp_path: Path) -> None:
     """Batches of 97 divide evenly neither over the ranks nor the epoch, nor do 203 images to
     validate. Without batch norm, whose statistics are each rank's own."""
     settings = [
@@ -42,8 +42,7 @@ def test_two_nodes_train_as_one_process_does(run: Run, tarball: bytes, tmp_path:
     nodes = []
     for rank in (0, 1):
         root = tmp_path / f"disk_of_{rank}"
-        root.mkdir()
-        (root / archive.ARCHIVE).write_bytes(tarball)
+        shutil.copytree(arrays, root)
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"),
             *(f"--node-rank={rank}", "--master-addr=127.0.0.1", f"--master-port={port}"),

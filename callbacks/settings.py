@@ -1,0 +1,88 @@
+"""The settings of a run, in `config.yaml` and in its checkpoints."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from runs import RUN_SETTINGS, code_version, differences, settings_of, write_whole
+
+CHOICE = ("monitor", "mode", "filename", "auto_insert_metric_name")  # of ModelCheckpoint
+
+
+class SaveSettings(Callback):
+    """Saves the run's settings: in `config.yaml`, and in every checkpoint, with what they were in
+    earlier parts of a run that was resumed with others.
+
+    Args:
+        settings: The run's, as nested plain data.
+        resumed: The checkpoint that it resumes.
+
+    """
+
+    takes_many_steps = True
+
+    def __init__(self, settings: dict[str, Any], resumed: dict[str, Any] | None) -> None:
+        self.settings = settings
+        self.images: dict[str, str] = {}
+        self.parts = [{"from_epoch": 0, "config": "config.yaml", "changed": {}}]
+        self.before = settings_of(resumed) if resumed else settings
+        if resumed:
+            self.parts = resumed.get("run", {}).get("parts", self.parts)
+        self.changed = differences(self.before, settings)
+        self.trained_on = resumed.get("run", {}).get("images", {}) if resumed else {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Note which images these are, and refuse to validate on some that may have been trained
+        on."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        self.images = {part: data.identity(part) for part in ("train", "test")}
+        if (
+            data.val_size
+            and self.trained_on.get("train", self.images["train"]) != self.images["train"]
+        ):
+            raise MisconfigurationException(
+                f"the checkpoint was trained on other images ({self.trained_on['train']}), perhaps "
+                "on some of this validation set: resume with its data.root, or data.val_size 0"
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write `config.yaml`; keep the one of a part with other settings under another name."""
+        files = {"config.yaml": self.settings}
+        if self.changed:
+            earlier = self.parts[-1]["config"] = f"config_{len(self.parts)}.yaml"
+            files[earlier] = self.before
+            part = {"from_epoch": trainer.current_epoch, "changed": self.changed}
+            self.parts.append({"config": "config.yaml", **part})
+        folder = trainer.log_dir  # of which all ranks are told, so all must ask
+        if trainer.is_global_zero and folder and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            for name, settings in files.items():
+                text = yaml.safe_dump(settings, sort_keys=False)
+                write_whole(Path(folder) / name, text.encode())
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add the settings that Lightning does not: of the run and its trainer."""
+        checkpoint["run"] = {
+            **{key: self.settings[key] for key in RUN_SETTINGS},
+            "started_in": str(Path.cwd()),  # what relative paths start from
+            "code": code_version(),
+            "images": self.images,
+            "parts": self.parts,
+            "chosen_by": {key: getattr(trainer.checkpoint_callback, key, None) for key in CHOICE},
+        }
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Restart optimizer and schedule if the command line gives another one."""
+        for key in ("model.optimizer", "model.lr_scheduler"):
+            if any(name.startswith(key) for name in self.changed):
+                checkpoint["optimizer_states"] = checkpoint["lr_schedulers"] = []
+                if trainer.is_global_zero:
+                    print(f"{key} has changed: the state of the optimizer restarts")
+                return

@@ -1,0 +1,136 @@
+"""What TensorBoard and the terminal show besides the curves: layers, graph, images as they are
+trained on, learning rates, weight norms, hyperparameters."""
+
+import copy
+import warnings
+from contextlib import redirect_stdout, suppress
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelSummary
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.model_summary import summarize
+from rich.console import Console
+from rich.table import Table
+from torch.nn import functional as F
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+from torchvision.utils import make_grid
+
+from callbacks.history import NAMES, STAGES, History
+
+SHOWN = 64  # images
+CHOSEN = ("val/acc", "val/loss", "test/acc", "epoch")  # what HParams shows of the chosen epoch
+ELSEWHERE = ("_instantiator", "root", "download", "sources", "verify", "log_steps", "images")
+
+
+def writers(trainer: Trainer) -> list[SummaryWriter]:
+    """Return what writes the run's TensorBoard events, in the first process."""
+    loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+    return [logger.experiment for logger in loggers] if trainer.is_global_zero else []
+
+
+class Board(Callback):
+    """Fills TensorBoard: at the start with a chart for train and validation together, the graph and
+    a sample of augmented training images; after each epoch with its learning rates and the norm of
+    each layer's weights; at the end with the hyperparameters and the chosen epoch.
+    """
+
+    takes_many_steps = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Draw the chart, and the graph and the images of a run that starts."""
+        self.on_train_epoch_start(trainer, pl_module)  # not called for the rest of an epoch
+        titles = zip(NAMES, ("loss", "accuracy"), strict=True)
+        charts = {t: ["Multiline", [f"^{stage}/{n}$" for stage in STAGES]] for n, t in titles}
+        for board in writers(trainer):
+            board.add_custom_scalars({"learning curves": charts})
+            if trainer.current_epoch == 0:
+                image_set = trainer.datamodule.train_set  # type: ignore[attr-defined]
+                pixels, _, indices = image_set.batch(image_set.indices[:SHOWN])
+                # The random numbers drawn here change no run: the module seeds every epoch.
+                grid = make_grid(pl_module.augment(pixels, indices).float().clamp(0, 1), nrow=8)
+                board.add_image("train/images", F.interpolate(grid[None], scale_factor=2.0)[0])
+                # A network that can't be traced has no graph to show, and that is all.
+                with warnings.catch_warnings(), redirect_stdout(None), suppress(Exception):
+                    warnings.simplefilter("ignore")
+                    # A copy, so that every module keeps the mode its author gave it.
+                    network = copy.deepcopy(pl_module.network).eval()
+                    board.add_graph(network, pl_module.example_input_array.to(pl_module.device))
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Keep the learning rates of the epoch's start, before a scheduler changes them."""
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        names = [
+            f"lr/{g.get('name', i)}" if len(groups) > 1 else "lr" for i, g in enumerate(groups)
+        ]
+        self.rates = {n: float(g["lr"]) for n, g in zip(names, groups, strict=True)}
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Log the epoch's learning rates and the norms after it."""
+        named = pl_module.network.named_parameters()
+        norms = {
+            f"weight_norm/{name.removesuffix('.weight')}": p.detach().float().norm()
+            for name, p in named
+            if p.ndim > 1
+        }
+        for board in writers(trainer):
+            for name, value in {**self.rates, **norms}.items():
+                board.add_scalar(name, value, trainer.global_step)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Fill the tab HParams."""
+        history = next((c for c in trainer.callbacks if isinstance(c, History)), None)  # type: ignore[attr-defined]
+        best = history.best(trainer) if history else None
+        for board in writers(trainer):
+            for key in CHOSEN:
+                if best and key in best:
+                    board.add_scalar(f"chosen/{key}", best[key], trainer.global_step)
+            # Without torch's description of the whole table TensorBoard makes its own, which shows
+            # first the settings that differ between runs.
+            _, *run = hparams(_settings(trainer), {})  # type: ignore[no-untyped-call]
+            for summary in run:
+                board._get_file_writer().add_summary(summary, trainer.global_step)  # type: ignore[no-untyped-call]
+
+
+def _settings(trainer: Trainer) -> dict[str, Any]:
+    """Return the settings that a result depends on, named as on the command line."""
+    found: dict[str, Any] = {
+        "seed_everything": getattr(trainer.lightning_module, "seed", None),
+        "trainer.max_epochs": trainer.max_epochs,
+        "trainer.precision": trainer.precision_plugin.precision,
+    }
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                if key not in ELSEWHERE:
+                    add(name if key == "init_args" else f"{name}.{key}", inner)
+        else:
+            found[name] = value if isinstance(value, bool | int | float) else str(value)
+
+    add("model", dict(trainer.lightning_module.hparams))
+    add("data", dict(trainer.datamodule.hparams))  # type: ignore[attr-defined]
+    return found
+
+
+class LayerTable(ModelSummary):
+    """Prints name, type, output shape for the module's example batch, and parameters of each layer
+    of its `network`; Lightning's own summary also lists containers and metrics."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the table."""
+        summary = summarize(pl_module, max_depth=-1)
+        modules = dict(pl_module.named_modules())
+        total = sum(p.numel() for p in modules["network"].parameters())
+        table = Table("layer", "type", "output for 128 images", show_footer=True)
+        table.add_column("parameters", f"{total:,}", justify="right")
+        for name, kind, shape, parameters in zip(
+            summary.layer_names, summary.layer_types, summary.out_sizes, summary.param_nums,
+            strict=True,
+        ):  # fmt: skip
+            if name.startswith("network.") and not any(True for _ in modules[name].children()):
+                layer = name.removeprefix("network.")
+                table.add_row(layer, kind, str(shape), f"{parameters:,}")
+        if trainer.is_global_zero:
+            Console().print(table)

@@ -1,0 +1,98 @@
+"""Figures of a run: learning curves, confusion matrix, reliability, the most confident mistakes."""
+
+import io
+
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from cifar10.archive import CLASSES
+from runs import Row
+
+COLORS = {"train": "tab:blue", "val": "tab:orange", "test": "tab:green"}
+QUANTITIES = {"loss": "loss", "acc": "accuracy"}
+BINS = 15  # of confidence, as in Guo et al.
+SHOWN = 36  # mistakes
+
+
+def png(figure: Figure, dpi: int = 120) -> bytes:
+    """Return a figure as the content of a PNG file."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=dpi)
+    return content.getvalue()
+
+
+def curves(rows: list[Row], best: Row | None) -> Figure:
+    """Draw loss and accuracy side by side over the epochs of a run."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, (name, title) in zip(figure.subplots(1, 2), QUANTITIES.items(), strict=True):
+        for stage, color in COLORS.items():
+            key = f"{stage}/{name}"
+            points = [(row["epoch"], row[key]) for row in rows if key in row]
+            if points:
+                label, style = (f"{stage} (not used)", "--") if stage == "test" else (stage, "-")
+                axes.plot(*zip(*points, strict=True), style, color=color, label=label, marker=".")
+        if best is not None:
+            label = f"chosen: epoch {best['epoch']:.0f}"
+            axes.axvline(best["epoch"], color="grey", linewidth=1, linestyle=":", label=label)
+        axes.set(title=title, xlabel="epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return figure
+
+
+def confusion_figure(confusion: Tensor) -> Figure:
+    """Draw a confusion matrix int64 [10, 10]: how many of each class are predicted as which."""
+    share = (confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)).cpu().numpy()
+    figure = Figure(figsize=(6.8, 6), layout="constrained")
+    axes = figure.subplots()
+    picture = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(len(CLASSES)), CLASSES, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(CLASSES)), CLASSES)
+    axes.set(xlabel="predicted", ylabel="true")
+    for (row, column), count in np.ndenumerate(confusion.cpu().numpy()):
+        color = "white" if share[row, column] > 0.5 else "black"
+        axes.text(column, row, str(count), ha="center", va="center", color=color)
+    figure.colorbar(picture, label="share of the true class", shrink=0.85)
+    return figure
+
+
+def reliability_figure(panels: dict[str, Tensor], labels: Tensor) -> Figure:
+    """Draw accuracy over confidence, a panel for each title and its logits float32 [N, 10], of
+    images with labels int64 [N]."""
+    figure = Figure(figsize=(4.2 * len(panels), 4.3), layout="constrained")
+    row = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, logits) in zip(row, panels.items(), strict=True):
+        confidence, predicted = (part.cpu().numpy() for part in logits.softmax(dim=1).max(dim=1))
+        bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
+        counts = np.bincount(bins, minlength=BINS)
+        hits = np.bincount(bins, weights=predicted == labels.cpu().numpy(), minlength=BINS)
+        middles, there = (np.arange(BINS) + 0.5) / BINS, counts > 0
+        axes.plot([0, 1], [0, 1], "--", color="grey", linewidth=1, label="perfect")
+        heights = hits[there] / counts[there]
+        axes.bar(middles[there], heights, 0.9 / BINS, color="tab:blue", label="accuracy in the bin")
+        share = counts / counts.sum()
+        axes.plot(middles, share, color="tab:orange", marker=".", label="share of images")
+        axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), aspect="equal")
+        axes.set_title(title)
+        axes.grid(alpha=0.3)
+        axes.legend(loc="upper left")
+    return figure
+
+
+def mistakes_figure(logits: Tensor, labels: Tensor, images: Tensor) -> Figure:
+    """Draw the most confident mistakes among images uint8 [N, 3, 32, 32], each with its predicted
+    and its true class."""
+    confidence, predicted = logits.softmax(dim=1).max(dim=1)
+    wrong = (predicted != labels).nonzero()[:, 0]
+    worst = wrong[confidence[wrong].argsort(descending=True)][:SHOWN]
+    figure = Figure(figsize=(9, 11.4), layout="constrained")
+    for axes in figure.subplots(6, 6).flat:
+        axes.set_axis_off()
+    for axes, i in zip(figure.axes, worst.tolist(), strict=False):
+        axes.imshow(images[i].permute(1, 2, 0).cpu())
+        title = f"{CLASSES[predicted[i]]} {confidence[i]:.0%}\nis: {CLASSES[labels[i]]}"
+        axes.set_title(title, fontsize=11)
+    figure.suptitle(f"The {len(worst)} most confident mistakes", fontsize=14)
+    return figure
