@@ -72,22 +72,23 @@ def printed(out: Path, text: str, seconds: float) -> dict[str, Any]:
 # Name, also of the folder; seconds that it may take; command; what reads its figures.
 STEPS: list[tuple[str, float, str, Callable[[Path, str, float], dict[str, Any]]]] = [
     ("fast94", 300, "-m benchmarks.gpu fast94 {fast} {turns}", printed),
-    ("base_graph", 90, "{fit}/base.yaml {graph}", epochs),
-    ("base_graph_compiled", 90, "{fit}/base.yaml {graph} {compiled}", epochs),
-    ("base_trace", 60, "-m benchmarks.gpu trace {flags} --config configs/base.yaml {graph}",
+    ("base_graph", 90, "{fit}/base.yaml {flags} {graph}", epochs),
+    ("base_graph_compiled", 90, "{fit}/base.yaml {flags} {graph} {compiled}", epochs),
+    ("base_trace", 60, "-m benchmarks.gpu trace --config configs/base.yaml {flags} {graph}",
      printed),
-    ("improved", 90, "{fit}/improved.yaml {graph}", epochs),
+    ("improved", 90, "{fit}/improved.yaml {flags} {graph}", epochs),
     ("improved", 60, "{test}", accuracy),
-    ("again", 90, "{fit}/base.yaml {graph}", same),
+    ("again", 90, "{fit}/base.yaml {flags} {graph}", same),
     ("resumed", 90, "train.py fit --ckpt_path {middle} --name resumed", same),
     ("study_jobs_8", 120, "{study} --jobs 8 --seeds {seeds}", rate),
     ("study_jobs_1", 90, "{study} --jobs 1 --seeds [100,101]", rate),
-    ("base_eager", 90, "{fit}/base.yaml --model.cuda_graph false", epochs),
-    ("base_compiled", 90, "{fit}/base.yaml --model.cuda_graph false {compiled}", epochs),
+    ("base_eager", 90, "{fit}/base.yaml {flags} --model.cuda_graph false", epochs),
+    ("base_compiled", 90, "{fit}/base.yaml {flags} --model.cuda_graph false {compiled}", epochs),
     ("bare", 90, "-m benchmarks.peers c {out} {peer}", epochs),
     ("bare_best", 90, "-m benchmarks.peers d {out} {peer}", epochs),
     ("fast94_trace", 90, "-m benchmarks.gpu trace {fast} {graph}", printed),
-    ("resnet18", 180, "{fit}/resnet18.yaml --data.val_size 0 --checkpoint.save_top_k -1", epochs),
+    ("resnet18", 180, "{fit}/resnet18.yaml {flags} --data.val_size 0 --checkpoint.save_top_k -1",
+     epochs),
     ("resnet18", 60, "{test}", accuracy),
 ]  # fmt: skip
 
@@ -110,7 +111,7 @@ def words_of(args: argparse.Namespace, runs: Path, name: str) -> dict[str, str]:
     middle = runs / "base_graph/version_0/checkpoints" / f"epoch_{count // 2 - 1:02d}.ckpt"
     return {
         "flags": flags,
-        "fit": f"train.py fit {flags} --config configs",
+        "fit": "train.py fit --config configs",
         "graph": "--model.cuda_graph true",
         "compiled": f"--model.compile {'default' if real else 'off'}",
         "fast": f"--config configs/fast94.yaml {flags} {fast if real else small}",
