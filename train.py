@@ -401,28 +401,32 @@ class CLI(LightningCLI):
         return self.trainer.is_global_zero and not self.config.fit.trainer.fast_dev_run
 
     def _fit(self, **kwargs: Any) -> None:
-        last = self.run_folder / "checkpoints" / "last.ckpt"
-        resume = f"python train.py fit --ckpt_path {shlex.quote(str(last))}"
         try:
             self.trainer.fit(**kwargs)
         except SystemExit as stop:  # by which Lightning ends after Ctrl-C or SIGTERM
             if stop.code not in (None, 1):
                 raise
             if self.trainer.is_global_zero:
-                print(
-                    f"\nstopped; {f'to resume: {resume}' if last.exists() else 'nothing is kept'}"
-                )
+                resume = self._resume()
+                print(f"\nstopped; {f'to resume: {resume}' if resume else 'nothing is kept'}")
             # of Ctrl-C with a code of 1, of SIGTERM with none
             raise SystemExit(128 + (signal.SIGINT if stop.code else signal.SIGTERM)) from None
         except Diverged as error:
             if not self.trainer.is_global_zero:
                 raise SystemExit(1) from None  # one process speaks
+            resume = self._resume()
             mend = (
                 f"resume from the last good epoch at a lower learning rate: {resume}"
-                if last.exists()
+                if resume
                 else "nothing is kept; start again with a lower learning rate"
             )
             raise Diverged(f"{error}; {mend}") from None
+
+    def _resume(self) -> str:
+        """Return the command that resumes from the last checkpoint; nothing if there is none."""
+        last = self.run_folder / "checkpoints" / "last.ckpt"
+        good = last if last.exists() else self.path
+        return f"python train.py fit --ckpt_path {shlex.quote(str(good))}" if good else ""
 
     def _finish(self, code: str) -> None:
         weights = io.BytesIO()

@@ -134,7 +134,7 @@ def die_at(pattern: str, count: int) -> None:
             count -= 1
             if count == 0:
                 file = Path(args[0])
-                if file.is_file():
+                if file.is_file() and file.stat().st_nlink == 1:  # not a link to a whole one
                     os.truncate(file, CHOICE.randint(0, file.stat().st_size))
                 os.kill(os.getpid(), signal.SIGKILL)
 
