@@ -125,7 +125,7 @@ class Frozen(nn.Sequential):
         self[0].eval()
 
 
-def test_every_module_keeps_the_mode_its_author_gave_it(run: Run) -> None:
+def test_every_module_keeps_its_mode(run: Run) -> None:
     run("fit", "--config", BASE, "--model.network", "tests.test_honest.Frozen")
     state = weights(LAST)
     assert torch.equal(state["network.0.running_mean"], torch.zeros(3))
