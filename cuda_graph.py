@@ -27,7 +27,8 @@ WARM_UP = 3  # steps before the recording, in which libraries choose kernels and
 # recording would keep for ever.
 PURE = ("torch.nn.", "torchvision.models.", "torchvision.ops.", "networks.", "cifar10.augment.")
 
-# Callbacks that change nothing in a step; others may, as pruning does.
+# Callbacks that change nothing that a recording holds, and look at nothing within a step. Others
+# say so by an attribute `takes_many_steps`: True if the batches of a call may be one to them.
 HARMLESS = (
     callbacks.DeviceStatsMonitor,
     callbacks.EarlyStopping,
@@ -38,7 +39,6 @@ HARMLESS = (
     callbacks.Timer,
     callbacks.WeightAveraging,
 )
-ACCUMULATING = (callbacks.GradientAccumulationScheduler, callbacks.StochasticWeightAveraging)
 BETWEEN = (  # backward pass and update
     "on_after_backward", "on_before_zero_grad", "on_before_backward", "on_before_optimizer_step",
 )  # fmt: skip
@@ -53,8 +53,8 @@ class RecordableModule(LeanModule):
 
     Args:
         cuda_graph: `auto`: record on one GPU if every part of a step is known to allow it. True:
-            wherever nothing forbids it; what forbids it is an error. On a CPU the calls are the
-            same, without a recording.
+            with any modules too; what forbids it is an error. On a CPU the calls are the same,
+            without a recording.
 
     """
 
@@ -81,7 +81,7 @@ class RecordableModule(LeanModule):
             if not reason:
                 self.steps_a_call = steps_a_call(self.trainer)
                 settings = recordable(optimizer) or {}
-                self.recorded = RecordedStep(self._optimize, optimizer, settings, self.network)
+                self.recorded = RecordedStep(self._optimize, optimizer, settings)
                 # Of the loss and of correct predictions, over the images of a call.
                 self.sums = torch.zeros(2, device=self.device, dtype=torch.float32)
         if (datamodule := getattr(self.trainer, "datamodule", None)) is not None:
@@ -103,14 +103,11 @@ class RecordableModule(LeanModule):
         reason = why_not(self.trainer)
         if reason or self.cuda_graph is True:
             return reason
-        return decides_on_cpu(self.network, self.augment) or unknown_callback(self.trainer)
+        return decides_on_cpu(self.network, self.augment)
 
     def many_steps(self, chunk: Batch) -> Tensor:
         """Make a step of each of the batches that came as one; return their mean loss []."""
-        if self.trainer.accumulate_grad_batches > 1:  # by now
-            raise MisconfigurationException("a callback accumulates: set --model.cuda_graph false")
         self.sums.zero_()
-        self.recorded.follow()
         loader = self.trainer.train_dataloader
         size = loader.step_size if isinstance(loader, Batches) else len(chunk.labels)
         batches = list(zip(*(torch.split(tensor, size) for tensor in chunk), strict=True))
@@ -212,9 +209,9 @@ class RecordedStep:
 
     A recording holds kernels and addresses. Learning rates are read from tensors, which are filled
     with what the optimizer's groups say; if anything else in the groups changes, such as the
-    momentum that `OneCycleLR` cycles, the step is recorded anew; and so it is after `follow`, if a
-    callback has frozen or replaced something. A batch of another shape than the first is not
-    replayed.
+    momentum that `OneCycleLR` cycles, the step is recorded anew. A batch of another shape than the
+    first is not replayed. Nothing else may change from step to step: no parameter may be replaced
+    or frozen.
 
     Args:
         step: Computes gradients and updates the parameters, all on the device; takes the tensors of
@@ -222,19 +219,13 @@ class RecordedStep:
         optimizer: Makes the update. Its groups keep their numbers; only during a step that is not
             replayed do they hold tensors.
         settings: What else they hold then (`recordable`).
-        network: What the step trains.
 
     """
 
     def __init__(
-        self,
-        step: Callable[..., None],
-        optimizer: Optimizer,
-        settings: dict[str, Any],
-        network: nn.Module,
+        self, step: Callable[..., None], optimizer: Optimizer, settings: dict[str, Any]
     ) -> None:
         self.step = step
-        self.network = network
         self.optimizer = optimizer
         self.settings = settings
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -242,7 +233,6 @@ class RecordedStep:
         self.rates: list[Tensor] = []
         self.lrs: list[float] = []
         self.warm_ups = 0
-        self.facts: list[Any] = []
         self.inputs: list[Tensor] = []
 
     def __call__(self, *batch: Tensor) -> None:
@@ -271,11 +261,6 @@ class RecordedStep:
         with torch.cuda.stream(self.stream), self._tensors_in_groups():
             self.step(*batch)
         main.wait_stream(self.stream)
-
-    def follow(self) -> None:
-        """Forget the recording if network, optimizer or precision are not as they were."""
-        if self.graph is not None and facts_of(self.network, self.optimizer) != self.facts:
-            self.graph, self.warm_ups, self.inputs = None, 0, []
 
     def _follow_groups(self, device: torch.device) -> None:
         """Forget the recording if the groups are others; fill the learning rates."""
@@ -319,21 +304,7 @@ class RecordedStep:
                 f"model.cuda_graph: this step cannot be recorded ({str(error).splitlines()[0]}): "
                 "set --model.cuda_graph false"
             ) from error
-        self.graph, self.facts = graph, facts_of(self.network, self.optimizer)
-
-
-def facts_of(network: nn.Module, optimizer: Optimizer) -> list[Any]:
-    """Return what a recording takes for granted: addresses, what is trained, each module's mode,
-    hooks and numbers, and the precision."""
-    tensors = [*network.parameters(), *network.buffers()]
-    states = [value for state in optimizer.state.values() for value in state.values()]
-    facts: list[Any] = [(tensor.data_ptr(), tensor.requires_grad) for tensor in tensors]
-    facts += [value.data_ptr() for value in states if isinstance(value, Tensor)]
-    for module in network.modules():
-        hooks = (tuple(module._forward_hooks), tuple(module._forward_pre_hooks))
-        numbers = (getattr(module, "momentum", None), getattr(module, "p", None))
-        facts.append((type(module), module.training, hooks, numbers))
-    return [*facts, torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")]
+        self.graph = graph
 
 
 def recordable(optimizer: Optimizer) -> dict[str, Any] | None:
@@ -351,30 +322,23 @@ def recordable(optimizer: Optimizer) -> dict[str, Any] | None:
 
 def why_not(trainer: Trainer) -> str:
     """Return why the steps of a training can't be recorded; nothing if they can, on a GPU."""
-    accumulating = [c for c in _callbacks(trainer) if isinstance(c, ACCUMULATING)]
-    watching = _overriding(trainer, BETWEEN)
     scales = getattr(trainer.precision_plugin, "scaler", None) is not None
-    makes = "makes a step of every batch, and"
+    unknown = [
+        type(callback).__name__
+        for callback in _callbacks(trainer)
+        if not (isinstance(callback, HARMLESS) or hasattr(callback, "takes_many_steps"))
+        or any(is_overridden(hook, callback, Callback) for hook in BETWEEN)
+    ]
     reasons = {
         "takes one device": trainer.world_size > 1,
-        f"{makes} trainer.accumulate_grad_batches does not": trainer.accumulate_grad_batches > 1,
+        "makes a step of every batch, and trainer.accumulate_grad_batches does not": (
+            trainer.accumulate_grad_batches > 1
+        ),
         "leaves nothing for trainer.detect_anomaly to look at": trainer._detect_anomaly,
         "knows no trainer.precision that scales the loss: use bf16-mixed": scales,
-        **{f"{makes} {type(c).__name__} does not": True for c in accumulating},
-        **{
-            f"leaves nothing for {name} to do between backward and update": True
-            for name in watching
-        },
+        f"does not know what {', '.join(unknown)} may do within a step": unknown,
     }
     return next((reason for reason, is_so in reasons.items() if is_so), "")
-
-
-def unknown_callback(trainer: Trainer) -> str:
-    """Return the name of a callback that may change what a step does; nothing if there is none."""
-    for callback in _callbacks(trainer):
-        if not (isinstance(callback, HARMLESS) or hasattr(callback, "takes_many_steps")):
-            return type(callback).__name__
-    return ""
 
 
 def decides_on_cpu(*modules: nn.Module) -> str:
@@ -399,7 +363,7 @@ def steps_a_call(trainer: Trainer) -> int:
         or trainer.min_steps is not None
         or not hasattr(trainer.datamodule, "steps_a_call")  # type: ignore[attr-defined]
         or getattr(trainer.lightning_module, "log_steps", False)
-        or _overriding(trainer, ("on_train_batch_start", "on_train_batch_end"))
+        or any(_watches_batches(callback) for callback in _callbacks(trainer))
     )
     return 1 if counts else STEPS_A_CALL
 
@@ -408,20 +372,13 @@ def _callbacks(trainer: Trainer) -> list[Callback]:
     return trainer.callbacks  # type: ignore[attr-defined]
 
 
-def _overriding(trainer: Trainer, hooks: tuple[str, ...]) -> list[str]:
-    """Return the names of callbacks that have one of these hooks, but for those that do nothing in
-    them or count images."""
-
-    def saves_by_epoch(callback: Callback) -> bool:
-        return isinstance(callback, callbacks.ModelCheckpoint) and not (
-            callback._every_n_train_steps or callback._train_time_interval
-        )
-
-    return [
-        type(callback).__name__
-        for callback in _callbacks(trainer)
-        if any(is_overridden(hook, callback, Callback) for hook in hooks)
-        and not isinstance(callback, callbacks.ProgressBar)
-        and not getattr(callback, "takes_many_steps", False)
-        and not saves_by_epoch(callback)
-    ]
+def _watches_batches(callback: Callback) -> bool:
+    """Return whether a callback does something at the start or the end of each batch."""
+    if isinstance(callback, callbacks.ModelCheckpoint):
+        return bool(callback._every_n_train_steps or callback._train_time_interval)
+    if isinstance(callback, callbacks.LearningRateMonitor):
+        return callback.logging_interval != "epoch"
+    if isinstance(callback, callbacks.ProgressBar) or getattr(callback, "takes_many_steps", False):
+        return False
+    hooks = ("on_train_batch_start", "on_train_batch_end")
+    return any(is_overridden(hook, callback, Callback) for hook in hooks)

@@ -78,7 +78,7 @@ def loop(args: argparse.Namespace, network: nn.Module, train: Loader, val: Loade
 
     train_step: Callable[..., None] = step
     if has_graph:
-        train_step = RecordedStep(step, optimizer, {"capturable": True}, network)
+        train_step = RecordedStep(step, optimizer, {"capturable": True})
     (args.folder / "checkpoints").mkdir(parents=True)
     writer = SummaryWriter(args.folder)
     for epoch in range(args.epochs):

@@ -153,7 +153,7 @@ def test_one_process_of_nccl(run: Run) -> None:
 
 
 def test_lbfgs_is_left_to_lightning(arrays: Path) -> None:
-    model = linear(optimizer=lambda params: torch.optim.LBFGS([p for _, p in params], lr=0.01))
+    model = linear(optimizer=lambda params: torch.optim.LBFGS(params, lr=0.01))
     trainer = fitted(arrays, model, "cuda")
     assert not model.steps_a_call
     assert trainer.callback_metrics["train/loss"].isfinite()
