@@ -66,6 +66,7 @@ class CIFAR10DataModule(LightningDataModule):
         images: str | list[str] | None = None,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(ignore=["augment"], logger=False)
         if any(type(part).__name__ == "Normalize" for step in augment for part in step.modules()):
             raise MisconfigurationException(
                 "data.augment runs in training only: use --model.normalize instead of Normalize"

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from jsonargparse.typing import ClosedUnitInterval
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateFinder
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,6 +30,10 @@ CompileMode = Literal[
     "off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
 ]
 INIT_IMAGES = 5000  # that a network's `init_from` sees
+NO_END = (
+    "a schedule needs an end: give trainer.max_epochs or max_steps, and "
+    "trainer.accumulate_grad_batches rather than GradientAccumulationScheduler"
+)
 
 
 class Diverged(MisconfigurationException):
@@ -78,6 +84,7 @@ class ImageClassifier(RecordableModule):
     mean: Tensor
     std: Tensor
     compiled_for: int  # images
+    counted: int  # the last batch whose metrics were counted
 
     def __init__(
         self,
@@ -94,6 +101,8 @@ class ImageClassifier(RecordableModule):
         tta: TestTimeAugmentation = "none",
     ) -> None:
         super().__init__(cuda_graph)
+        # For plain Python; the command line saves how to build these three too.
+        self.save_hyperparameters(ignore=["network", "optimizer", "lr_scheduler"], logger=False)
         self.network = network
         self.make_optimizer = optimizer
         self.make_lr_scheduler = lr_scheduler
@@ -103,7 +112,7 @@ class ImageClassifier(RecordableModule):
             compile = "default" if compile else "off"
         self.compile_mode = compile
         self.log_steps = log_steps
-        self.lr: float | None = None  # set by Lightning's LearningRateFinder
+        self.lr: float | None = None  # found by Lightning's LearningRateFinder
         self.label_smoothing = label_smoothing
         self.tta = self.views = tta
         for name, values in _normalization(normalize).items():
@@ -131,14 +140,17 @@ class ImageClassifier(RecordableModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the mean loss [] of a batch; log the epoch's metrics with its last one."""
+        is_repeated = self.counted == batch_idx  # LBFGS evaluates a batch several times
+        self.counted = batch_idx
         if self.steps_a_call:
             loss = self.many_steps(batch)  # which has updated the weights
         else:
             loss, correct = self.step_loss(*batch)
-            self.train_metrics.update(loss.detach(), correct, len(batch.labels))
+            if not is_repeated:
+                self.train_metrics.update(loss.detach(), correct, len(batch.labels))
         if self.log_steps:
             self.log("train/loss_step", loss, batch_size=len(batch.labels))
-        if self.trainer.is_last_batch:
+        if self.trainer.is_last_batch and not is_repeated:
             self._log_epoch("train", self.train_metrics)
         loader = self.trainer.train_dataloader
         if self.trainer.world_size > 1 and isinstance(loader, Batches):
@@ -207,10 +219,9 @@ class ImageClassifier(RecordableModule):
         if self.make_lr_scheduler is None:
             return optimizer
         scheduler = self._scheduler(optimizer)
-        is_by_step = hasattr(scheduler, "set_progress") or isinstance(
-            scheduler, OneCycleLR | CyclicLR
-        )
-        default = "step" if is_by_step else "epoch"
+        has_progress = hasattr(scheduler, "set_progress")
+        has_own_rates = isinstance(scheduler, OneCycleLR | CyclicLR)
+        default = "step" if has_progress or has_own_rates else "epoch"
         return {
             "optimizer": optimizer,
             "lr_scheduler": {
@@ -223,22 +234,30 @@ class ImageClassifier(RecordableModule):
     def _scheduler(self, optimizer: Optimizer) -> Any:
         make = self.make_lr_scheduler
         assert make is not None
-        self.total_steps = total = self.steps_of_training()
+        is_known = not self._has(GradientAccumulationScheduler)
+        self.total_steps = total = self.steps_of_training() if is_known else math.inf
         given = make.keywords if isinstance(make, partial) else {}
-        if given.get("total_steps", 0) is None and given.get("epochs") is None:  # OneCycleLR's
-            make = partial(make, total_steps=total)  # type: ignore[call-arg]
         with _refused("model.lr_scheduler"):
+            if given.get("total_steps", 0) is None and given.get("epochs") is None:  # OneCycleLR's
+                if total == math.inf:
+                    raise ValueError(NO_END)
+                make = partial(make, total_steps=total)  # type: ignore[call-arg]
             scheduler: Any = make(optimizer)
             if hasattr(scheduler, "set_progress") and total == math.inf:
-                raise ValueError("a schedule needs an end: give trainer.max_epochs or max_steps")
+                raise ValueError(NO_END)
             if getattr(scheduler, "total_steps", total) < total < math.inf:
                 raise ValueError(
                     f"a schedule over {scheduler.total_steps} steps ends before the training, "
                     f"which takes {total}"
                 )
+            if self._has(LearningRateFinder) and isinstance(scheduler, OneCycleLR | CyclicLR):
+                raise ValueError(f"{type(scheduler).__name__} has rates of its own to find")
             if isinstance(scheduler, ReduceLROnPlateau) and self.lr_interval == "step":
                 raise ValueError("ReduceLROnPlateau is for model.lr_interval epoch")
         return scheduler
+
+    def _has(self, callback: type[Callback]) -> bool:
+        return any(isinstance(c, callback) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Tell a schedule of `optimization` the progress; leave PyTorch's to Lightning."""
@@ -305,14 +324,9 @@ class ImageClassifier(RecordableModule):
         if self.trainer.global_step > 0:
             self._restart_schedules()
         elif self.lr is not None:
-            for group in self.trainer.optimizers[0].param_groups:
-                group["initial_lr"] = group["lr"] = self.lr
-            for config in self.trainer.lr_scheduler_configs:
-                scheduler: Any = config.scheduler
-                scheduler.base_lrs = [self.lr for _ in self.trainer.optimizers[0].param_groups]
-                if hasattr(scheduler, "set_progress"):
-                    scheduler.set_progress(0.0)
-            print(f"LearningRateFinder: learning rate {self.lr:.3g}")
+            self.trainer.strategy.setup_optimizers(self.trainer)  # which begin at the rate found
+            if self.trainer.is_global_zero:
+                print(f"LearningRateFinder: learning rate {self.lr:.3g}")
         self.on_train_epoch_start()
 
     def on_train_epoch_start(self) -> None:
@@ -322,6 +336,7 @@ class ImageClassifier(RecordableModule):
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
         self.augment.epoch.fill_(self.current_epoch)  # type: ignore[operator]
         self.train_metrics.reset()
+        self.counted = -1
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the sets that were evaluated."""
@@ -358,6 +373,7 @@ class ImageClassifier(RecordableModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save no weights that are NaN, and the metric that `ReduceLROnPlateau` sees after this."""
         super().on_save_checkpoint(checkpoint)
+        checkpoint["found_lr"] = self.lr
         for key in self.augment.state_dict(prefix="augment."):  # which are the data's
             checkpoint["state_dict"].pop(key, None)
         if self.train_metrics.update_called:
@@ -374,6 +390,7 @@ class ImageClassifier(RecordableModule):
         """Let OneCycleLR run to what may be another end, with the rates of what may be groups in
         another order."""
         super().on_load_checkpoint(checkpoint)
+        self.lr = checkpoint.get("found_lr")
         checkpoint["state_dict"].update(self.augment.state_dict(prefix="augment."))
         for state in checkpoint.get("lr_schedulers", []):
             for key in ("total_steps", "base_lrs", "_schedule_phases"):

@@ -155,9 +155,6 @@ class EpochCheckpoint(ModelCheckpoint):
         save_top_k: How many of the best epochs to keep; -1: all.
         save_last: Keep `last.ckpt`, always of the last epoch.
 
-    Raises:
-        MisconfigurationException: `mode` contradicts the name of `monitor`.
-
     """
 
     def __init__(
@@ -170,16 +167,9 @@ class EpochCheckpoint(ModelCheckpoint):
         auto_insert_metric_name: bool = False,
         **kwargs: Any,
     ) -> None:
-        is_lower_better = any(word in str(monitor) for word in ("loss", "error"))
-        natural = "min" if is_lower_better else "max"
-        is_known = is_lower_better or str(monitor).endswith("acc")
-        if mode not in ("auto", natural) and is_known:
-            raise MisconfigurationException(
-                f"checkpoint.mode {mode} would choose the worst {monitor}: use auto or {natural}"
-            )
         super().__init__(
             monitor=monitor,
-            mode=natural if mode == "auto" else mode,
+            mode=(natural_mode(monitor) or "max") if mode == "auto" else mode,
             filename=filename,
             save_top_k=save_top_k,
             auto_insert_metric_name=auto_insert_metric_name,
@@ -213,6 +203,34 @@ class EpochCheckpoint(ModelCheckpoint):
                 )
 
 
+def natural_mode(monitor: str | None) -> Literal["min", "max"] | None:
+    """Return whether a metric is better when lower or higher; None if its name does not say."""
+    if any(word in str(monitor) for word in ("loss", "error")):
+        return "min"
+    return "max" if str(monitor).endswith("acc") else None
+
+
+def check_monitors(settings: dict[str, Any]) -> None:
+    """Refuse settings by which something is chosen on the test set, or the worst is taken for the
+    best: the mode of Lightning's callbacks is `min`, whatever the metric.
+
+    Raises:
+        MisconfigurationException: They are such settings.
+    """
+    values = flat(settings)
+    for key, monitor in values.items():
+        if not key.endswith(".monitor"):
+            continue
+        name = f"{key.removesuffix('monitor')}mode"
+        mode, natural = values.get(name), natural_mode(monitor)
+        if str(monitor).startswith("test/"):
+            raise MisconfigurationException(f"{key} {monitor}: test images choose nothing")
+        if mode in ("min", "max") and natural not in (None, mode):
+            raise MisconfigurationException(
+                f"{name} {mode} would choose the worst {monitor}: set it to {natural}"
+            )
+
+
 def chosen(rows: list[Row], checkpoint: ModelCheckpoint) -> tuple[Row, Path] | None:
     """Return the epoch that validation chose, and its file: the first best of the metric that is
     monitored, among the epochs whose checkpoint is there, saved when the metric was measured."""
@@ -221,10 +239,11 @@ def chosen(rows: list[Row], checkpoint: ModelCheckpoint) -> tuple[Row, Path] | N
     for row in sorted((r for r in rows if monitor in r), key=lambda r: sign * r[monitor]):
         metrics: dict[str, Any] = {**row, "epoch": int(row["epoch"])}
         path = Path(checkpoint.format_checkpoint_name(metrics))
+        # Rows of versions up to 0.2.0 have no step.
+        step = row.get("val/step", row.get("step"))
         # ModelCheckpoint's second file of an epoch ends in -v1.
         for file in (path, *path.parent.glob(f"{glob.escape(path.stem)}-v*")):
-            # Rows of versions up to 0.2.0 have no step.
-            if file.is_file() and row.get("step") in (None, read_checkpoint(file)["global_step"]):
+            if file.is_file() and step in (None, read_checkpoint(file)["global_step"]):
                 return row, file
     return None
 
@@ -280,7 +299,9 @@ def migrate(checkpoint: dict[str, Any]) -> dict[str, Any]:
     scheduler = model.get("lr_scheduler") or {}
     if str(scheduler.get("class_path")).startswith("optimization."):
         scheduler.get("init_args", {}).pop("total_steps", None)
-    checkpoint.get("run", {}).get("checkpoint", {}).pop("mode", None)
+    run = checkpoint.get("run", {})
+    run.get("checkpoint", {}).pop("mode", None)
+    run["chosen_by"] = {"monitor": run.get("checkpoint", {}).get("monitor")}
     model["normalize"], steps = None, []
     for step in data.get("augment", []):
         if step["class_path"] == "cifar10.augment.Normalize":
@@ -310,11 +331,12 @@ def settings_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 
 def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by dotted names."""
-    if not isinstance(settings, dict):
+    """Return nested settings by dotted names, the items of lists by their number."""
+    items = dict(enumerate(settings)) if isinstance(settings, list) else settings
+    if not isinstance(items, dict) or not items:
         return {prefix: settings}
-    items = [flat(value, f"{prefix}.{key}".lstrip(".")) for key, value in settings.items()]
-    return {key: value for item in items for key, value in item.items()}
+    parts = [flat(value, f"{prefix}.{key}".lstrip(".")) for key, value in items.items()]
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def run_of(checkpoint: Path) -> Path:
@@ -324,18 +346,19 @@ def run_of(checkpoint: Path) -> Path:
 
 
 def newest(folder: Path) -> tuple[int, Path]:
-    """Return the step and the path of the newest checkpoint in a folder; -1 if there is none."""
+    """Return the step and the path of the newest checkpoint in a folder, `last.ckpt` if it is one
+    of two; -1 if there is none."""
     steps = [(-1, folder)]
     for path in folder.glob("*.ckpt"):
         with contextlib.suppress(MisconfigurationException):  # damaged
             steps.append((read_checkpoint(path)["global_step"], path))
-    return max(steps, key=lambda pair: pair[0])
+    return max(steps, key=lambda pair: (pair[0], pair[1].name == "last.ckpt"))
 
 
 def last_of_newest_run(parent: Path) -> Path:
-    """Return the `last.ckpt` of the newest run of a recipe that has one."""
-    found = [folder / "checkpoints" / "last.ckpt" for _, folder in sorted(versions(parent).items())]
-    found = [path for path in found if path.exists()]
-    if not found:
-        raise MisconfigurationException(f"no run in {parent} has a checkpoint: add --name RUN")
-    return found[-1]
+    """Return the newest checkpoint of the newest run of a recipe that has one."""
+    for _, folder in sorted(versions(parent).items(), reverse=True):
+        step, path = newest(folder / "checkpoints")
+        if step >= 0:
+            return path
+    raise MisconfigurationException(f"no run in {parent} has a checkpoint: add --name RUN")

@@ -17,6 +17,7 @@ import json
 import numbers
 import os
 import re
+import secrets
 import shlex
 import signal
 import sys
@@ -24,6 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from jsonargparse import _typehints
@@ -42,6 +44,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
@@ -62,6 +65,7 @@ from reports.card import RESULT, commit, model_card, with_result
 from runs import (
     EpochCheckpoint,
     WholeCheckpointIO,
+    check_monitors,
     chosen,
     claim,
     differences,
@@ -100,8 +104,8 @@ _typehints.discard_init_args_on_class_path_change = _drop_other_arguments
 def _find_checkpoint(args: list[str]) -> Path | None:
     """Return the checkpoint that a command line names; of a SLURM job that was requeued, its own.
 
-    `last` and `best` are of the newest run of the recipe. For `last.ckpt` the newest file beside it
-    is taken, if the run was killed when it had saved an epoch but not yet as the last one.
+    `last` and `best` are of the newest run of the recipe. To resume from `last.ckpt`, the newest
+    file beside it is taken, as the run may have been killed before it saved that one as the last.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--ckpt_path", "--name", "--config", "--trainer.default_root_dir"):
@@ -119,23 +123,26 @@ def _find_checkpoint(args: list[str]) -> Path | None:
             return None
         path = str(saved[-1])
     if path == "last":
-        path = str(last_of_newest_run(parent))
+        return last_of_newest_run(parent)
     if path == "best":
-        last = last_of_newest_run(parent)
-        checkpoint = read_checkpoint(last)
-        rows = checkpoint.get("callbacks", {}).get("History", {}).get("rows", [])
-        run = checkpoint.get("run", {})
-        by = run.get("chosen_by") or {"monitor": run.get("checkpoint", {}).get("monitor")}
-        by = {key: value for key, value in by.items() if value is not None}
-        best = chosen(rows, EpochCheckpoint(dirpath=last.parent, **by))
-        if best is None:
-            raise MisconfigurationException(f"--ckpt_path best: {run_of(last)} chose no epoch")
-        return best[1]
+        return _best(last_of_newest_run(parent))
     if args[0] == "fit" and Path(path).name == "last.ckpt":
-        step = read_checkpoint(path)["global_step"]
-        later, file = newest(Path(path).parent)
-        return file if later > step else Path(path)
+        read_checkpoint(path)  # which says what is wrong with it
+        return newest(Path(path).parent)[1]
     return Path(path)
+
+
+def _best(last: Path) -> Path:
+    """Return the checkpoint of the epoch that validation chose, of a run by its last one."""
+    checkpoint = read_checkpoint(last)
+    if "run" not in checkpoint:
+        raise MisconfigurationException(f"--ckpt_path best: {last} does not say: name the file")
+    rows = checkpoint["callbacks"]["History"]["rows"]
+    by = {key: value for key, value in checkpoint["run"]["chosen_by"].items() if value is not None}
+    best = chosen(rows, EpochCheckpoint(dirpath=last.parent, **by))
+    if best is None:
+        raise MisconfigurationException(f"--ckpt_path best: {run_of(last)} chose no epoch")
+    return best[1]
 
 
 def _job(args: list[str]) -> str:
@@ -148,6 +155,7 @@ class CLI(LightningCLI):
 
     def __init__(self, args: list[str], callbacks: Sequence[Callback] = ()) -> None:
         self.more_callbacks = callbacks  # besides those of the settings
+        self.args = args
         self.claimed: Path | None = None
         self.path: Path | None = None
         try:
@@ -170,11 +178,13 @@ class CLI(LightningCLI):
                 forget(self.claimed)
             raise
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Return Lightning's, without the arguments that have one right value here."""
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Return Lightning's, without the arguments that have one right value here; the one that is
+        given alone, as the parser of each takes a while to build."""
         fixed = {"weights_only", "verbose", "return_predictions"}
-        return {name: skip | fixed for name, skip in LightningCLI.subcommands().items()}
+        every = {name: skip | fixed for name, skip in LightningCLI.subcommands().items()}
+        given = self.args[0] if self.args else ""
+        return {given: every[given]} if given in every else every
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -205,7 +215,6 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the command line, behind the settings of the checkpoint that it names."""
-        self.args = args
         self.checkpoint: dict[str, Any] | None = None
         if args and args[0] in self.subcommands():
             self.path = _find_checkpoint(args)
@@ -240,6 +249,15 @@ class CLI(LightningCLI):
         except (UnicodeDecodeError, RecursionError) as error:
             raise MisconfigurationException(f"a config file can't be read: {error}") from error
 
+    def _set_seed(self) -> None:
+        """Draw the seed where it is `true`, which for Lightning is 0."""
+        config = self.config[self.subcommand]
+        if config.seed_everything is True:
+            is_first_rank = getattr(rank_zero_only, "rank", 0) == 0
+            seed = None if is_first_rank else os.environ.get("PL_GLOBAL_SEED")
+            config.seed_everything = secrets.randbits(32) if seed is None else int(seed)
+        super()._set_seed()
+
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would let the model's settings in the checkpoint override the
         command line, and leave out those of the data."""
@@ -255,15 +273,10 @@ class CLI(LightningCLI):
         if not config.name:
             files = [Path(str(file)) for file in config.config or [] if file]
             config.name = files[-1].stem if files else "default"
-        monitor = str(config.checkpoint.monitor)
-        if monitor.startswith("test/"):
-            raise MisconfigurationException(
-                f"checkpoint.monitor {monitor}: test images choose nothing"
-            )
         if config.data.val_size == 0:
             if self.subcommand == "validate":
                 raise MisconfigurationException("there is no validation set: data.val_size is 0")
-            if monitor.startswith("val/"):
+            if str(config.checkpoint.monitor).startswith("val/"):
                 config.checkpoint.monitor = None  # there is nothing to choose by
         if self.checkpoint is not None:
             self._refuse_seen(config)
@@ -272,6 +285,8 @@ class CLI(LightningCLI):
         text = yaml.safe_dump(self.config_dump, sort_keys=False)
         text = re.sub(r"Unable to serialize instance (\w+)$", r"\1", text, flags=re.M)
         self.config_dump = yaml.safe_load(text)
+        if self.subcommand == "fit":
+            check_monitors(self.config_dump)
         for key, value in flat(self.config_dump).items():
             if "Unable to serialize instance" in str(value):
                 raise MisconfigurationException(f"{key} can't be saved in config.yaml: {value}")
@@ -279,17 +294,19 @@ class CLI(LightningCLI):
     def _refuse_seen(self, config: Any) -> None:
         """Refuse a validation set with images that the checkpoint was trained on."""
         assert self.checkpoint is not None
-        before = self.checkpoint.get("datamodule_hyper_parameters")
-        if not config.data.val_size or not before or self.subcommand == "predict":
+        before, now = self.checkpoint.get("datamodule_hyper_parameters"), config.data
+        if not now.val_size or not before or self.subcommand == "predict":
             return
-        if (
-            config.data.val_size > before["val_size"]
-            or config.data.split_seed != before["split_seed"]
-        ):
+        if now.val_size > before["val_size"] or now.split_seed != before["split_seed"]:
             raise MisconfigurationException(
                 f"{self.path} was trained on images of this validation set: keep its "
                 f"data.split_seed {before['split_seed']}, and at most its data.val_size "
                 f"{before['val_size']}"
+            )
+        if self.subcommand == "fit" and now.val_size != before["val_size"]:
+            raise MisconfigurationException(
+                f"data.val_size {now.val_size}: epochs before and after would be compared on other "
+                f"images: keep its {before['val_size']}, or use 0 for no validation"
             )
 
     def instantiate_classes(self) -> None:
@@ -334,8 +351,12 @@ class CLI(LightningCLI):
             settings.pop("config", None)
             callbacks += [Board(), SaveSettings(settings, self.checkpoint)]
         if saves and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
-            callbacks.append(config.checkpoint)
-            callbacks += config.checkpoint.also_last()
+            callbacks += [config.checkpoint, *config.checkpoint.also_last()]
+        elif saves:
+            print(
+                "note: the ModelCheckpoint in trainer.callbacks replaces checkpoint.*",
+                file=sys.stderr,
+            )
         plugins = _listed(options.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(WholeCheckpointIO())
@@ -512,19 +533,22 @@ class CLI(LightningCLI):
         values = {**results, "set": now["test"], "tta": self.model.tta, "changed": changed}
         values |= evaluation.values()
         figures = evaluation.figures(self.datamodule.test_set.images)
+        pictures = {f"{name}{suffix}": png(figure, 110) for name, figure in figures.items()}
         files = {f"test{suffix}.json": json.dumps(values, indent=2).encode()}
-        files |= {f"{name}{suffix}.png": png(figure, 110) for name, figure in figures.items()}
+        files |= {f"{name}.png": content for name, content in pictures.items()}
         for name, content in files.items():
             write_whole(folder / name, content)
         if any(folder.glob("events.out.*")):
             with SummaryWriter(folder) as board:
-                for name, figure in figures.items():
-                    board.add_figure(f"test/{name}{suffix}", figure, self.checkpoint["global_step"])
+                for name, content in pictures.items():
+                    pixels = np.asarray(Image.open(io.BytesIO(content)))
+                    step = self.checkpoint["global_step"]
+                    board.add_image(f"test/{name}", pixels, step, dataformats="HWC")
         card = folder / "model.md"
         if card.exists() and is_own:
-            text = with_result(
-                card.read_text(), self.path.name, evaluation.summary(), now["test"], changed
-            )
+            which = f"epoch {results['epoch']} (`{self.path.name}`)"
+            summary = evaluation.summary()
+            text = with_result(card.read_text(), which, summary, now["test"], changed)
             write_whole(card, text.encode())
         print(f"written to {folder}: {', '.join(files)}")
 
@@ -550,9 +574,14 @@ class CLI(LightningCLI):
             self.trainer.callbacks.append(self.table)  # type: ignore[attr-defined]
 
     def after_predict(self) -> None:
-        """End with an exit code that is not 0 if some files could not be read."""
-        if self.table.skipped:
-            sys.exit(f"error: {self.table.skipped} of {len(self.table.files or [])} files skipped")
+        """Say so if some images were left out; of files that could not be read with an exit code
+        that is not 0."""
+        data, skipped = self.datamodule, self.table.skipped
+        total = len(data.pictures if self.config.predict.data.images else data.test_set)
+        if (done := self.table.written + skipped) < total:
+            print(f"the first {done} of {total} only: trainer.limit_predict_batches")
+        if skipped:
+            sys.exit(f"error: {skipped} of {total} files skipped")
 
 
 def _listed(value: Any) -> list[Any]:

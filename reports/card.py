@@ -109,13 +109,13 @@ def model_card(
 
 
 def with_result(
-    card: str, checkpoint: str, summary: str, images: str, changed: dict[str, list[Any]]
+    card: str, epoch: str, summary: str, images: str, changed: dict[str, list[Any]]
 ) -> str:
-    """Return a card with the result of a test, in place of an earlier one: of which checkpoint, on
-    which images, and with which settings other than the run's."""
+    """Return a card with the result of a test, in place of an earlier one: of which epoch, on which
+    images, and with which settings other than the run's."""
     lines = "\n".join(f"- {line}" for line in summary.splitlines())
     how = "".join(f", with {k} {now} (not {old})" for k, (old, now) in changed.items())
-    on = f"Of `{checkpoint}` on the test images of {images}{how}:"
+    on = f"Of {epoch} on the test images of {images}{how}:"
     return f"{card.partition(RESULT)[0]}{RESULT}\n{on}\n\n{lines}\n"
 
 

@@ -72,6 +72,7 @@ class Evaluation:
         )
         self.calibration = calibration(logits, labels)
         self.temperature = fit_temperature(val.logits, val.labels) if val else None
+        self.fitted_on = len(val.labels) if val else 0
         self.scaled = calibration(logits / (self.temperature or 1), labels)
 
     def values(self) -> dict[str, Any]:
@@ -102,7 +103,8 @@ class Evaluation:
         ]
         if self.temperature is not None:
             lines[-1] += (
-                f"; divided by temperature {self.temperature:.2f}, fitted on validation: "
+                f"; divided by temperature {self.temperature:.2f}, fitted on "
+                f"{self.fitted_on:,} validation images: "
                 f"ECE {self.scaled['ece']:.2%}, NLL {self.scaled['nll']:.4f}"
             )
         return "\n".join(lines)
