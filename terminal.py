@@ -3,10 +3,12 @@ frameworks. LAB_DEBUG=1 shows every traceback."""
 
 import contextlib
 import difflib
+import errno
 import logging
 import os
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -55,24 +57,15 @@ class ShortParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the key and the innermost cause, or the keys near an unknown one; exit with 2."""
         key = message.partition('Parser key "')[2].partition('"')[0]
-        unknown = message.partition("unrecognized arguments: --")[2].split("=")[0].split(" ")[0]
+        words = message.removeprefix("unrecognized arguments: ")
         if type(ex).__name__ == "NSKeyError":
-            unknown = message.split("'")[-2]
-        if unknown:
             parser = getattr(ex, "subcommand_parser", None) or self
-            known = [a.dest for a in parser._actions if not a.dest.endswith(("help", "config"))]
-            near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.75)
-            if near:
-                hint = f": did you mean {near[0]}?"
-            elif len(known) < 12:
-                hint = f": there are {', '.join(known)}" if known else ": that class takes none"
-            else:
-                hint = ""
-            message = f"unknown option {unknown}{hint}"
-        elif key and ex is not None:
+            message = _unknown(message.split("'")[-2], parser)
+        elif words == message and key and ex is not None:
             message = f"{key}: {innermost(ex)}"
-        elif message.startswith("unrecognized arguments: "):
-            words = message.partition(": ")[2]
+        elif words != message and words.startswith("--"):
+            message = _unknown(words[2:].split("=")[0].split(" ")[0], self)
+        elif words != message:
             is_config = words.endswith((".yaml", ".yml"))
             message += (
                 f": did you mean --config {words}?" if is_config else ": quote patterns of files"
@@ -82,13 +75,42 @@ class ShortParser(LightningArgumentParser):
         self.exit(2, f"error: {' '.join(message.split())}\n")
 
 
+def _unknown(name: str, parser: LightningArgumentParser) -> str:
+    """Return what to say of an unknown option: the nearest one, or all if there are few."""
+    known = [a.dest for a in parser._actions if not a.dest.endswith(("help", "config"))]
+    if near := difflib.get_close_matches(name, known, n=1, cutoff=0.75):
+        hint = f": did you mean {near[0]}?"
+    elif len(known) < 12:
+        hint = f": there are {', '.join(known)}" if known else ": that class takes none"
+    else:
+        hint = ""
+    return f"unknown option {name}{hint}"
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    return isinstance(error, OSError) and error.errno == errno.ENOSPC
+
+
 @contextlib.contextmanager
 def short_errors() -> Iterator[None]:
     """Turn a user's mistake into a line and an exit code that is not 0; leave all others alone."""
+    tell = threading.excepthook
+    # TensorBoard writes in a thread of its own, and tells the main thread of a full disk too.
+    threading.excepthook = lambda args: None if _is_full_disk(args.exc_value) else tell(args)
     try:
         yield
-    except (MisconfigurationException, RuntimeError, KeyboardInterrupt) as error:
+    except (
+        RuntimeError,
+        OSError,
+        ValueError,
+        KeyboardInterrupt,
+        MisconfigurationException,
+    ) as error:
         if os.environ.get("LAB_DEBUG"):
+            raise
+        if _is_full_disk(root := innermost(error)):  # loggers raise it as a ValueError
+            sys.exit(f"error: {root}: free some space")
+        if isinstance(error, OSError | ValueError):
             raise
         if isinstance(error, KeyboardInterrupt):
             print("stopped", file=sys.stderr)
@@ -103,6 +125,8 @@ def short_errors() -> Iterator[None]:
             raise
         mismatch = str(error).splitlines()[1].strip()
         sys.exit(f"error: the checkpoint does not fit the network of the settings: {mismatch}")
+    finally:
+        threading.excepthook = tell
 
 
 def quieten() -> None:

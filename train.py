@@ -36,6 +36,7 @@ from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     Checkpoint,
     LearningRateFinder,
+    LearningRateMonitor,
     ModelCheckpoint,
     ProgressBar,
     TQDMProgressBar,
@@ -350,6 +351,7 @@ class CLI(LightningCLI):
             settings = {**self.config_dump, "ckpt_path": None}  # to repeat the run from its start
             settings.pop("config", None)
             callbacks += [Board(), SaveSettings(settings, self.checkpoint)]
+            callbacks += [LearningRateMonitor("epoch")] if loggers else []
         if saves and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
             callbacks += [config.checkpoint, *config.checkpoint.also_last()]
         elif saves:

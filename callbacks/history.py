@@ -90,13 +90,15 @@ class History(Callback):
         if trainer.sanity_checking:
             return
         self.evaluating += time.perf_counter() - self.evaluation_started
-        self.evaluated = _measured(trainer, "val", "test")
+        self.evaluated = {"val/step": trainer.global_step, **_measured(trainer, "val", "test")}
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the epoch's metrics, and write the rows."""
         # Lightning still has those of earlier epochs, which are not this one's.
         measured = (_measured(trainer, "train") if trainer.is_last_batch else {}) | self.evaluated
         self.evaluated = {}
+        if measured.get("val/step") == trainer.global_step:  # else it was inside the epoch
+            del measured["val/step"]
         if not measured:
             return
         speed = {"seconds": round(time.perf_counter() - self.started, 2)}
@@ -106,13 +108,18 @@ class History(Callback):
         when = {"epoch": trainer.current_epoch, "step": trainer.global_step}
         self.rows.append({**when, **measured, **speed})
         self.is_new = True
-        if self.writes and (folder := trainer.log_dir) and trainer.is_global_zero:
+        if folder := self._folder(trainer):
             text = io.StringIO()
             keys = list(dict.fromkeys(key for row in self.rows for key in row))
             writer = csv.DictWriter(text, keys, lineterminator="\n")
             writer.writeheader()
             writer.writerows({key: round(row[key], 6) for key in row} for row in self.rows)
-            write_whole(Path(folder) / "metrics.csv", text.getvalue().encode())
+            write_whole(folder / "metrics.csv", text.getvalue().encode())
+
+    def _folder(self, trainer: Trainer) -> Path | None:
+        """Return where to write, if this process should."""
+        folder = trainer.log_dir  # of which all ranks are told, so all must ask
+        return Path(folder) if folder and self.writes and trainer.is_global_zero else None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report the last epoch."""
@@ -122,8 +129,8 @@ class History(Callback):
         """Draw the curves."""
         from reports.figures import curves, png  # Matplotlib is slow to import
 
-        if self.writes and (folder := trainer.log_dir) and self.rows and trainer.is_global_zero:
-            write_whole(Path(folder) / "curves.png", png(curves(self.rows, self.best(trainer))))
+        if (folder := self._folder(trainer)) and self.rows:
+            write_whole(folder / "curves.png", png(curves(self.rows, self.best(trainer))))
 
     def best(self, trainer: Trainer) -> Row | None:
         """Return the epoch that validation chose (`runs.chosen`)."""

@@ -32,19 +32,21 @@ class SaveSettings(Callback):
         if resumed:
             self.parts = resumed.get("run", {}).get("parts", self.parts)
         self.changed = differences(self.before, settings)
-        self.trained_on = resumed.get("run", {}).get("images", {}) if resumed else {}
+        self.earlier = resumed.get("run", {}) if resumed else {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Note which images these are, and refuse to validate on some that may have been trained
-        on."""
+        """Note which images and which code these are, and refuse to validate on images that may
+        have been trained on."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         self.images = {part: data.identity(part) for part in ("train", "test")}
-        if (
-            data.val_size
-            and self.trained_on.get("train", self.images["train"]) != self.images["train"]
-        ):
+        self.code = code_version()
+        now = {"code": self.code, **{f"{k} images": v for k, v in self.images.items()}}
+        images = {f"{k} images": v for k, v in self.earlier.get("images", {}).items()}
+        before = {"code": self.earlier.get("code", self.code), **images}
+        self.changed |= {key: [v, now[key]] for key, v in before.items() if v != now[key]}
+        if data.val_size and "train images" in self.changed:
             raise MisconfigurationException(
-                f"the checkpoint was trained on other images ({self.trained_on['train']}), perhaps "
+                f"the checkpoint was trained on other images ({before['train images']}), perhaps "
                 "on some of this validation set: resume with its data.root, or data.val_size 0"
             )
 
@@ -70,7 +72,7 @@ class SaveSettings(Callback):
         checkpoint["run"] = {
             **{key: self.settings[key] for key in RUN_SETTINGS},
             "started_in": str(Path.cwd()),  # what relative paths start from
-            "code": code_version(),
+            "code": self.code,
             "images": self.images,
             "parts": self.parts,
             "chosen_by": {key: getattr(trainer.checkpoint_callback, key, None) for key in CHOICE},

@@ -1,5 +1,5 @@
 """What TensorBoard and the terminal show besides the curves: layers, graph, images as they are
-trained on, learning rates, weight norms, hyperparameters."""
+trained on, weight norms, hyperparameters."""
 
 import copy
 import warnings
@@ -32,15 +32,14 @@ def writers(trainer: Trainer) -> list[SummaryWriter]:
 
 class Board(Callback):
     """Fills TensorBoard: at the start with a chart for train and validation together, the graph and
-    a sample of augmented training images; after each epoch with its learning rates and the norm of
-    each layer's weights; at the end with the hyperparameters and the chosen epoch.
+    a sample of augmented training images; after each epoch with the norms of the weights; at the
+    end with the hyperparameters and the chosen epoch.
     """
 
     takes_many_steps = True
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Draw the chart, and the graph and the images of a run that starts."""
-        self.on_train_epoch_start(trainer, pl_module)  # not called for the rest of an epoch
         titles = zip(NAMES, ("loss", "accuracy"), strict=True)
         charts = {t: ["Multiline", [f"^{stage}/{n}$" for stage in STAGES]] for n, t in titles}
         for board in writers(trainer):
@@ -58,16 +57,8 @@ class Board(Callback):
                     network = copy.deepcopy(pl_module.network).eval()
                     board.add_graph(network, pl_module.example_input_array.to(pl_module.device))
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Keep the learning rates of the epoch's start, before a scheduler changes them."""
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        names = [
-            f"lr/{g.get('name', i)}" if len(groups) > 1 else "lr" for i, g in enumerate(groups)
-        ]
-        self.rates = {n: float(g["lr"]) for n, g in zip(names, groups, strict=True)}
-
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Log the epoch's learning rates and the norms after it."""
+        """Log the norms of the weights after the epoch."""
         named = pl_module.network.named_parameters()
         norms = {
             f"weight_norm/{name.removesuffix('.weight')}": p.detach().float().norm()
@@ -75,7 +66,7 @@ class Board(Callback):
             if p.ndim > 1
         }
         for board in writers(trainer):
-            for name, value in {**self.rates, **norms}.items():
+            for name, value in norms.items():
                 board.add_scalar(name, value, trainer.global_step)
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:

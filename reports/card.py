@@ -60,20 +60,18 @@ def model_card(
 
     """
     model, data = settings["model"], settings["data"]
-    device, parts = trainer.strategy.root_device, run["parts"]
+    device, parts, images = trainer.strategy.root_device, run["parts"], run["images"]
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     cores = f"{torch.get_num_threads()} of {os.cpu_count()} cores, " if device.type == "cpu" else ""
-    network: Any = trainer.lightning_module.network
-    size = sum(p.numel() for p in network.parameters())
-    config = shlex.quote(str(folder / parts[0]["config"]))
-    images = run["images"]
+    module: Any = trainer.lightning_module
+    size = sum(p.numel() for p in module.network.parameters())
     some, every = trainer.num_training_batches, len(trainer.train_dataloader)  # type: ignore[arg-type]
     defaults = inspect.signature(Trainer.__init__).parameters
     limits = {key: settings["trainer"][key] for key in LIMITS}
-    others = "".join(f", {k} {v}" for k, v in limits.items() if v != defaults[k].default)
-    share = f"{some} of {every} batches an epoch, " if some < every else ""
+    batch_size = trainer.datamodule.batch_size  # type: ignore[attr-defined]
     lines = {
-        "Repeat": f"`python train.py fit --config {config}`" + ", then resume" * (len(parts) > 1),
+        "Repeat": f"`python train.py fit --config {shlex.quote(str(folder / parts[0]['config']))}`"
+        + ", then resume" * (len(parts) > 1),
         "Code": f"commit {run['commit']}",
         "Network": f"{_call(model['network'])}, {size:,} parameters",
         "Data": f"CIFAR-10, python version, md5 {archive.ARCHIVE_MD5}"
@@ -82,16 +80,21 @@ def model_card(
         f"of test images and labels {images['test']}",
         "Split": f"{data['val_size']:,} of the training images held out for validation, "
         f"split_seed {data['split_seed']}; the test set chose nothing",
-        "Augmentation": ", ".join(_call(step) for step in data["augment"]) or "none",
-        "Training": f"{len(rows)} of {settings['trainer']['max_epochs']} epochs, {share}"
-        f"{data['batch_size']} images a batch, {_call(model['optimizer'])}, "
-        f"seed {settings['seed_everything']}, precision {trainer.precision_plugin.precision}"
-        + others
-        + (f", {_call(model['lr_scheduler'])}" if model["lr_scheduler"] else "")
-        + (f", images normalised by {model['normalize']}" if model["normalize"] else "")
-        + (f", label smoothing {model['label_smoothing']}" if model["label_smoothing"] else "")
-        + (", softmax before the loss" if model["softmax_before_loss"] else "")
-        + (f"; evaluated with {model['tta']} views" if model["tta"] != "none" else ""),
+        "Augmentation": ", ".join(_call(step) for step in data["augment"]),
+        "Normalisation": model["normalize"] or "",
+        "Epochs": f"{len(rows)} of {settings['trainer']['max_epochs']}"
+        + f", of {some} of {every} batches an epoch" * (some < every),
+        "Batches": f"{batch_size} images"
+        + ", found by BatchSizeFinder" * (batch_size != data["batch_size"]),
+        "Optimizer": _call(model["optimizer"])
+        + (f", learning rate {module.lr:.3g} found by LearningRateFinder" if module.lr else ""),
+        "Schedule": _call(model["lr_scheduler"]) if model["lr_scheduler"] else "",
+        "Loss": f"label smoothing {model['label_smoothing']}" * bool(model["label_smoothing"])
+        + "softmax before the cross entropy" * model["softmax_before_loss"],
+        "Seed": settings["seed_everything"],
+        "Precision": trainer.precision_plugin.precision,
+        "Trainer": ", ".join(f"{k} {v}" for k, v in limits.items() if v != defaults[k].default),
+        "Evaluated": f"with {model['tta']} views" if model["tta"] != "none" else "",
     }
     for i, part in enumerate(parts[1:], 1):
         changes = ", ".join(f"{k} {now} (was {old})" for k, (old, now) in part["changed"].items())
@@ -104,7 +107,7 @@ def model_card(
     }
     if best is not None and "val/acc" in best:
         lines["Validation"] = f"accuracy {best['val/acc']:.2%} in the chosen epoch, {best['epoch']}"
-    text = "\n".join(f"- **{key}**: {value}" for key, value in lines.items())
+    text = "\n".join(f"- **{key}**: {value}" for key, value in lines.items() if value != "")
     return f"# {settings['name']}, {folder.name}\n\n{text}\n"
 
 

@@ -105,7 +105,7 @@ def test_a_card_tells_how_a_run_was_resumed_and_trained(run: Run) -> None:
         settings = yaml.safe_load((RUN_0 / f"{name}.yaml").read_text())
         assert settings["model"]["optimizer"]["init_args"]["lr"] == lr
     run("fit", "--config", BASE, "--trainer.max_epochs", "1", "--trainer.precision", "16-mixed")
-    assert "precision bf16-mixed" in (RUN_1 / "model.md").read_text(), "what a CPU used"
+    assert "**Precision**: bf16-mixed" in (RUN_1 / "model.md").read_text(), "what a CPU used"
 
 
 def test_a_run_is_trained_by_one_process(run: Run, fails: Run) -> None:

@@ -114,13 +114,13 @@ def test_the_report_says_what_a_plain_loop_finds(run: Run, arrays: Path) -> None
 
     card = (RUN_0 / "model.md").read_text()
     for words in ("78,658 parameters", "not CIFAR-10 as published", "split_seed 0", "commit ",
-                  "seed 0", "config.yaml", "200 of the training images", "2 of 2 epochs",
-                  "Of `last.ckpt`", f"accuracy     {right / TEST_SIZE:.2%}"):  # fmt: skip
+                  "**Seed**: 0", "config.yaml", "200 of the training images", "**Epochs**: 2 of 2",
+                  "Of epoch 1 (`last.ckpt`)", f"accuracy     {right / TEST_SIZE:.2%}"):  # fmt: skip
         assert words in card
     run("test", "--ckpt_path", RUN_0 / "checkpoints/epoch_00.ckpt")
     again = (RUN_0 / "model.md").read_text()
     assert again.count("## On the test set") == 1
-    assert "Of `epoch_00.ckpt`" in again
+    assert "Of epoch 0 (`epoch_00.ckpt`)" in again
 
 
 def test_without_a_validation_set_there_is_no_temperature(run: Run) -> None:
@@ -164,7 +164,7 @@ def test_tensorboard_shows_rates_norms_and_confusions_and_changes_nothing(
         "--trainer.callbacks.every_n_epochs", "2")  # fmt: skip
     run(*both, "--name", "alone", "--trainer.logger", "false")
     events = EventAccumulator("runs/watched/version_0").Reload()
-    assert [e.value for e in events.Scalars("lr")] == pytest.approx([0.002, 0.0002])
+    assert [e.value for e in events.Scalars("lr-Adam")] == pytest.approx([0.002, 0.0002])
     weights = torch.load("runs/watched/version_0/model.pth", weights_only=True)
     norm = events.Scalars("weight_norm/conv1.0")[-1].value
     assert norm == pytest.approx(weights["conv1.0.weight"].norm().item(), rel=1e-5)

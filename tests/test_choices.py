@@ -1,0 +1,210 @@
+"""What chooses an epoch, a rate, a seed or a file chooses what it says."""
+
+import errno
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from cifar10 import archive
+from datamodule import CIFAR10DataModule
+from lightning_module import ImageClassifier
+from tests.conftest import Run
+from tests.test_train import BASE, RUN_0, Flat, rows
+
+LAST = RUN_0 / "checkpoints/last.ckpt"
+CALLBACK = "--trainer.callbacks"
+FLAT = ("fit", "--config", BASE, "--model.network", "tests.test_train.Flat")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([f"{CALLBACK}+=EarlyStopping", f"{CALLBACK}.monitor", "test/acc"], "choose nothing"),
+        ([f"{CALLBACK}+=EarlyStopping", f"{CALLBACK}.monitor", "val/acc"], "mode min would choose"),
+        ([f"{CALLBACK}+=ModelCheckpoint", f"{CALLBACK}.monitor", "val/loss",
+          f"{CALLBACK}.mode", "max"], "callbacks.0.init_args.mode max would choose the worst"),
+        (["--checkpoint.monitor", "val/loss", "--checkpoint.mode", "max"], "checkpoint.mode max"),
+        (["--checkpoint.monitor", "test/loss"], "checkpoint.monitor test/loss"),
+        (["--model.lr_scheduler", "lightning.pytorch.cli.ReduceLROnPlateau",
+          "--model.lr_scheduler.monitor", "val/acc"], "set it to max"),
+    ],
+)  # fmt: skip
+def test_nothing_chooses_by_the_test_set_or_the_worst(
+    fails: Run, flags: list[str], message: str
+) -> None:
+    assert message in fails(*FLAT, *flags)
+    assert not Path("runs").exists()
+
+
+def test_early_stopping_by_accuracy_stops_when_it_falls(run: Run) -> None:
+    run(*FLAT, "--trainer.max_epochs", "3", f"{CALLBACK}+=EarlyStopping",
+        f"{CALLBACK}.monitor", "val/acc", f"{CALLBACK}.mode", "max", f"{CALLBACK}.patience", "1",
+        f"{CALLBACK}.min_delta", "1")  # fmt: skip
+    assert len(rows(RUN_0)) == 2
+
+
+def test_the_newest_checkpoint_of_the_newest_run_is_the_last(run: Run) -> None:
+    run(*FLAT, "--trainer.max_epochs", "3")
+    run(*FLAT, "--checkpoint.save_last", "false")
+    assert "epoch 1:" in run("validate", "--name", "base", "--ckpt_path", "last")
+    run("fit", "--name", "base", "--ckpt_path", "last", "--trainer.max_epochs", "3")
+    assert len(rows(Path("runs/base/version_1"))) == 3
+
+
+def test_a_validation_inside_an_epoch_names_its_file(run: Run) -> None:
+    out = run(*FLAT, "--trainer.val_check_interval", "0.4")
+    path = re.findall(r"test --ckpt_path (\S+)", out)[0]
+    step = torch.load(path, weights_only=True)["global_step"]
+    epoch = int(re.findall(r"best  epoch (\d+)", out)[0])
+    assert step == rows(RUN_0)[epoch]["val/step"] == 16 * epoch + 12
+
+
+def test_weights_alone_do_not_say_which_epoch_was_best(run: Run, fails: Run) -> None:
+    run(*FLAT, "--checkpoint.save_weights_only", "true")
+    message = fails("test", "--name", "base", "--ckpt_path", "best")
+    assert "does not say: name the file" in message
+
+
+def test_epochs_are_compared_on_the_same_images(run: Run, fails: Run) -> None:
+    run(*FLAT)
+    longer = ("fit", "--ckpt_path", LAST, "--trainer.max_epochs", "3")
+    assert "keep its 200" in fails(*longer, "--data.val_size", "10")
+    run(*longer, "--data.val_size", "0")
+    assert "val/acc" not in rows(RUN_0)[2]
+
+
+def test_a_seed_is_drawn(run: Run) -> None:
+    seeds = set()
+    for version in range(2):
+        run(*FLAT, "--seed_everything", "true", "--trainer.max_epochs", "1")
+        folder = Path(f"runs/base/version_{version}")
+        seeds.add(yaml.safe_load((folder / "config.yaml").read_text())["seed_everything"])
+        assert f"**Seed**: {max(seeds - {0})}" in (folder / "model.md").read_text() or version
+    assert len(seeds) == 2
+
+
+def test_ones_own_checkpoints_replace_those_of_every_run(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(
+        "builtins.print", lambda *words, **_: said.append(" ".join(map(str, words)))
+    )
+    run(*FLAT, f"{CALLBACK}+=ModelCheckpoint", "--checkpoint.save_top_k", "1")
+    assert "note: the ModelCheckpoint in trainer.callbacks replaces checkpoint.*" in said
+
+
+def test_other_code_is_told_in_the_card(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(*FLAT)
+    monkeypatch.setattr("callbacks.settings.code_version", lambda: "other")
+    run("fit", "--ckpt_path", LAST, "--trainer.max_epochs", "3")
+    assert re.search(
+        r"from epoch 2 with .*code other \(was \w+\)", (RUN_0 / "model.md").read_text()
+    )
+
+
+def test_a_part_of_the_images_is_said_to_be_one(run: Run) -> None:
+    run(*FLAT, "--trainer.max_epochs", "1")
+    assert "only" not in run("predict", "--ckpt_path", LAST)
+    run(*FLAT, "--trainer.max_epochs", "1", "--data.augment", "[]")
+    out = run("predict", "--ckpt_path", LAST, "--trainer.limit_predict_batches", "0")
+    assert "the first 0 of 200 only" in out
+
+
+# --------------------------------------------------------------------------- rates and schedules
+
+
+class Rates(Callback):
+    """Keeps the learning rate of every step."""
+
+    kept: list[float]
+
+    def on_train_start(self, *_args: Any) -> None:
+        Rates.kept = []
+
+    def on_train_batch_start(self, trainer: Trainer, *_args: Any) -> None:
+        Rates.kept.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def test_a_schedule_starts_at_the_rate_that_was_found(run: Run) -> None:
+    finder = ("--trainer.callbacks+=LearningRateFinder", f"{CALLBACK}+=tests.test_choices.Rates")
+    out = run(*FLAT, *finder, "--model.lr_scheduler", "LinearDecay")
+    found = float(re.findall(r"LearningRateFinder: learning rate (\S+)", out)[0])
+    expected = [found * (1 - step / 32) for step in range(32)]
+    assert Rates.kept == pytest.approx(expected, rel=1e-2)
+    card = (RUN_0 / "model.md").read_text()
+    assert re.search(rf"learning rate {found:.3g} found by LearningRateFinder", card)
+    run("fit", "--ckpt_path", RUN_0 / "checkpoints/epoch_00.ckpt")
+    assert Rates.kept == pytest.approx(expected[16:], rel=1e-2)
+
+
+def test_parts_that_contradict_a_schedule_are_refused(run: Run, fails: Run) -> None:
+    varying = (f"{CALLBACK}+=GradientAccumulationScheduler", f"{CALLBACK}.scheduling", "{1: 2}")
+    assert "GradientAccumulationScheduler" in fails(
+        *FLAT, *varying, "--model.lr_scheduler", "LinearDecay"
+    )
+    run(*FLAT, *varying, "--model.lr_scheduler", "ExponentialLR",
+        "--model.lr_scheduler.gamma", "0.5")  # fmt: skip
+    assert len(rows(RUN_0)) == 2
+    one_cycle = ("--model.lr_scheduler", "OneCycleLR", "--model.lr_scheduler.max_lr", "0.01")
+    assert "OneCycleLR has rates of its own" in fails(
+        *FLAT, f"{CALLBACK}+=LearningRateFinder", *one_cycle
+    )
+
+
+class Counts(Callback):
+    """Keeps how many images the metrics of training have counted."""
+
+    def __init__(self) -> None:
+        self.counted: list[int] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        metrics: Any = pl_module.train_metrics
+        self.counted.append(int(metrics.images))
+
+
+def quiet(**settings: Any) -> Trainer:
+    return Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False,
+                   enable_model_summary=False, enable_checkpointing=False, **settings)  # fmt: skip
+
+
+def test_an_optimizer_that_evaluates_a_batch_often_counts_it_once(arrays: Path) -> None:
+    model = ImageClassifier(Flat(), lambda params: torch.optim.LBFGS(params, lr=0.1, max_iter=3))
+    data = CIFAR10DataModule(str(arrays), verify=False, batch_size=200, val_size=200)
+    trainer = quiet(callbacks=[counts := Counts()])
+    trainer.fit(model, data)
+    assert counts.counted == [200, 400, 600, 0], "the last batch ends the epoch"
+    assert trainer.callback_metrics["train/loss"].isfinite()
+
+
+def test_a_model_trained_in_python_keeps_its_arguments(arrays: Path, tmp_path: Path) -> None:
+    data = CIFAR10DataModule(str(arrays), verify=False, val_size=200)
+    trainer = quiet()
+    trainer.fit(ImageClassifier(Flat(), normalize="cifar10", tta="mirror"), data)
+    trainer.save_checkpoint(tmp_path / "own.ckpt")
+    network = Flat()
+    model = ImageClassifier.load_from_checkpoint(tmp_path / "own.ckpt", network=network).eval()
+    assert model.is_normalizing
+    assert model.tta == "mirror"
+    images = archive.load(arrays, verify=False).test_images[:8] / 255
+    mean, std = model.mean, model.std
+    torch.testing.assert_close(model(images), nn.Sequential(*network)((images - mean) / std))
+
+
+def test_a_disk_that_fills_up_under_tensorboard_is_one_line(
+    fails: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_args: Any, **_settings: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "events.out.tfevents")
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
+    assert "events.out.tfevents': free some space" in fails(*FLAT)
