@@ -1,14 +1,14 @@
-"""The second door: many runs that answer one question.
+"""Command-line entry point: many runs that answer one question.
 
     python study.py configs/studies/batch_size.yaml
     python study.py configs/studies/batch_size.yaml --jobs 2              # two runs at a time
     python study.py configs/studies/batch_size.yaml --jobs 0              # the answer so far
     python study.py configs/studies/batch_size.yaml --seeds '[0, 1, 2, 3]'  # the new seed only
 
-Every run is one of `python train.py fit`, in runs/<study>/<setting>,seed=<seed>/version_0/. What
-was stopped, in whatever way, goes on with the same command; the same command started once more
-while it runs, here or on another machine, takes its share. Optuna keeps the record, from which the
-answer is made: `answer.md`, `answer.csv` and two figures in runs/<study>/.
+Every run is one of `python train.py fit`, in runs/<study>/<setting>,seed=<seed>/version_0/. The
+same command resumes a study that was stopped, in whatever way; started again while it runs, here or
+on another machine, it takes its share. Optuna keeps the record, from which the answer is made:
+`answer.md`, `answer.csv` and two figures in runs/<study>/.
 """
 
 import contextlib
@@ -274,7 +274,7 @@ def _end(process: BaseProcess) -> None:
 
 
 def _with_file(args: list[str]) -> list[str]:
-    """Put the study's file first and its flag before it: settings that are typed win over it."""
+    """Put the study's file first and its flag before it: flags override it."""
     for i, word in enumerate(args):
         is_file = not i or (Path(word).suffix in (".yaml", ".yml") and args[i - 1][:1] != "-")
         if is_file and not word.startswith("-"):
@@ -302,34 +302,34 @@ def _main(args: list[str]) -> None:
         "--storage", type=str | None, default=None, help="any of Optuna's, or journal:FILE"
     )
     parser.add_argument("--folder", type=str | None, default=None, help="runs/<name of the file>")
-    typed = parser.parse_args(_with_file(args))
-    settings = parser.instantiate_classes(typed).as_dict()
+    given = parser.parse_args(_with_file(args))
+    settings = parser.instantiate_classes(given).as_dict()
     # Flags are words to pass on, though some of them name classes.
-    settings |= {key: typed.as_dict()[key] for key in ("grid", "variants", "fixed")}
+    settings |= {key: given.as_dict()[key] for key in ("grid", "variants", "fixed")}
     names = [field.name for field in dataclasses.fields(Question)]
     question = Question(**{name: settings[name] for name in names})
-    folder = Path(typed.folder or Path("runs", Path(str(typed.file[-1])).stem))
+    folder = Path(given.folder or Path("runs", Path(str(given.file[-1])).stem))
     epochs = check(question, question.settings() or question.extremes())
     nothing = MisconfigurationException(f"{folder}: no run has ended yet, so there is no answer")
-    if not (typed.jobs or typed.storage or folder.exists()):
+    if not (given.jobs or given.storage or folder.exists()):
         raise nothing
     try:
-        worker = Worker(question, open_record(question, folder, typed.storage), folder)
-        if typed.jobs:
+        worker = Worker(question, open_record(question, folder, given.storage), folder)
+        if given.jobs:
             before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
             try:
                 with worker:
-                    Runner(question, worker, folder, epochs, typed.jobs).work()
+                    Runner(question, worker, folder, epochs, given.jobs).work()
             finally:
                 signal.signal(signal.SIGTERM, before)
         settings, outcomes = worker.settings(), worker.outcomes()
     except (KeyboardInterrupt, SystemExit) as stop:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; the same command resumes", file=sys.stderr)
         sys.exit(stop.code if isinstance(stop, SystemExit) else 128 + signal.SIGINT)
     except STORAGE_ERRORS as error:
         reason = str(error).splitlines()[0]
         raise MisconfigurationException(
-            f"the storage failed ({reason}): the same command goes on"
+            f"the storage failed ({reason}): the same command resumes"
         ) from error
     if not outcomes:
         raise nothing

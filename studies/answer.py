@@ -25,8 +25,8 @@ from statsmodels.stats.weightstats import DescrStatsW
 from reports.figures import COLORS, QUANTITIES
 from runs import Row, write_whole
 
-CHANCE = 0.05  # a difference is larger than chance if its corrected p is below
-PAIRS = 3  # fewer do not show how much chance does
+ALPHA = 0.05  # a difference is significant if its corrected p is below
+PAIRS = 3  # fewer do not show how much seeds differ
 ENDINGS = ("diverged", "pruned", "without a validation")  # of runs that are in no mean
 SHOWN = 20  # settings in a figure, comparisons in a table; of more only the best
 
@@ -57,8 +57,8 @@ class Outcome:
         return min(rows, key=lambda row: sign * row[choose], default=None)
 
     def diverged(self) -> str:
-        """Say that the run diverged, if it did: its training loss is no number at last, or above
-        that of guessing, which is log 10."""
+        """Say that the run diverged, if it did: its last training loss is NaN, or above that
+        of guessing, which is log 10."""
         if not self.rows:
             return ""
         loss, epoch = self.rows[-1].get("train/loss", 0.0), self.rows[-1]["epoch"]
@@ -81,7 +81,7 @@ class Mean:
 
     @classmethod
     def of(cls, values: list[float]) -> "Mean":
-        """Return the mean of values, which is no number if there are none."""
+        """Return the mean of values, NaN if there are none."""
         if len(values) < 2:
             return cls(*values) if values else cls(math.nan)
         return cls(float(np.mean(values)), *map(float, DescrStatsW(values).tconfint_mean()))
@@ -111,9 +111,9 @@ class Difference:
     p: float  # corrected for the number of comparisons, once all are known
 
     @property
-    def is_real(self) -> bool:
-        """Whether it is larger than chance."""
-        return self.p < CHANCE
+    def is_significant(self) -> bool:
+        """Whether it is significant."""
+        return self.p < ALPHA
 
 
 @dataclass
@@ -122,7 +122,7 @@ class Answer:
 
     Args:
         question: In words.
-        command: What was typed.
+        command: The command that was given.
         choose: `val/acc` or `val/loss`: what names the best epoch and the best setting.
         settings: For each setting by name the level of each factor, by name.
         outcomes: The finished runs.
@@ -255,8 +255,8 @@ class Answer:
             for one in ours
             if best in (one.one, one.other) and {one.one, one.other} <= set(means)
         }
-        worse = [level for level, one in against.items() if one.is_real]
-        open_ = [level for level, one in against.items() if not one.is_real]
+        worse = [level for level, one in against.items() if one.is_significant]
+        open_ = [level for level, one in against.items() if not one.is_significant]
         lead = f"for {factor}, " if factor else ""
         leader = f"{best} has the best mean {self.choose}, {self._value(Mean(means[best]))}"
         if len(means) > 1 and max(means.values()) - min(means.values()) < 1e-9:
@@ -265,12 +265,12 @@ class Answer:
         fewer = f" ({_listed(lost)} left out: too few whole runs)" if lost else ""
         if not worse:
             least = min(one.p for one in ours)
-            rest = "no difference is" if least >= CHANCE else "its lead over none of the others is"
+            rest = "no difference is" if least >= ALPHA else "its lead over none of the others is"
             return (
-                f"{lead}the data do not decide: {leader}, but {rest} larger than chance"
-                f"{f' (smallest p {least:.2f})' if least >= CHANCE else ''}" + fewer
+                f"{lead}the data do not decide: {leader}, but {rest} significant"
+                f"{f' (smallest p {least:.2f})' if least >= ALPHA else ''}" + fewer
             )
-        text = f"{lead or 'the setting '}{leader}, beyond chance better than {_listed(worse)}"
+        text = f"{lead or 'the setting '}{leader}, significantly better than {_listed(worse)}"
         text += f"; between it and {_listed(open_)} the data do not decide" if open_ else ""
         return text + fewer
 
@@ -280,10 +280,10 @@ class Answer:
             if one.pairs < max(other.pairs for other in ours):
                 continue
             gain = self.sign * one.mean.value
-            kind = ("better" if gain > 0 else "worse") if one.is_real else "undecided"
+            kind = ("better" if gain > 0 else "worse") if one.is_significant else "undecided"
             groups[kind].append(f"{one.other} ({self._gain(one.mean)})")
         texts = [
-            f"beyond chance {kind} than {self.baseline}: {_listed(groups[kind])}"
+            f"significantly {kind} than {self.baseline}: {_listed(groups[kind])}"
             for kind in ("better", "worse")
             if groups[kind]
         ]
@@ -376,7 +376,7 @@ class Answer:
             (f"difference in {self.choose}{unit}", [self._gain(d.mean) for d in shown]),
             ("in test/acc, points", [d.test.text("+.2f", True) for d in shown]),
             ("corrected p", [f"{d.p:.3f}" for d in shown]),
-            ("larger than chance", ["yes" if d.is_real else "no" for d in shown]),
+            ("significant", ["yes" if d.is_significant else "no" for d in shown]),
         ]
 
     def csv(self) -> str:
@@ -439,8 +439,8 @@ class Answer:
             parts += [
                 _markdown(self.compared_columns()),
                 f"Paired over seeds, t-test; p corrected for {len(self.differences)} "
-                f"comparison{'s' * (len(self.differences) > 1)} after Holm; larger than chance "
-                f"means p < {CHANCE}. The intervals are not corrected."
+                f"comparison{'s' * (len(self.differences) > 1)} after Holm; significant "
+                f"means p < {ALPHA}. The intervals are not corrected."
                 + (" A factor's levels are compared over all of the other's."
                    if len(self.factors()) > 1 else ""),
             ]  # fmt: skip

@@ -411,7 +411,7 @@ def test_interrupted_it_leaves_its_runs_to_the_next(
         with pytest.raises(SystemExit) as stopped:
             study.main([str(file), "--jobs", "2"])
     assert stopped.value.code == 130
-    assert capsys.readouterr().err == "stopped; the same command goes on\n"
+    assert capsys.readouterr().err == "stopped; the same command resumes\n"
     assert [trial.state for trial in record()] == [TrialState.FAIL]
     study.main([str(file), "--jobs", "2"])
     assert [row["seeds"] for row in table()] == ["1"]
@@ -701,14 +701,14 @@ def test_differences_are_paired_and_corrected_after_holm() -> None:
     assert {pair: d.p for pair, d in found.items()} == pytest.approx(holm)
     assert found["a", "b"].mean.value == pytest.approx((0.03 + 0.04 + 0.03) / 3)
     assert raw["a", "b"] < 0.05
-    assert found["a", "b"].is_real == (holm["a", "b"] < 0.05)
+    assert found["a", "b"].is_significant == (holm["a", "b"] < 0.05)
 
 
 def test_the_sentence_says_what_the_data_decide() -> None:
     clear = {"a": [0.50, 0.60, 0.70], "b": [0.601, 0.70, 0.80], "c": [0.599, 0.701, 0.802]}
     sentence = answer(clear).conclusion()
     assert sentence.startswith(
-        "The setting c has the best mean val/acc, 70.07 %, beyond chance better than a"
+        "The setting c has the best mean val/acc, 70.07 %, significantly better than a"
     )
     assert "between it and b the data do not decide" in sentence
     noise = {"a": [0.5, 0.6, 0.7], "b": [0.6, 0.5, 0.71]}
@@ -722,7 +722,7 @@ def test_the_sentence_says_what_the_data_decide() -> None:
     assert answer(equal).conclusion() == "All have the same mean val/acc, 60.00 %."
     with_base = answer(clear, baseline="a")
     assert {(d.one, d.other) for d in with_base.differences} == {("a", "b"), ("a", "c")}
-    assert with_base.conclusion().startswith("Beyond chance better than a: b (+10.03")
+    assert with_base.conclusion().startswith("Significantly better than a: b (+10.03")
 
 
 def test_a_diverged_run_is_in_no_mean_and_in_no_pair_and_its_setting_does_not_lead() -> None:
@@ -754,7 +754,7 @@ def test_the_best_of_more_epochs_is_not_taken_at_its_word() -> None:
 def test_a_variant_that_lost_runs_is_left_out_of_the_sentence() -> None:
     values = {"a": [0.5, 0.6, 0.7, 0.6], "b": [0.61, 0.7, 0.82, 0.7], "c": [0.7, 0.8, 0.91, 0.1]}
     sentence = answer(values, baseline="a", ended={"c_3": "diverged: at once"}).conclusion()
-    assert sentence.startswith("Beyond chance better than a: b (+")
+    assert sentence.startswith("Significantly better than a: b (+")
     assert "c left out: too few whole runs" in sentence
 
 
@@ -776,8 +776,8 @@ def test_factors_of_a_grid_are_compared_over_the_levels_of_the_others() -> None:
     q = [(a + b) / 2 for a, b in zip(values["qr"], values["qs"], strict=True)]
     assert (by_x.factor, by_x.one, by_x.other) == ("x", "p", "q")
     assert by_x.p == pytest.approx(2 * stats.ttest_rel(q, p).pvalue)
-    assert by_x.is_real
-    assert not by_y.is_real
+    assert by_x.is_significant
+    assert not by_y.is_significant
     sentence = answer(values, levels).conclusion()
     assert sentence.startswith("For x, q has the best mean val/acc")
     assert "for y, the data do not decide: s" in sentence
