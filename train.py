@@ -580,7 +580,7 @@ class CLI(LightningCLI):
         that is not 0."""
         data, skipped = self.datamodule, self.table.skipped
         total = len(data.pictures if self.config.predict.data.images else data.test_set)
-        if (done := self.table.written + skipped) < total:
+        if (done := len(self.table.rows) + skipped) < total:
             print(f"the first {done} of {total} only: trainer.limit_predict_batches")
         if skipped:
             sys.exit(f"error: {skipped} of {total} files skipped")

@@ -1,6 +1,7 @@
 """What a network predicts for every image."""
 
 import csv
+import io
 import os
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from callbacks.tensorboard import writers
 from cifar10.archive import CLASSES
 from cifar10.batches import Batch, Predictions
 from cifar10.pictures import BATCH_SIZE, why_unreadable
+from runs import write_whole
 
 SHOWN = 30  # pictures on the terminal
 
@@ -95,8 +97,8 @@ class ConfusionMatrix(PredictionsKeeper):
 
 
 class PredictionTable(Callback):
-    """Writes the two most probable classes of every image to a CSV file, which is there once it is
-    complete, and shows those of the first pictures.
+    """Writes the two most probable classes of every image to a CSV file at the end, and shows those
+    of the first pictures.
 
     Args:
         path: The file.
@@ -106,17 +108,9 @@ class PredictionTable(Callback):
 
     def __init__(self, path: Path, files: list[Path] | None) -> None:
         self.path, self.files = path, files
-        self.scratch = path.with_name(f".{path.name}.{os.getpid()}")
-        self.first: list[list[str]] = []  # rows to show
-        self.written = self.skipped = 0
+        self.rows: list[list[str]] = []
+        self.skipped = 0
         self.due = 0  # the index of the next image
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the file."""
-        self.file = self.scratch.open("w", newline="", encoding="utf-8")
-        self.writer = csv.writer(self.file, lineterminator="\n")
-        name = "image" if self.files is None else "file"
-        self.writer.writerow([name, "class", "probability", "runner_up", "runner_up_probability"])
 
     def on_predict_batch_end(
         self,
@@ -127,7 +121,7 @@ class PredictionTable(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Write a batch: probabilities [B, 10]."""
+        """Keep the best of a batch: probabilities [B, 10]."""
         best = outputs.topk(2)
         for index, values, classes in zip(
             batch.indices.tolist(), best.values.tolist(), best.indices.tolist(), strict=True
@@ -135,12 +129,8 @@ class PredictionTable(Callback):
             self._skip_to(index)
             name = str(index) if self.files is None else _printable(self.files[index])
             pairs = zip(classes, values, strict=True)
-            row = [name, *(w for c, v in pairs for w in (CLASSES[c], f"{v:.4f}"))]
-            self.writer.writerow(row)
-            if len(self.first) < SHOWN:
-                self.first.append(row)
+            self.rows.append([name, *(w for c, v in pairs for w in (CLASSES[c], f"{v:.4f}"))])
             self.due = index + 1
-            self.written += 1
         self._skip_to(BATCH_SIZE * (batch_idx + 1))
 
     def _skip_to(self, index: int) -> None:
@@ -150,25 +140,25 @@ class PredictionTable(Callback):
             self.skipped += 1
         self.due = index
 
-    def on_exception(self, *_: object) -> None:
-        """Leave nothing half-written."""
-        self.scratch.unlink(missing_ok=True)
-
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Finish the file, and show the first pictures."""
-        self.file.close()
-        self.scratch.replace(self.path)
-        if self.files is not None and self.first:
+        """Write the file, and show the first pictures."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        name = "image" if self.files is None else "file"
+        writer.writerow([name, "class", "probability", "runner_up", "runner_up_probability"])
+        writer.writerows(self.rows)
+        write_whole(self.path, text.getvalue().encode())
+        if self.files is not None and self.rows:
             table = Table(box=box.SIMPLE, header_style="bold", pad_edge=False)
             for header in ("file", "class", "probability", "runner-up", "probability"):
                 table.add_column(header, justify="right" if header[0] == "p" else "left")
-            for name, first, p, second, q in self.first:
-                table.add_row(Text(name), first, f"{float(p):.1%}", second, f"{float(q):.1%}")
+            for file, first, p, second, q in self.rows[:SHOWN]:
+                table.add_row(Text(file), first, f"{float(p):.1%}", second, f"{float(q):.1%}")
             terminal = Console(highlight=False)
             if not terminal.is_terminal:
                 terminal.width = 200  # long names on one line
             terminal.print(table)
-            if (more := self.written - len(self.first)) > 0:
+            if (more := len(self.rows) - SHOWN) > 0:
                 print(f"and {more} more")
         print(f"written to {self.path}")
 

