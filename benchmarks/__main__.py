@@ -28,7 +28,9 @@ from typing import Any
 
 import psutil
 import torch
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 from benchmarks import common, gpu
 
@@ -141,10 +143,13 @@ def main() -> None:
     console, result = Console(width=110), {"machine": common.machine(args.device)}
     console.print(", ".join(f"{key} {value}" for key, value in result["machine"].items()))
 
-    def report(part: str, found: dict[str, Any], *how: Any) -> None:
+    def report(part: str, found: Any, title: str, columns: list[str], rows: dict[str, Any]) -> None:
         result[part] = found
         args.json.write_text(json.dumps(result, indent=1) + "\n")
-        console.print(common.table(*how))
+        table = Table("", *columns, title=title, box=box.SIMPLE)
+        for name, figures in rows.items():
+            table.add_row(name, *(common.shown(figures[column]) for column in columns))
+        console.print(table)
 
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
@@ -155,8 +160,8 @@ def main() -> None:
             common.make_synthetic(Path(args.root), args.synthetic)
         if args.minutes:
             found = gpu.measure(args, args.keep or scratch)
-            steps = {name: {"figures": figures} for name, figures in found.items()}
-            report("gpu", found, "medians (range)", ["figures"], steps)
+            rows = {name: {"figures": figures} for name, figures in found.items()}
+            report("gpu", found, "medians (range)", ["figures"], rows)
             return
         images = (args.synthetic or 50_000) - args.val_size
         at_least = args.seconds or (1.0 if args.device == "cpu" else 10.0)
@@ -168,9 +173,9 @@ def main() -> None:
             found = measure(commands, scratch / part, args.rounds, at_least, unit)
             rows = {}
             for way, figures in found.items():
-                figures["images/s"] = round(images * unit / figures["wall"]["median"])
-                medians = {clock: figures[clock]["median"] for clock in ("wall", "cpu")}
-                rows[f"{way}  {NAMES[way]}"] = figures | medians
+                wall, cpu = (figures[clock]["median"] for clock in ("wall", "cpu"))
+                figures["images/s"] = round(images * unit / wall)
+                rows[f"{way}  {NAMES[way]}"] = figures | {"wall": wall, "cpu": cpu}
             columns = ["wall", f"wall / {other}", "cpu", f"cpu / {other}", "images/s"]
             report(part, found, f"{title}; ratios turn by turn (range)", columns, rows)
 

@@ -15,8 +15,6 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
-from rich import box
-from rich.table import Table
 
 from runs import processor
 
@@ -95,11 +93,3 @@ def shown(figure: Any) -> str:
     if len(figure["turns"]) == 1:
         return "{median:.4g}".format(**figure)
     return "{median:.4g} ({low:.3g} to {high:.3g})".format(**figure)
-
-
-def table(title: str, columns: Sequence[str], rows: dict[str, dict[str, Any]]) -> Table:
-    """Return a table of these columns of all rows."""
-    found = Table("", *columns, title=title, box=box.SIMPLE)
-    for name, figures in rows.items():
-        found.add_row(name, *(shown(figures.get(column, "")) for column in columns))
-    return found

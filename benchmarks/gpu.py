@@ -1,7 +1,7 @@
 """All that a GPU can show, in a given time.
 
     python -m benchmarks --device cuda --minutes 12 --reference airbench94_muon.py
-    python -m benchmarks --device cpu --minutes 5 --synthetic 400     # a rehearsal, two epochs each
+    python -m benchmarks --device cpu --minutes 9 --rounds 1 --synthetic 400     # a rehearsal
 
 Each step is a process with a time limit, the most telling first: one that fails or takes too long
 takes no other along, and steps for which no time is left are left out.
@@ -152,9 +152,12 @@ class Trace(Callback):
         on_gpu = [event for event in events if event.device_type == DeviceType.CUDA]
         kernels = [event for event in on_gpu if not event.is_user_annotation]
         busy = sum(event.time_range.elapsed_us() for event in kernels) / 1000
-        found = {"ms a step": self.ms, "ms of kernels": round(busy / steps, 4)}
-        found["kernels a step"] = round(len(kernels) / steps, 1)
-        found["waits an epoch"] = sum(event.name.endswith("Synchronize") for event in events)
+        found = {
+            "ms a step": self.ms,
+            "ms of kernels": round(busy / steps, 4),
+            "kernels a step": round(len(kernels) / steps, 1),
+            "waits an epoch": sum(event.name.endswith("Synchronize") for event in events),
+        }
         print(self.profiler.key_averages().table("self_device_time_total", row_limit=25))
         print(json.dumps(found))
 

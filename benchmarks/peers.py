@@ -180,9 +180,12 @@ def main() -> None:
     """Train until the epochs are done, or the process is ended."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path, help="receives checkpoints and curves")
-    defaults = {"way": "c", "network": "ConvNet", "root": "data", "device": "cpu"}
-    for name, default in (defaults | {"val_size": 10_000, "epochs": 1_000_000}).items():
-        parser.add_argument(f"--{name}", default=default, type=type(default))
+    parser.add_argument("--way", choices="abcd", required=True)
+    parser.add_argument("--root", default="data", help="folder of the images")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--network", choices=NETWORKS, default="ConvNet")
+    parser.add_argument("--epochs", type=int, default=1_000_000)
+    parser.add_argument("--val_size", type=int, default=10_000)
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.way == "d":
