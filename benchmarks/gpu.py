@@ -16,8 +16,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Iterator
+from itertools import count, pairwise, repeat
 from pathlib import Path
 from typing import Any
 
@@ -169,34 +169,29 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def fast94(runs: str, rounds: str, path: str, *flags: str) -> None:
-    """Train the reference, as it times itself, and `fast94` in turn; print each turn as JSON."""
+def fast94(runs: str, turns: str, path: str, *flags: str) -> None:
+    """Train the reference and `fast94` on all images in turn, and test; print each turn as JSON."""
     data = archive.load(flags[flags.index("--data.root") + 1], verify=False)
-    run = reference(path, data, runs) if path != "None" else None
-    for seed in range(int(rounds)):
-        row = run(seed) if run else {}
-        row |= ours(Path(runs, f"fast94_{seed}"), seed, len(data.train_labels), flags)
-        if run:
-            row["ours / reference"] = row["ours s"] / row["reference s"]
-        print(json.dumps(row), flush=True)
+    theirs = reference(path, data, runs) if path != "None" else repeat(dict[str, float]())
+    for seed, row in zip(range(int(turns)), theirs, strict=False):
+        out = Path(runs, f"fast94_{seed}")
+        fit = ["train.py", "fit", *flags, "--data.val_size", "0", "--seed_everything", str(seed)]
+        for command in ([*fit, "--name", out.name], common.words(TEST, out=out)):
+            subprocess.run([sys.executable, *command], cwd=common.HERE, check=True)
+        with (out / "version_0/metrics.csv").open() as file:
+            rates = [float(epoch["images_per_second"]) for epoch in csv.DictReader(file)]
+        # At the median of images a second, which leaves out compilation.
+        seconds = len(rates) * len(data.train_labels) / statistics.median(rates)
+        found = json.loads((out / "version_0/test.json").read_text())
+        found = {**row, "ours s": round(seconds, 4), "ours test/acc": found["test/acc"]}
+        if row:
+            found["ours / reference"] = seconds / row["reference s"]
+        print(json.dumps(found), flush=True)
 
 
-def ours(out: Path, seed: int, images: int, flags: Sequence[str]) -> dict[str, float]:
-    """Train `fast94` on all images and test it; return seconds, at its median of images a second,
-    which leaves out compilation, and test accuracy."""
-    fit = ["train.py", "fit", *flags, "--data.val_size", "0", "--seed_everything", str(seed)]
-    for command in ([*fit, "--name", out.name], common.words(TEST, out=out)):
-        subprocess.run([sys.executable, *command], cwd=common.HERE, check=True)
-    with (out / "version_0/metrics.csv").open() as file:
-        rates = [float(row["images_per_second"]) for row in csv.DictReader(file)]
-    seconds = len(rates) * images / statistics.median(rates)
-    found = json.loads((out / "version_0/test.json").read_text())
-    return {"ours s": round(seconds, 4), "ours test/acc": found["test/acc"]}
-
-
-def reference(path: str, data: archive.CIFAR10, folder: str) -> Callable[[int], dict[str, float]]:
-    """Return a function that trains the reference, a file of KellerJordan/cifar10-airbench, which
-    is compiled in a run before."""
+def reference(path: str, data: archive.CIFAR10, folder: str) -> Iterator[dict[str, float]]:
+    """Train the reference, a file of KellerJordan/cifar10-airbench, which times itself; yield the
+    figures of each run but the first, in which it is compiled."""
     Path(folder, "cifar10").mkdir()
     os.chdir(folder)  # where it looks for its images
     for part in ("train", "test"):
@@ -210,13 +205,10 @@ def reference(path: str, data: archive.CIFAR10, folder: str) -> Callable[[int], 
     network = module.CifarNet().cuda().to(memory_format=torch.channels_last)
     network.compile(mode="max-autotune")
     module.main("warmup", network)
-
-    def run(seed: int) -> dict[str, float]:
+    for seed in count():
         result = module.main(seed, network)
         accuracy = result[1] if isinstance(result, tuple) else result
-        return {"reference s": times[-2], "reference test/acc": accuracy}  # times[-1]: with test
-
-    return run
+        yield {"reference s": times[-2], "reference test/acc": accuracy}  # times[-1]: with test
 
 
 if __name__ == "__main__":
