@@ -9,34 +9,30 @@ a checkpoint after every epoch: (a) to (d) of benchmarks/peers.py, and (e), this
 `python train.py fit --config configs/base.yaml`. They take turns of an epoch or more, a b c d e,
 e d c b a, ..., each stopped (SIGSTOP) while the others run. Ratios are of two turns of one round:
 a slow minute counts for both. CPU seconds are user and system time of all processes of a program.
-An epoch lasts from one checkpoint to the next. Then the same for a network that computes next to
-nothing: what is left of a step is what its loop costs.
+An epoch lasts from one checkpoint to the next. None draws a progress bar. Then the same for a
+network that computes next to nothing: what is left of a step is what its loop costs.
 """
 
 import argparse
 import contextlib
-import fcntl
 import json
 import os
-import pty
 import signal
-import struct
-import subprocess
 import sys
 import tempfile
-import termios
-import threading
 import time
+from collections.abc import Generator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import gpu
-from benchmarks.common import HERE, machine, make_synthetic, summary
+from benchmarks import common, gpu
 
 NAMES = {
     "a": "the report's loop",
@@ -47,138 +43,80 @@ NAMES = {
 }
 
 
-class Program:
-    """A way of training: a process of its own, on a terminal of its own, that runs in its turns."""
+def turns(
+    command: list[str], folder: Path, at_least: float
+) -> Generator[tuple[float, float], None, None]:
+    """Run a program in turns; yield the wall and CPU seconds an epoch of each.
 
-    def __init__(self, command: list[str], checkpoints: Path) -> None:
-        self.command, self.checkpoints = [sys.executable, *command], checkpoints
-        self.wall: list[float] = []  # seconds an epoch, of each turn
-        self.cpu: list[float] = []
-        self.process: subprocess.Popen[bytes] | None = None
-        self.output = b""
-        self.epochs, self.ended = 0, 0.0  # when the newest checkpoint was written
-        self.stopped = 0.0
-
-    def turn(self, at_least: float) -> None:
-        """Run until an epoch ends after `at_least` seconds; the first turn starts the program."""
-        if self.process is None:
-            self.process = self._start()
-            self._wait_for_epoch()
-        else:
-            began = self.ended + time.time() - self.stopped
-            first, cpu = self.epochs, cpu_seconds(self.process.pid)
-            os.killpg(self.process.pid, signal.SIGCONT)
-            while self.ended - began < at_least:
-                self._wait_for_epoch()
-            epochs = self.epochs - first
-            self.wall.append((self.ended - began) / epochs)
-            self.cpu.append((cpu_seconds(self.process.pid) - cpu) / epochs)
-        os.killpg(self.process.pid, signal.SIGSTOP)
-        self.stopped = time.time()
-
-    def _start(self) -> "subprocess.Popen[bytes]":
-        terminal, its_end = pty.openpty()
-        fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack("4H", 40, 120, 0, 0))
-        process = subprocess.Popen(
-            self.command, stdout=its_end, stderr=its_end, cwd=HERE, start_new_session=True
-        )
-        os.close(its_end)
-
-        def read() -> None:
-            with contextlib.suppress(OSError):  # the program has ended
-                while True:
-                    self.output = (self.output + os.read(terminal, 65536))[-10_000:]
-
-        threading.Thread(target=read, daemon=True).start()
-        return process
-
-    def _wait_for_epoch(self) -> None:
-        while len(files := list(self.checkpoints.glob("epoch_*"))) == self.epochs:
-            if self.process is not None and self.process.poll() is not None:
-                time.sleep(0.1)  # for its last words
-                sys.exit(
-                    f"error: {' '.join(self.command)}:\n{self.output.decode(errors='replace')}"
-                )
-            time.sleep(0.01)  # seeing it late does no harm: the file knows when it was written
-        self.epochs, self.ended = len(files), max(file.stat().st_mtime for file in files)
-
-    def end(self) -> None:
-        """End the process."""
-        if self.process is not None:
-            with contextlib.suppress(ProcessLookupError):  # it failed
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+    A turn lasts until an epoch ends after `at_least` seconds; then the program is stopped until the
+    next turn is asked for. The first turn starts it and lasts one epoch: its figures mean nothing.
+    """
+    log = folder.with_suffix(".log")
+    times, began, cpu = list[float](), 0.0, 0.0
+    with common.running(command, log) as process:
+        while True:
+            done = len(times)
+            while len(times) == done or times[-1] - began < at_least:
+                if process.poll() is not None:
+                    last_words = log.read_text(errors="replace")[-10_000:]
+                    sys.exit(f"error: {' '.join(command)}:\n{last_words}")
+                time.sleep(0.05)  # seeing it late does no harm: the file knows when it was written
+                times = common.checkpoint_times(folder)
+            os.killpg(process.pid, signal.SIGSTOP)
+            stopped, before, cpu = time.time(), cpu, cpu_seconds(process.pid)
+            epochs = len(times) - done
+            yield (times[-1] - began) / epochs, (cpu - before) / epochs
+            began = times[-1] + time.time() - stopped  # the pause is not counted
+            os.killpg(process.pid, signal.SIGCONT)
 
 
-def cpu_seconds(group: int) -> float:
-    """Return user and system seconds of a group's processes and of their children that ended; 0
-    where there is no /proc."""
-    ticks = 0
-    for file in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has ended
-            fields = file.read_text().rpartition(")")[2].split()
-            ticks += sum(map(int, fields[11:15])) if int(fields[2]) == group else 0
-    return ticks / os.sysconf("SC_CLK_TCK")
+def cpu_seconds(pid: int) -> float:
+    """Return user and system seconds of a process and its children, also of those that ended."""
+    process = psutil.Process(pid)
+    return sum(sum(one.cpu_times()[:4]) for one in (process, *process.children(recursive=True)))
 
 
-def programs(args: argparse.Namespace, scratch: Path, network: str) -> dict[str, Program]:
-    """Return the ways of training; a and b have the network as it is usually written."""
-    ways, verify, size = {}, str(not args.synthetic).lower(), str(args.val_size)
-    for way in "abcd" if network == "ConvNet" else "bc":
+def programs(args: argparse.Namespace, scratch: Path, network: str) -> dict[str, list[str]]:
+    """Return the commands, which train in scratch/<way>; a and b have the network as it is usually
+    written."""
+    fit = f"train.py fit --config configs/base.yaml {common.DATA} --trainer.max_epochs 1000000"
+    fit += " --trainer.default_root_dir {out}"
+    if network == "Tiny":  # `auto` does not know that it can be recorded
+        fit += " --model.network benchmarks.peers.Tiny --model.cuda_graph "
+        fit += "true" if args.device == "cuda" else "false"
+    commands = {}
+    for way in "abcde" if network == "ConvNet" else "bce":
         name = "PlainConvNet" if network == "ConvNet" and way in "ab" else network
-        command = ["-m", "benchmarks.peers", way, str(scratch / way), "--network", name]
-        command += ["--root", args.root, "--val_size", size, "--verify", verify]
-        ways[way] = Program([*command, "--device", args.device], scratch / way / "checkpoints")
-    fit = ["train.py", "fit", "--config", "configs/base.yaml", "--data.root", args.root]
-    fit += ["--data.val_size", size, "--data.verify", verify, "--trainer.accelerator", args.device]
-    fit += ["--trainer.max_epochs", "1000000", "--trainer.default_root_dir", str(scratch / "e")]
-    if network == "Tiny":
-        fit += ["--model.network", "benchmarks.common.Tiny", "--trainer.enable_progress_bar=false"]
-        # `auto` does not know that this network can be recorded.
-        fit += ["--model.cuda_graph", str(args.device == "cuda").lower()]
-    return ways | {"e": Program(fit, scratch / "e" / "base" / "version_0" / "checkpoints")}
+        command = fit if way == "e" else f"{common.PEER} --way {way}"
+        commands[way] = common.words(command, **vars(args), out=scratch / way, network=name)
+    return commands
 
 
-def measure(ways: dict[str, Program], rounds: int, at_least: float) -> dict[str, Any]:
-    """Let all take their turns; return seconds an epoch, and their ratios to those of c and e."""
-    try:
+def measure(
+    ways: dict[str, list[str]], scratch: Path, rounds: int, at_least: float, unit: float = 1.0
+) -> dict[str, Any]:
+    """Let all take their turns; return what an epoch takes, in 1/unit seconds, and the ratios to
+    (c) and (e)."""
+    scratch.mkdir()
+    taken: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+    with contextlib.ExitStack() as stack:
+        programs = {
+            way: stack.enter_context(contextlib.closing(turns(command, scratch / way, at_least)))
+            for way, command in ways.items()
+        }
         for number in range(rounds + 1):
             # Every other round goes backwards, so that a slow drift cancels out.
             for way in sorted(ways, reverse=number % 2 == 1):
-                print(f"\r{number}/{rounds} {way} ", end="", file=sys.stderr, flush=True)
-                ways[way].turn(at_least)
-    finally:
-        print("\r\033[K", end="", file=sys.stderr)
-        for program in ways.values():
-            program.end()
+                print(f"{number}/{rounds} {way}", end="\r", file=sys.stderr, flush=True)
+                taken[way].append(next(programs[way]))
     found: dict[str, Any] = {way: {} for way in ways}
-    for way, figures in found.items():
-        for clock in ("wall", "cpu"):
-            turns = getattr(ways[way], clock)
-            figures[clock] = summary(turns)
-            for other in "ce":
-                pairs = zip(turns, getattr(ways[other], clock), strict=True)
-                ratios = [turn / its for turn, its in pairs if its]  # 0: no /proc, or too short
-                figures[f"{clock} / {other}"] = summary(ratios or [0.0])
+    for number, clock in enumerate(("wall", "cpu")):
+        of = {way: [unit * turn[number] for turn in taken[way][1:]] for way in ways}
+        for way, other in product(ways, "ce"):
+            ratios = [mine / its for mine, its in zip(of[way], of[other], strict=True)]
+            found[way][clock] = common.summary(of[way])
+            found[way][f"{clock} / {other}"] = common.summary(ratios)
     return found
-
-
-def table_of(found: dict[str, Any], other: str, title: str, images: int, steps: int) -> Table:
-    """Return a table of seconds an epoch, or of milliseconds a step if an epoch has `steps`."""
-    table, scale = Table("", "", title=title, box=box.SIMPLE), 1000 / steps if steps else 1.0
-    for clock in ("wall", "cpu"):
-        for header in (f"{clock} {'ms' if steps else 's'}", f"{clock} / {other}, by turns"):
-            table.add_column(header, justify="right")
-    table.add_column("images/s", justify="right")
-    for way, figures in found.items():
-        row = []
-        for clock in ("wall", "cpu"):
-            row.append(f"{scale * figures[clock]['median']:.2f}")
-            row.append(
-                "{median:.2f} ({low:.2f} to {high:.2f})".format(**figures[f"{clock} / {other}"])
-            )
-        table.add_row(way, NAMES[way], *row, f"{images / figures['wall']['median']:,.0f}")
-    return table
 
 
 def main() -> None:
@@ -202,33 +140,44 @@ def main() -> None:
     option("--keep", type=Path, help="folder where runs and logs of --minutes stay")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
-    console, result = Console(width=110), {"machine": machine(args.device)}
+    console, result = Console(width=110), {"machine": common.machine(args.device)}
     console.print(", ".join(f"{key} {value}" for key, value in result["machine"].items()))
 
-    def report(part: str, figures: dict[str, Any], table: Table) -> None:
-        result[part] = figures
+    def report(part: str, found: Any, title: str, columns: list[str], rows: dict[str, Any]) -> None:
+        result[part] = found
         args.json.write_text(json.dumps(result, indent=1) + "\n")
+        table = Table("", *columns, title=title, box=box.SIMPLE)
+        for name, figures in rows.items():
+            table.add_row(name, *(common.shown(figures[column]) for column in columns))
         console.print(table)
 
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         args.root = str(scratch / "data" if args.synthetic else Path(args.root).absolute())
-        args.val_size = args.synthetic // 5 if args.synthetic else 10_000
+        args.verify, args.val_size = str(not args.synthetic).lower(), 10_000
         if args.synthetic:
-            make_synthetic(Path(args.root), args.synthetic)
+            args.val_size = args.synthetic // 5
+            common.make_synthetic(Path(args.root), args.synthetic)
         if args.minutes:
             found = gpu.measure(args, args.keep or scratch)
-            report("gpu", found, gpu.table_of(found))
+            rows = {name: {"figures": figures} for name, figures in found.items()}
+            report("gpu", found, "medians (range)", ["figures"], rows)
             return
         images = (args.synthetic or 50_000) - args.val_size
         at_least = args.seconds or (1.0 if args.device == "cpu" else 10.0)
-        found = measure(programs(args, scratch / "epochs", "ConvNet"), args.rounds, at_least)
-        title = f"an epoch: {images:,} images trained, {args.val_size:,} validated"
-        report("epochs", found, table_of(found, "e", title, images, 0))
-        found = measure(programs(args, scratch / "steps", "Tiny"), args.rounds, at_least)
-        title = "a step of a network that computes next to nothing"
-        report("steps", found, table_of(found, "c", title, images, -(-images // 128)))
-    console.print(f"medians; ratios turn by turn, with their range; all written to {args.json}")
+        for part, network, other, unit, title in (
+            ("epochs", "ConvNet", "e", 1.0, f"seconds an epoch of {images:,} images"),
+            ("steps", "Tiny", "c", 1000 / -(-images // 128), "milliseconds a step, tiny network"),
+        ):
+            commands = programs(args, scratch / part, network)
+            found = measure(commands, scratch / part, args.rounds, at_least, unit)
+            rows = {}
+            for way, figures in found.items():
+                wall, cpu = (figures[clock]["median"] for clock in ("wall", "cpu"))
+                figures["images/s"] = round(images * unit / wall)
+                rows[f"{way}  {NAMES[way]}"] = figures | {"wall": wall, "cpu": cpu}
+            columns = ["wall", f"wall / {other}", "cpu", f"cpu / {other}", "images/s"]
+            report(part, found, f"{title}; ratios turn by turn (range)", columns, rows)
 
 
 if __name__ == "__main__":

@@ -1,59 +1,68 @@
-"""What all measurements share: networks, made-up images, and how figures are summed up."""
+"""What all measurements share: programs, made-up images, and how figures are summed up."""
 
+import contextlib
 import datetime
+import os
 import platform
+import signal
 import statistics
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning
 import numpy as np
 import torch
-from torch import Tensor, nn
 
-from networks import ConvNet
 from runs import processor
 
 HERE = Path(__file__).parent.parent
+DATA = (
+    "--data.root {root} --data.val_size {val_size} --data.verify {verify} "
+    "--trainer.accelerator {device}"
+)
+PEER = (
+    "-m benchmarks.peers {out} --root {root} --val_size {val_size} --device {device} "
+    "--network {network}"
+)
 
 
-class PlainConvNet(ConvNet):
-    """The report's network as it is usually written, with ReLU before PyTorch's max pooling."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("conv1", "conv2", "conv3"):
-            conv, norm, *_ = getattr(self, name)
-            setattr(self, name, nn.Sequential(conv, norm, nn.ReLU(), nn.MaxPool2d(2)))
-        self.to(memory_format=torch.contiguous_format)
+def words(command: str, **values: Any) -> list[str]:
+    """Return the words of a command, with these values in place of {key}."""
+    return [word.format(**values) for word in command.split()]
 
 
-class Tiny(nn.Linear):
-    """Maps ten pixels to logits, so that nearly all of a step's time is the loop around it."""
+@contextlib.contextmanager
+def running(command: list[str], log: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """Run a Python program that writes into a log; in the end kill it with all its children."""
+    with log.open("a") as output:
+        process = subprocess.Popen(
+            [sys.executable, *command], stdout=output, stderr=output, cwd=HERE,
+            start_new_session=True,
+        )  # fmt: skip
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # all have ended
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
-    def __init__(self) -> None:
-        super().__init__(10, 10)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Map images [B, 3, 32, 32] to logits [B, 10]."""
-        return super().forward(images[:, 0, 0, :10])
-
-
-NETWORKS = {"ConvNet": ConvNet, "PlainConvNet": PlainConvNet, "Tiny": Tiny}
+def checkpoint_times(folder: Path) -> list[float]:
+    """Return when the checkpoints of a run's epochs were written, in seconds, in order."""
+    return sorted(file.stat().st_mtime for file in folder.rglob("checkpoints/epoch_*"))
 
 
 def make_synthetic(root: Path, size: int) -> None:
-    """Write images whose classes are patterns of colour plus noise, in the form of CIFAR-10."""
-    folder = root / "cifar-10-arrays"
-    folder.mkdir(parents=True)
+    """Write images of noise in the form of CIFAR-10."""
+    (folder := root / "cifar-10-arrays").mkdir(parents=True)
     rng = np.random.default_rng(0)
-    patterns = rng.integers(0, 128, (10, 3, 4, 4)).repeat(8, axis=2).repeat(8, axis=3)
     for part, count in (("train", size), ("test", size // 5)):
-        labels = rng.integers(0, 10, count).astype(np.uint8)
-        images = patterns[labels] + rng.integers(0, 128, (count, 3, 32, 32))
-        np.save(folder / f"{part}_images.npy", images.astype(np.uint8))
-        np.save(folder / f"{part}_labels.npy", labels)
+        images = rng.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
+        np.save(folder / f"{part}_images.npy", images)
+        np.save(folder / f"{part}_labels.npy", rng.integers(0, 10, count, dtype=np.uint8))
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -76,7 +85,11 @@ def summary(turns: Sequence[float]) -> dict[str, Any]:
 
 
 def shown(figure: Any) -> str:
-    """Return a figure as text, of turns the median and the range."""
-    if isinstance(figure, dict) and len(figure["turns"]) > 1:
-        return "{median:.4g} ({low:.4g} to {high:.4g})".format(**figure)
-    return str(figure["median"] if isinstance(figure, dict) else figure)
+    """Return a figure as text: of turns the median and the range, of several figures all."""
+    if not isinstance(figure, dict):
+        return str(figure)
+    if "turns" not in figure:
+        return ", ".join(f"{key} {shown(value)}" for key, value in figure.items())
+    if len(figure["turns"]) == 1:
+        return "{median:.4g}".format(**figure)
+    return "{median:.4g} ({low:.3g} to {high:.3g})".format(**figure)

@@ -1,6 +1,6 @@
 """Usual ways of training, which `python -m benchmarks` compares with this project.
 
-    python -m benchmarks.peers c FOLDER --epochs 3
+    python -m benchmarks.peers FOLDER --way c --epochs 3
 
 a  the report's loop, as courses teach it: PIL images, ToTensor, DataLoader, `.item()`
 b  the usual Lightning way: the same loader, `self.log` and a metric in each step
@@ -26,16 +26,40 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchvision import transforms
 from torchvision.datasets import CIFAR10
 
-from benchmarks.common import NETWORKS
-from cifar10 import archive
-from cifar10.batches import Batches, ImageSet, split
+from cifar10.batches import Batches, ImageSet
 from cuda_graph import RecordedStep
-from datamodule import EVAL_BATCH_SIZES
+from datamodule import EVAL_BATCH_SIZES, CIFAR10DataModule
 from memory import keep_freed_memory
+from networks import ConvNet
 
 BATCH_SIZE, LR = 128, 5e-4  # as in configs/base.yaml
 
 Loader = Iterable[Any]
+
+
+class PlainConvNet(ConvNet):
+    """The report's network as it is usually written, with ReLU before PyTorch's max pooling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("conv1", "conv2", "conv3"):
+            conv, norm, *_ = getattr(self, name)
+            setattr(self, name, nn.Sequential(conv, norm, nn.ReLU(), nn.MaxPool2d(2)))
+        self.to(memory_format=torch.contiguous_format)
+
+
+class Tiny(nn.Linear):
+    """Maps ten pixels to logits, so that nearly all of a step's time is the loop around it."""
+
+    def __init__(self) -> None:
+        super().__init__(10, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images [B, 3, 32, 32] to logits [B, 10]."""
+        return super().forward(images[:, 0, 0, :10])
+
+
+NETWORKS = {"ConvNet": ConvNet, "PlainConvNet": PlainConvNet, "Tiny": Tiny}
 
 
 class Pictures(CIFAR10):  # type: ignore[misc]
@@ -49,6 +73,11 @@ class Pictures(CIFAR10):  # type: ignore[misc]
         self.target_transform = None
 
 
+def floats(images: Tensor) -> Tensor:
+    """Return images in [0, 1], as `ToTensor` gives them already."""
+    return images / 255 if images.dtype == torch.uint8 else images
+
+
 def loop(args: argparse.Namespace, network: nn.Module, train: Loader, val: Loader) -> None:
     """Train as (a), (c) or (d); after each epoch leave what any run does: checkpoint, curves, a
     line."""
@@ -59,7 +88,7 @@ def loop(args: argparse.Namespace, network: nn.Module, train: Loader, val: Loade
     sums = torch.zeros(2, device="cpu" if waits else device)  # of losses, of correct predictions
 
     def loss_of(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        logits = network(images / 255 if images.dtype == torch.uint8 else images)
+        logits = network(floats(images))
         return F.cross_entropy(logits, labels), (logits.argmax(1) == labels).sum()
 
     best_loss = torch.compile(loss_of, dynamic=False) if has_graph else loss_of
@@ -89,12 +118,12 @@ def loop(args: argparse.Namespace, network: nn.Module, train: Loader, val: Loade
             seen = 0
             for images, labels, *_ in loader:
                 images, labels = images.to(device), labels.to(device)
+                seen += len(labels)
                 if stage == "train":
                     train_step(images, labels)
                 else:
                     with torch.no_grad():
                         add_up(*loss_of(images, labels), len(labels))
-                seen += len(labels)
             metrics[f"{stage}_loss"], metrics[f"{stage}_acc"] = (sums / seen).tolist()
         for name, value in metrics.items():
             writer.add_scalar(name, value, epoch)
@@ -112,27 +141,21 @@ class LitClassifier(L.LightningModule):
         self.train_acc = MulticlassAccuracy(num_classes=10, average="micro")
         self.val_acc = MulticlassAccuracy(num_classes=10, average="micro")
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Map images [B, 3, 32, 32] to logits [B, 10]."""
-        return self.network(images / 255 if images.dtype == torch.uint8 else images)
+    def _step(self, stage: str, images: Tensor, labels: Tensor) -> Tensor:
+        logits = self.network(floats(images))
+        loss, accuracy = F.cross_entropy(logits, labels), getattr(self, f"{stage}_acc")
+        accuracy(logits, labels)
+        self.log(f"{stage}_loss", loss, on_step=False, on_epoch=True, prog_bar=True)
+        self.log(f"{stage}_acc", accuracy, on_step=False, on_epoch=True, prog_bar=True)
+        return loss
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         """Return the loss."""
-        images, labels, *_ = batch
-        logits = self(images)
-        loss = F.cross_entropy(logits, labels)
-        self.train_acc(logits, labels)
-        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True)
-        self.log("train_acc", self.train_acc, on_step=False, on_epoch=True, prog_bar=True)
-        return loss
+        return self._step("train", *batch[:2])
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         """Log loss and accuracy."""
-        images, labels, *_ = batch
-        logits = self(images)
-        self.val_acc(logits, labels)
-        self.log("val_loss", F.cross_entropy(logits, labels), prog_bar=True)
-        self.log("val_acc", self.val_acc, on_step=False, on_epoch=True, prog_bar=True)
+        self._step("val", *batch[:2])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return the optimizer."""
@@ -148,31 +171,29 @@ def lightning(args: argparse.Namespace, network: nn.Module, train: Loader, val: 
         max_epochs=args.epochs,
         logger=TensorBoardLogger(args.folder, "", ""),
         callbacks=[checkpoint],
-        enable_progress_bar=args.network != "Tiny",
+        enable_progress_bar=False,  # the others have none
     )
     trainer.fit(LitClassifier(network), train, val)
 
 
 def main() -> None:
-    """Train until the epochs are done, or the process is stopped."""
+    """Train until the epochs are done, or the process is ended."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("way", choices="abcd")
     parser.add_argument("folder", type=Path, help="receives checkpoints and curves")
+    parser.add_argument("--way", choices="abcd", required=True)
     parser.add_argument("--root", default="data", help="folder of the images")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--network", choices=NETWORKS, default="ConvNet")
     parser.add_argument("--epochs", type=int, default=1_000_000)
     parser.add_argument("--val_size", type=int, default=10_000)
-    parser.add_argument("--verify", default="true", help="false: images that are not CIFAR-10's")
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.way == "d":
         keep_freed_memory()
-    data = archive.load(args.root, verify=args.verify == "true")
-    train_set, val_set = (
-        ImageSet(data.train_images, data.train_labels.long(), indices)
-        for indices in split(len(data.train_labels), args.val_size, seed=0)
-    )
+    # Made-up images will do: it is (e) that refuses any but CIFAR-10's, unless told otherwise.
+    data = CIFAR10DataModule(args.root, verify=False, val_size=args.val_size)
+    data.setup()
+    train_set, val_set = data.train_set, data.val_set
     loaders: list[Loader]
     if args.way in "cd" or args.network == "Tiny":  # then no loader is to be measured
         train_set, val_set = train_set.to(args.device), val_set.to(args.device)
