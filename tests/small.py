@@ -11,6 +11,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+STARTED = time.monotonic()
+
 
 class Flat(nn.Sequential):
     """One layer, which is compiled in seconds."""
@@ -56,6 +58,15 @@ class Dies(nn.Module):
         return self.layers(images)
 
 
+WAIT_SECONDS = 300  # after which a test that nobody ends has failed, and must not be left behind
+
+
+def wait() -> None:
+    """Sleep a little, until a test has plainly failed."""
+    assert time.monotonic() - STARTED < WAIT_SECONDS, "nobody ended the wait"
+    time.sleep(0.01)
+
+
 class Waits(Callback):
     """Waits in the middle of an epoch to be killed, from the epoch on that the file `wait_in` has,
     while it is there; it leaves the file `waits`."""
@@ -66,7 +77,7 @@ class Waits(Callback):
         file = Path("wait_in")
         while batch_idx == 3 and file.exists() and trainer.current_epoch >= int(file.read_text()):
             Path("waits").touch()
-            time.sleep(0.01)
+            wait()
 
 
 class Meets(Callback):
@@ -74,4 +85,4 @@ class Meets(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         while len(list(Path("runs/question").glob("*/fit.log"))) < 2:
-            time.sleep(0.01)
+            wait()
