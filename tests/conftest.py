@@ -4,10 +4,12 @@ import io
 import os
 import pickle
 import re
+import shutil
 import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ import train
 from cifar10 import archive
 
 TRAIN_SIZE, TEST_SIZE = 1000, 200
+BASE = Path(__file__).parents[1] / "configs" / "base.yaml"
 
 
 def made_up() -> dict[str, np.ndarray]:
@@ -87,34 +90,92 @@ def arrays(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+# For a Trainer that a test builds: it writes nothing and prints nothing.
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+}
+
+
+def on(root: Path) -> list[str]:
+    """Return the flags that train on the made-up data set in a folder."""
+    return ["--data.root", str(root), "--data.verify", "false", "--data.val_size", "200"]
+
+
 Run = Callable[..., str]
+
+
+def copy_runs(source: Path, target: Path) -> None:
+    """Copy a folder of runs; files that are one by hard links stay one."""
+    copies: dict[int, str] = {}
+
+    def copy(file: str, to: str) -> None:
+        inode = Path(file).stat().st_ino
+        if inode in copies:
+            os.link(copies[inode], to)
+        else:
+            copies[inode] = to
+            shutil.copy2(file, to)
+
+    shutil.copytree(source, target, copy_function=copy)
+
+
+Done = dict[tuple[str, ...], tuple[Path, str]]
+
+
+@pytest.fixture(scope="session")
+def done() -> Done:
+    """What `run(..., once=True)` has run: the folder and what was printed, by the words."""
+    return {}
 
 
 @pytest.fixture
 def run(
     arrays: Path,
+    done: Done,
     tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> Run:
-    """Run `python train.py ...` on the small data set in an empty folder; return what it prints."""
+    """Run `python train.py ...` on the small data set in an empty folder; return what it prints.
+
+    base.yaml trains `Small`, unless `--model.network` says otherwise. A test about what comes after
+    its first `fit` gets a copy of the run that the same words made before, with `once=True`.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "warnoptions", ["default"])  # so that pytest's filters stay
 
-    def run(*args: object, data: Path = arrays) -> str:
+    def run(*args: object, data: Path = arrays, once: bool = False) -> str:
         words = [str(arg) for arg in args]
         if words[0] == "fit" and "--ckpt_path" not in words:
             after_config = words.index("--config") + 2 if "--config" in words else 1
             words[after_config:after_config] = [
-                *("--data.root", str(data), "--data.verify", "false", "--data.val_size", "200"),
-                *("--data.batch_size", "50", "--trainer.max_epochs", "2"),
+                *(*on(data), "--data.batch_size", "50", "--trainer.max_epochs", "2"),
                 *("--trainer.accelerator", "cpu"),
             ]
             if not any("fast94" in word for word in words):  # which has a rate for each group
                 words[after_config:after_config] = ["--model.optimizer.lr", "0.002"]
+            if str(BASE) in words and not any(word.startswith("--model.network") for word in words):
+                words[after_config:after_config] = ["--model.network", "tests.small.Small"]
         capsys.readouterr()
-        train.main(words)
-        return capsys.readouterr().out
+        if not once:
+            train.main(words)
+            return capsys.readouterr().out
+        assert not Path("runs").exists(), "only the first run of a test can be a copy"
+        if tuple(words) not in done:
+            folder = tmp_path_factory.mktemp("done")
+            with monkeypatch.context() as there:
+                there.chdir(folder)
+                train.main(words)
+            done[tuple(words)] = folder, capsys.readouterr().out
+        folder, out = done[tuple(words)]
+        copy_runs(folder / "runs", Path("runs"))
+        return out
 
     return run
 

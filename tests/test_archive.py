@@ -391,31 +391,56 @@ def test_a_source_of_other_images_is_left_even_without_verify(
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.parametrize("is_right", [True, False])
+# Imports once, which takes seconds; then two processes for each folder load it at the same moment.
+TOGETHER = """
+import json, multiprocessing, sys
+from cifar10 import archive
+
+archive.ARCHIVE_MD5, *words = sys.argv[1:]
+pairs = 2 * list(zip(words[::2], words[1::2]))
+fork = multiprocessing.get_context("fork")
+barrier, said = fork.Barrier(len(pairs)), fork.SimpleQueue()
+
+def load(folder, source):
+    barrier.wait()
+    try:
+        data = archive.load(folder, sources=[source], verify=False)
+        said.put([folder, f"{len(data.train_labels)} {len(data.test_labels)}"])
+    except Exception as error:
+        said.put([folder, f"{type(error).__name__}: {error}"])
+
+processes = [fork.Process(target=load, args=pair) for pair in pairs]
+for process in processes:
+    process.start()
+print(json.dumps([said.get() for _ in processes]))
+for process in processes:
+    process.join()
+"""
+
+
 def test_processes_that_start_together_do_not_spoil_each_other(
-    server: Server, tarball: bytes, tmp_path: Path, is_right: bool
+    server: Server, tarball: bytes, tmp_path: Path
 ) -> None:
-    source = server.serves("/slow", sends(tarball if is_right else b"no archive", delay=1))
-    program = (
-        "import sys; from cifar10 import archive; archive.ARCHIVE_MD5 = sys.argv[3]; "
-        "data = archive.load(sys.argv[1], sources=[sys.argv[2]], verify=False); "
-        "print(len(data.train_labels), len(data.test_labels))"
-    )
-    md5 = hashlib.md5(tarball).hexdigest()
-    command = [sys.executable, "-c", program, str(tmp_path / "data"), source, md5]
+    right, wrong = str(tmp_path / "right"), str(tmp_path / "wrong")
+    # The answers take a while, so that the second process comes in the middle of the first's.
+    sources = {
+        right: server.serves("/right", sends(tarball, delay=1)),
+        wrong: server.serves("/wrong", sends(b"no archive", delay=1)),
+    }
+    words = [hashlib.md5(tarball).hexdigest(), *(word for pair in sources.items() for word in pair)]
     root = Path(archive.__file__).parents[1]
-    pipe = subprocess.PIPE
-    processes = [
-        subprocess.Popen(command, cwd=root, text=True, stdout=pipe, stderr=pipe) for _ in range(2)
-    ]
-    outputs = [process.communicate(timeout=120) for process in processes]
-    if is_right:
-        assert [out.split() for out, _ in outputs] == [[str(TRAIN_SIZE), str(TEST_SIZE)]] * 2
-        assert server.asked == ["/slow"]
-        assert [p.name for p in (tmp_path / "data").iterdir()] == [archive.FOLDER]
-    else:
-        assert all("CIFAR10Error: no source gave CIFAR-10" in error for _, error in outputs)
-        assert not (tmp_path / "data").exists()
+    ran = subprocess.run(
+        [sys.executable, "-c", TOGETHER, *words],
+        cwd=root, check=True, text=True, stdout=subprocess.PIPE, timeout=300,
+    )  # fmt: skip
+    said = json.loads(ran.stdout)
+    assert [text for folder, text in said if folder == right] == [f"{TRAIN_SIZE} {TEST_SIZE}"] * 2
+    assert server.asked.count("/right") == 1
+    assert [p.name for p in Path(right).iterdir()] == [archive.FOLDER]
+    failures = [text for folder, text in said if folder == wrong]
+    assert len(failures) == 2
+    assert all("CIFAR10Error: no source gave CIFAR-10" in text for text in failures)
+    assert not Path(wrong).exists()
 
 
 @pytest.mark.skipif(shutil.which("npm") is None, reason="the npm command is not installed")

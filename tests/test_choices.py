@@ -15,12 +15,13 @@ from torch import nn
 from cifar10 import archive
 from datamodule import CIFAR10DataModule
 from lightning_module import ImageClassifier
-from tests.conftest import Run
-from tests.test_train import BASE, RUN_0, Flat, rows
+from tests.conftest import BASE, QUIET, Run
+from tests.small import Flat
+from tests.test_train import RUN_0, rows
 
 LAST = RUN_0 / "checkpoints/last.ckpt"
 CALLBACK = "--trainer.callbacks"
-FLAT = ("fit", "--config", BASE, "--model.network", "tests.test_train.Flat")
+FLAT = ("fit", "--config", BASE, "--model.network", "tests.small.Flat")
 
 
 @pytest.mark.parametrize(
@@ -172,15 +173,10 @@ class Counts(Callback):
         self.counted.append(int(metrics.images))
 
 
-def quiet(**settings: Any) -> Trainer:
-    return Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False,
-                   enable_model_summary=False, enable_checkpointing=False, **settings)  # fmt: skip
-
-
 def test_an_optimizer_that_evaluates_a_batch_often_counts_it_once(arrays: Path) -> None:
     model = ImageClassifier(Flat(), lambda params: torch.optim.LBFGS(params, lr=0.1, max_iter=3))
     data = CIFAR10DataModule(str(arrays), verify=False, batch_size=200, val_size=200)
-    trainer = quiet(callbacks=[counts := Counts()])
+    trainer = Trainer(max_epochs=1, callbacks=[counts := Counts()], **QUIET)
     trainer.fit(model, data)
     assert counts.counted == [200, 400, 600, 0], "the last batch ends the epoch"
     assert trainer.callback_metrics["train/loss"].isfinite()
@@ -188,7 +184,7 @@ def test_an_optimizer_that_evaluates_a_batch_often_counts_it_once(arrays: Path) 
 
 def test_a_model_trained_in_python_keeps_its_arguments(arrays: Path, tmp_path: Path) -> None:
     data = CIFAR10DataModule(str(arrays), verify=False, val_size=200)
-    trainer = quiet()
+    trainer = Trainer(max_epochs=1, **QUIET)
     trainer.fit(ImageClassifier(Flat(), normalize="cifar10", tta="mirror"), data)
     trainer.save_checkpoint(tmp_path / "own.ckpt")
     network = Flat()

@@ -25,6 +25,7 @@ from datamodule import CIFAR10DataModule
 from lightning_module import Diverged, ImageClassifier
 from networks import ConvNet, DeepConvNet, SpeedrunNet, resnet18
 from optimization import WarmupCosine
+from tests.conftest import QUIET
 
 
 def fitted(
@@ -35,15 +36,7 @@ def fitted(
     data = CIFAR10DataModule(
         str(arrays), verify=False, batch_size=20, val_size=205, augment=augment
     )
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=2,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        **{"logger": False, **settings},
-    )
+    trainer = Trainer(max_epochs=2, **{**QUIET, **settings})
     torch.manual_seed(0)
     trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     return trainer

@@ -28,7 +28,7 @@ from cifar10.pictures import read_picture
 from datamodule import CIFAR10DataModule
 from lightning_module import ImageClassifier
 from networks import ConvNet
-from tests.conftest import tar
+from tests.conftest import BASE, QUIET, on, tar
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = Path("runs/normalised/version_0/checkpoints/epoch_01.ckpt")
@@ -68,9 +68,8 @@ def trained(arrays: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model:\n  normalize: cifar10\n"
         "data:\n  augment:\n    - class_path: cifar10.augment.RandomFlip\n"
     )
-    base = ["fit", "--config", str(ROOT / "configs" / "base.yaml")]
-    small = ["--data.root", str(arrays), "--data.verify", "false", "--data.val_size", "200",
-             "--trainer.max_epochs", "2", "--trainer.accelerator", "cpu"]  # fmt: skip
+    base = ["fit", "--config", str(BASE)]
+    small = [*on(arrays), "--trainer.max_epochs", "2", "--trainer.accelerator", "cpu"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         train.main([*base, "--config", "normalised.yaml", *small])
@@ -140,7 +139,7 @@ def as_documented(file: str, folder: Path, *more: Path) -> None:
     )  # fmt: skip
     found = torch.from_numpy(np.load(away / "p.npy")).float()
     assert torch.allclose(found, expected(read_picture(away / "photo.jpg")[None]), atol=1e-5)
-    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    trainer = Trainer(**QUIET)
     data = CIFAR10DataModule(images=str(away / "photo.jpg"))
     predictions: Any = trainer.predict(ImageClassifier.load_from_checkpoint(CHECKPOINT), data)
     (predicted,) = predictions

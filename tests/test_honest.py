@@ -1,10 +1,9 @@
 """What a run says of itself is true: one chosen epoch, the settings and the images that were used,
 modes and modules as their authors made them; and mistakes are told from one another."""
 
+import importlib
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ from cifar10 import archive
 from datamodule import CIFAR10DataModule
 from lightning_module import ImageClassifier
 from runs import locked
-from tests.conftest import Run
-from tests.test_train import BASE, ROOT, RUN_0, rows, weights
+from tests.conftest import BASE, QUIET, Run
+from tests.test_train import CONVNET, RUN_0, rows, weights
 
 LAST = RUN_0 / "checkpoints/last.ckpt"
 RUN_1 = Path("runs/base/version_1")
@@ -69,7 +68,7 @@ def test_files_named_by_metrics_and_steps_are_found(run: Run) -> None:
 def test_a_result_says_on_which_images_and_how(
     run: Run, fails: Run, arrays: Path, tmp_path: Path
 ) -> None:
-    run("fit", "--config", BASE)
+    run("fit", "--config", BASE, once=True)
     run("test", "--ckpt_path", LAST)
     card, own = (RUN_0 / "model.md").read_text(), (RUN_0 / "test.json").read_text()
     noisy = tmp_path / "noisy" / archive.FOLDER
@@ -109,7 +108,7 @@ def test_a_card_tells_how_a_run_was_resumed_and_trained(run: Run) -> None:
 
 
 def test_a_run_is_trained_by_one_process(run: Run, fails: Run) -> None:
-    run("fit", "--config", BASE, "--trainer.max_epochs", "1")
+    run("fit", "--config", BASE, "--trainer.max_epochs", "1", once=True)
     with locked(RUN_0):
         assert f"another process trains in {RUN_0}" in fails(
             "fit", "--ckpt_path", LAST, "--trainer.max_epochs", "2"
@@ -141,7 +140,7 @@ def test_a_loaded_model_is_right_by_itself(run: Run, arrays: Path) -> None:
     expected = rows(RUN_0)[-1]["test/acc"]
     assert right.float().mean().item() == pytest.approx(expected)
     module = CIFAR10DataModule(str(arrays), verify=False, val_size=200)
-    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    trainer = Trainer(**QUIET)
     (result,) = trainer.test(model, module, verbose=False)
     assert result["test/acc"] == pytest.approx(expected)
 
@@ -165,8 +164,9 @@ def test_schedules_are_stepped_when_they_are_made_for_it_or_as_told(run: Run) ->
 
 
 def test_another_class_has_its_own_defaults(run: Run) -> None:
+    brief = ["--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "1"]
     run("fit", "--config", BASE, "--trainer.max_epochs", "1", "--model.network", "DeepConvNet",
-        "--model.optimizer", "SGD", "--data.batch_size", "400")  # fmt: skip
+        "--model.optimizer", "SGD", *brief)  # fmt: skip
     model = yaml.safe_load((RUN_0 / "config.yaml").read_text())["model"]
     assert model["network"]["init_args"]["dense_units"] == 128
     assert model["optimizer"]["init_args"]["lr"] == 0.001
@@ -176,11 +176,11 @@ def test_another_class_has_its_own_defaults(run: Run) -> None:
 def test_the_last_checkpoint_takes_no_space_of_its_own(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "checkpoints of" not in run("fit", "--config", BASE)
+    assert "checkpoints of" not in run("fit", "--config", BASE, *CONVNET)
     assert LAST.samefile(RUN_0 / "checkpoints/epoch_01.ckpt")
     assert torch.load(LAST, weights_only=True)["epoch"] == 1
     monkeypatch.setattr("runs.LARGE", 1e6)
-    said = run("fit", "--config", BASE)
+    said = run("fit", "--config", BASE, *CONVNET)
     assert re.search(r"2 checkpoints of 1 MB will take 0\.0 GB: --checkpoint\.save_top_k 3", said)
 
 
@@ -195,7 +195,7 @@ def test_schedulers_of_pytorchs_by_step_resume_exactly(run: Run) -> None:
 
 def test_a_schedule_by_epoch_resumes_and_one_that_is_added_is_told(run: Run) -> None:
     decay = ["--model.lr_scheduler", "LinearDecay", "--model.lr_interval", "epoch"]
-    run("fit", "--config", BASE, "--trainer.max_epochs", "1")
+    run("fit", "--config", BASE, "--trainer.max_epochs", "1", once=True)
     out = run("fit", "--ckpt_path", LAST, "--trainer.max_epochs", "3", *decay)
     assert "model.lr_scheduler has changed: the state of the optimizer restarts" in out
     assert "lr_scheduler.class_path optimization.LinearDecay" in (RUN_0 / "model.md").read_text()
@@ -312,6 +312,7 @@ PARTS = {
                 "--trainer.callbacks.use_global_unstructured", "false"],
     "rate finder": ["--trainer.callbacks+=LearningRateFinder"],
     "batch size finder": ["--trainer.callbacks+=BatchSizeFinder",
+                          "--trainer.callbacks.init_val", "40",
                           "--trainer.callbacks.max_trials", "1"],
     "averaging": ["--trainer.callbacks+=StochasticWeightAveraging",
                   "--trainer.callbacks.swa_lrs", "0.001",
@@ -338,13 +339,18 @@ def test_parts_of_lightnings_and_ones_own_run_and_resume(run: Run, part: str) ->
     run("fit", "--config", RUN_0 / "config.yaml", "--trainer.max_epochs", "1")
 
 
-def test_a_network_in_the_current_folder_is_found(arrays: Path, tmp_path: Path) -> None:
+def test_a_network_in_the_current_folder_is_found(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "mynet.py").write_text(
         "from torch import nn\n\n\nclass Net(nn.Sequential):\n    def __init__(self):\n"
         "        super().__init__(nn.Flatten(), nn.Linear(3072, 10))\n"
     )
-    command = [sys.executable, str(ROOT / "train.py"), "fit", "--model.network", "mynet.Net"]
-    command += ["--data.root", str(arrays), "--data.verify", "false", "--data.val_size", "200"]
-    command += ["--trainer.fast_dev_run", "1"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ)
-    assert done.returncode == 0, done.stderr
+    # As `python train.py` starts: with the folder of train.py, not with the current one.
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("mynet")
+    try:
+        run("fit", "--model.network", "mynet.Net", "--trainer.fast_dev_run", "1")
+    finally:
+        sys.modules.pop("mynet", None)

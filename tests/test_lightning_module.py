@@ -16,6 +16,7 @@ from cifar10.batches import Batch
 from datamodule import CIFAR10DataModule
 from lightning_module import ImageClassifier
 from networks import ConvNet
+from tests.conftest import QUIET
 
 
 class Constant(nn.Module):
@@ -40,15 +41,7 @@ def test_metrics_are_means_over_images_whatever_the_batches(
         softmax_before_loss=softmax_before_loss,
     )
     data = CIFAR10DataModule(str(arrays), verify=False, batch_size=300, val_size=200)
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
+    trainer = Trainer(max_epochs=1, **QUIET)
     trainer.fit(model, datamodule=data)
     scores = logits.softmax(0) if softmax_before_loss else logits
     for stage, images in (("train", data.train_set), ("val", data.val_set)):
@@ -113,16 +106,8 @@ def fitted(
     data = CIFAR10DataModule(
         str(arrays), verify=False, batch_size=96, val_size=200, augment=[AlternatingFlip()]
     )
-    trainer = Trainer(
-        accelerator=accelerator,
-        devices=1,
-        max_epochs=2,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        **{"logger": False, **settings},
-    )
+    own = {"accelerator": accelerator, "devices": 1, **settings}
+    trainer = Trainer(max_epochs=2, **{**QUIET, **own})
     torch.manual_seed(0)
     trainer.fit(model, datamodule=data)
     return trainer

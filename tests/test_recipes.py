@@ -27,6 +27,8 @@ SMALL = {
         *("--trainer.precision", "32-true"),  # in bfloat16 processors without it are slow
     ],
 }
+# For tests of improved.yaml's schedule alone.
+SCHEDULE = ["--model.network", "tests.small.Small", "--trainer.precision", "32-true"]
 
 
 def checkpoint(recipe: str, epoch: int, version: int = 0) -> Path:
@@ -37,7 +39,8 @@ def checkpoint(recipe: str, epoch: int, version: int = 0) -> Path:
 def test_a_recipe_learns_goes_on_exactly_and_can_be_trained_for_longer(
     run: Run, recipe: str
 ) -> None:
-    run("fit", "--config", CONFIGS / f"{recipe}.yaml", "--trainer.max_epochs", "4", *SMALL[recipe])
+    four = ["--config", CONFIGS / f"{recipe}.yaml", "--trainer.max_epochs", "4"]
+    run("fit", *four, *SMALL[recipe], once=True)
     assert rows(Path(f"runs/{recipe}/version_0"))[-1]["val/acc"] > 0.5
     run("fit", "--ckpt_path", checkpoint(recipe, 1))
     assert is_same(*(weights(checkpoint(recipe, 3, version)) for version in (0, 1)))
@@ -51,7 +54,8 @@ def test_a_recipe_learns_goes_on_exactly_and_can_be_trained_for_longer(
 
 @pytest.mark.parametrize("recipe", SMALL)
 def test_a_schedule_goes_on_where_it_was_when_a_rate_is_typed(run: Run, recipe: str) -> None:
-    run("fit", "--config", CONFIGS / f"{recipe}.yaml", "--trainer.max_epochs", "4", *SMALL[recipe])
+    four = ["--config", CONFIGS / f"{recipe}.yaml", "--trainer.max_epochs", "4"]
+    run("fit", *four, *SMALL[recipe], once=True)
     lr = "lr" if recipe == "improved" else "groups.filters.lr"
     run("fit", "--ckpt_path", checkpoint(recipe, 1), f"--model.optimizer.{lr}", "0.001")
     for epoch in (2, 3):
@@ -76,7 +80,7 @@ def test_a_schedule_ends_at_zero_though_an_epoch_has_other_steps(run: Run, sched
     if scheduler == "OneCycleLR":
         schedule += ["--model.lr_scheduler.max_lr", "0.005"]
     improved = CONFIGS / "improved.yaml"
-    run("fit", "--config", improved, "--trainer.max_epochs", "4", *SMALL["improved"], *schedule)
+    run("fit", "--config", improved, "--trainer.max_epochs", "4", *SCHEDULE, *schedule)
     expected = [groups(checkpoint("improved", epoch))[0]["lr"] for epoch in range(4)]
     changes = [
         ["--data.batch_size", "100"],
@@ -99,7 +103,7 @@ def test_a_schedule_ends_at_zero_though_an_epoch_has_other_steps(run: Run, sched
 
 def test_a_schedule_over_max_steps_goes_on_step_by_step(run: Run) -> None:
     steps = ["--trainer.max_epochs", "-1", "--trainer.max_steps", "64"]
-    run("fit", "--config", CONFIGS / "improved.yaml", *SMALL["improved"], *steps)
+    run("fit", "--config", CONFIGS / "improved.yaml", *SCHEDULE, *steps)
     run("fit", "--ckpt_path", checkpoint("improved", 1), "--data.batch_size", "100")
     rates: dict[int, set[float]] = {}
     for path in Path("runs/improved").rglob("*.ckpt"):
@@ -112,7 +116,7 @@ def test_a_schedule_over_max_steps_goes_on_step_by_step(run: Run) -> None:
 
 def test_a_loaded_model_begins_a_new_training_at_full_rate(run: Run) -> None:
     improved = CONFIGS / "improved.yaml"
-    run("fit", "--config", improved, *SMALL["improved"], "--trainer.max_epochs", "2")
+    run("fit", "--config", improved, *SCHEDULE, "--trainer.max_epochs", "2")
     path = checkpoint("improved", 1)
     model = ImageClassifier.load_from_checkpoint(path, weights_only=True)
     before = {name: p.clone() for name, p in model.named_parameters()}

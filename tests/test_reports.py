@@ -18,9 +18,9 @@ from cifar10.pictures import read_picture
 from lightning_module import ImageClassifier
 from networks import ConvNet
 from reports.evaluation import Evaluation, fit_temperature
-from tests.conftest import TEST_SIZE, Run
+from tests.conftest import BASE, TEST_SIZE, Run
+from tests.test_train import CONVNET
 
-BASE = Path(__file__).parents[1] / "configs" / "base.yaml"
 RUN_0 = Path("runs/base/version_0")
 LAST = RUN_0 / "checkpoints/last.ckpt"
 
@@ -82,7 +82,7 @@ def test_temperature_undoes_what_made_the_logits_too_large() -> None:
 
 
 def test_the_report_says_what_a_plain_loop_finds(run: Run, arrays: Path) -> None:
-    run("fit", "--config", BASE, "--data.test_curve", "true")
+    run("fit", "--config", BASE, *CONVNET, "--data.test_curve", "true")
     out = run("test", "--ckpt_path", LAST)
     result = json.loads((RUN_0 / "test.json").read_text())
 
@@ -144,9 +144,9 @@ def test_a_part_of_a_test_is_no_result(run: Run, fails: Run) -> None:
 
 
 def test_a_network_that_says_no_numbers_is_not_evaluated(run: Run, fails: Run) -> None:
-    run("fit", "--config", BASE, "--trainer.max_epochs", "1")
+    run("fit", "--config", BASE, "--trainer.max_epochs", "1", once=True)
     checkpoint = torch.load(LAST, weights_only=True)
-    checkpoint["state_dict"]["network.dense3.bias"][3] = math.nan
+    checkpoint["state_dict"]["network.4.bias"][3] = math.nan
     torch.save(checkpoint, LAST)
     assert "outputs are NaN" in fails("test", "--ckpt_path", LAST)
     assert not (RUN_0 / "test.json").exists()
@@ -159,7 +159,7 @@ def test_tensorboard_shows_rates_norms_and_confusions_and_changes_nothing(
     augment.write_text("data:\n  augment:\n    - class_path: cifar10.augment.RandomFlip\n")
     schedule = ("--model.lr_scheduler", "torch.optim.lr_scheduler.StepLR",
                 "--model.lr_scheduler.step_size", "1")  # fmt: skip
-    both = ("fit", "--config", BASE, "--config", augment, *schedule)
+    both = ("fit", "--config", BASE, *CONVNET, "--config", augment, *schedule)
     run(*both, "--name", "watched", "--trainer.callbacks+=callbacks.ConfusionMatrix",
         "--trainer.callbacks.every_n_epochs", "2")  # fmt: skip
     run(*both, "--name", "alone", "--trainer.logger", "false")
@@ -192,7 +192,7 @@ def pictures(arrays: Path, tmp_path: Path) -> Path:
 def test_pictures_are_predicted_as_the_test_images_they_are(
     run: Run, pictures: Path, tmp_path: Path
 ) -> None:
-    run("fit", "--config", BASE)
+    run("fit", "--config", BASE, once=True)
     run("predict", "--ckpt_path", LAST)
     expected = rows(RUN_0 / "predictions.csv")
     nowhere = ("--data.root", tmp_path / "no data set is needed")
@@ -217,7 +217,7 @@ def test_pictures_are_predicted_as_the_test_images_they_are(
 def test_a_file_that_is_no_picture_is_named_and_the_rest_is_done(
     run: Run, fails: Run, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run("fit", "--config", BASE, "--trainer.max_epochs", "1")
+    run("fit", "--config", BASE, "--trainer.max_epochs", "1", once=True)
     (pictures / "05.png").write_bytes((pictures / "05.png").read_bytes()[:200])
     (pictures / "notes [1].txt").write_text("no picture")
     with pytest.raises(SystemExit, match="error: 2 of 21 files skipped"):

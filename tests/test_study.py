@@ -24,42 +24,15 @@ from optuna.trial import TrialState
 from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
-from torch import Tensor, nn
 
 import study
 from studies.answer import Answer, Outcome
 from studies.question import Question
 from studies.record import without_password
-from tests.conftest import Run
+from tests.conftest import BASE, Run
 
 ROOT = Path(__file__).parents[1]
 FOLDER = Path("runs/question")
-
-
-class Fails(nn.Module):
-    """Maps as it should when it is looked at, and fails in a step, while a file is there."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
-
-    def forward(self, images: Tensor) -> Tensor:
-        if self.training and Path("fail").exists():
-            raise RuntimeError("out of luck")
-        return self.layers(images)
-
-
-class Dies(nn.Module):
-    """Ends its process in a step, as a process does that the system kills for its memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
-
-    def forward(self, images: Tensor) -> Tensor:
-        if self.training:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return self.layers(images)
 
 
 @pytest.fixture
@@ -81,12 +54,14 @@ def asking(arrays: Path) -> Callable[..., Path]:
             "model.optimizer.lr": 0.002,
             "trainer.max_epochs": 1,
             "trainer.accelerator": "cpu",
+            "model.network": "tests.small.Small",
         }
         varied = {*settings.get("grid", {}), *settings.get("search", {})}
+        varied.update(*settings.get("variants", {}).values())
         small = {flag: value for flag, value in small.items() if flag not in varied}
         asked = {
             "question": "Which one?",
-            "config": str(ROOT / "configs" / "base.yaml"),
+            "config": str(BASE),
             "seeds": [0],
             "fixed": small | (fixed or {}),
             **settings,
@@ -98,6 +73,7 @@ def asking(arrays: Path) -> Callable[..., Path]:
     return ask
 
 
+CONVNET = {"model.network": "ConvNet"}
 GRID = {"model.optimizer.lr": [0.002, 0.0001]}
 TWO = {"trainer.max_epochs": 2}
 
@@ -140,7 +116,8 @@ def record(storage: str = "sqlite:///runs/question/study.db") -> list[Any]:
 
 def starts(folder: Path = FOLDER) -> int:
     """Return how often a run was begun or gone on with."""
-    return sum(log.read_text().count("conv1.0") for log in folder.glob("*/fit.log"))
+    header = "output for 128 images"  # of the table of layers
+    return sum(log.read_text().count(header) for log in folder.glob("*/fit.log"))
 
 
 def command(*args: object, core: int | None = None) -> subprocess.Popen[str]:
@@ -205,7 +182,7 @@ def test_a_study_runs_every_setting_with_every_seed_and_answers(
 def test_each_run_is_one_that_train_makes(after: Callable[..., Path], run: Run) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the study's two jobs had, where there are two cores
-    run("fit", "--config", ROOT / "configs" / "base.yaml", "--data.batch_size", "100",
+    run("fit", "--config", BASE, "--data.batch_size", "100",
         "--model.optimizer.lr", "0.0001", "--seed_everything", "1", "--name", "alone")  # fmt: skip
     torch.set_num_threads(threads)
     last = Path("checkpoints/last.ckpt")
@@ -279,7 +256,8 @@ def test_hparams_of_tensorboard_show_what_differs(after: Callable[..., Path]) ->
 def test_a_run_that_diverges_is_reported_and_stops_nothing(
     ask: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    study.main([str(ask(TWO, grid={"model.optimizer.lr": [1000, 1e30, 0.002]})), "--jobs", "2"])
+    file = ask(CONVNET | TWO, grid={"model.optimizer.lr": [1000, 1e30, 0.002]})
+    study.main([str(file), "--jobs", "2"])
     out = capsys.readouterr().out
     assert re.search(r"lr=1000,seed=0: diverged: train/loss \S+ in epoch 1", out)
     assert "lr=1e+30,seed=0: diverged: train/loss is NaN or infinite" in out
@@ -297,9 +275,9 @@ def test_a_run_that_fails_stops_nothing_and_is_tried_again(
     ask: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     variants = {
-        "fails": {"model.network": {"class_path": "tests.test_study.Fails"}},
-        "dies [red]": {"model.network": {"class_path": "tests.test_study.Dies"}},
-        "works": {},
+        "fails": {"model.network": {"class_path": "tests.small.Fails"}},
+        "dies [red]": {"model.network": {"class_path": "tests.small.Dies"}},
+        "works": {"model.network": "tests.small.Small"},
     }
     file = ask(variants=variants)
     Path("fail").touch()
@@ -331,7 +309,7 @@ def test_a_search_picks_settings_prunes_and_gives_each_all_seeds(
     }
     sampler = {"class_path": "optuna.samplers.RandomSampler", "init_args": {"seed": 0}}
     asked = {"search": search, "trials": 3, "seeds": [0, 1], "sampler": sampler, "pruner": pruner}
-    study.main([str(ask({"trainer.max_epochs": 3}, **asked)), "--jobs", "2"])
+    study.main([str(ask(CONVNET | {"trainer.max_epochs": 3}, **asked)), "--jobs", "2"])
     trials = record()
     picked = [trial for trial in trials if "picked" in trial.user_attrs]
     assert len(picked) == 3
@@ -351,7 +329,7 @@ def test_a_search_goes_on_with_what_it_picked_and_ends_when_all_is_picked(
     ask: Callable[..., Path],
 ) -> None:
     search = {"data.batch_size": [100, 200]}
-    network = {"model.network": {"class_path": "tests.test_study.Fails"}}
+    network = {"model.network": {"class_path": "tests.small.Fails"}}
     file = ask(network, search=search, trials=9)
     Path("fail").touch()
     with pytest.raises(SystemExit, match="no run has ended yet"):
@@ -366,9 +344,11 @@ def test_a_search_goes_on_with_what_it_picked_and_ends_when_all_is_picked(
 # ----------------------------------------------------------------------- stopped, shared, resumed
 
 
-def killed_in_an_epoch(process: subprocess.Popen[str], epoch: int, whole: bool) -> None:
-    """Kill a study, with its runs or without, when one of its two runs has had an epoch."""
-    deadline = time.monotonic() + 120
+def killed_after_an_epoch(file: Path, epoch: int, whole: bool) -> None:
+    """Start a study and kill it, with its runs or without, when one of its two runs has had an
+    epoch; there they wait in the next."""
+    Path("wait_in").write_text(f"{epoch + 1}")
+    process, deadline = command(file, "--jobs", 2), time.monotonic() + 120
     while time.monotonic() < deadline:
         logs = [log.read_text() for log in FOLDER.glob("*/fit.log")]
         if len(logs) == 2 and any(re.search(rf"^ +{epoch} ", log, re.M) for log in logs):
@@ -386,9 +366,13 @@ def test_killed_in_an_epoch_and_started_again_it_answers_the_same(
     ask: Callable[..., Path],
 ) -> None:
     augment = {"data.augment": [{"class_path": "cifar10.augment.RandomFlip"}]}
-    file = ask({"trainer.max_epochs": 9}, variants={"plain": {}, "flipped": augment})
-    killed_in_an_epoch(command(file, "--jobs", 2), epoch=1, whole=True)
-    killed_in_an_epoch(command(file, "--jobs", 2), epoch=3, whole=False)
+    waits = {"trainer.callbacks": [{"class_path": "tests.small.Waits"}]}
+    file = ask(
+        CONVNET | waits | {"trainer.max_epochs": 6}, variants={"plain": {}, "flipped": augment}
+    )
+    killed_after_an_epoch(file, epoch=1, whole=True)
+    killed_after_an_epoch(file, epoch=3, whole=False)
+    Path("wait_in").unlink()
     study.main([str(file), "--jobs", "2"])
     broken = table()
     logs = [log.read_text() for log in FOLDER.glob("*/fit.log")]
@@ -429,7 +413,9 @@ def test_other_settings_in_the_same_folder_are_another_run(ask: Callable[..., Pa
 
 def shared(ask: Callable[..., Path], storage: str) -> None:
     """Start one study twice at once, and assert that every run was done, once."""
-    file = ask({"trainer.max_epochs": 4}, grid={"data.batch_size": [100, 200]}, seeds=[0, 1])
+    meets = {"trainer.callbacks": [{"class_path": "tests.small.Meets"}]}
+    fixed = CONVNET | meets | {"trainer.max_epochs": 4}
+    file = ask(fixed, grid={"data.batch_size": [100, 200]}, seeds=[0, 1])
     both = [command(file, "--storage", storage, core=core) for core in range(2)]
     outs = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
@@ -515,7 +501,7 @@ def test_a_worker_elsewhere_keeps_its_run_until_it_falls_silent(
     [
         ({"grid": {"data.batchsize": [1]}}, "unknown option data.batchsize: did you mean"),
         ({"grid": {"data.batch_size": [100, "many"]}}, "data.batch_size"),
-        ({"grid": {"model.network.dense_unit": [80]}}, "dense_unit"),
+        ({"grid": {"model.network.dense_unit": [80]}, "fixed": CONVNET}, "dense_units?"),
         ({"variants": {"a": {}, "b": {"model.optimizer.lr": "fast"}}}, "lr"),
         ({"search": {"model.optimizer.lr": {"low": 1, "high": 0}}}, "search.model.optimizer.lr"),
         ({"search": {"data.batch_size": {"low": 100, "hihg": 200}}}, "hihg: did you mean high"),

@@ -23,26 +23,18 @@ import yaml
 from lightning.pytorch import Callback, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
-from torch import nn
 from torch._inductor import config as inductor_config
 
 import train
 from cifar10 import archive
 from lightning_module import ImageClassifier
 from networks import ConvNet
-from tests.conftest import Run
-
-
-class Flat(nn.Sequential):
-    """A network that is compiled in seconds."""
-
-    def __init__(self) -> None:
-        super().__init__(nn.Flatten(), nn.Linear(3072, 10))
-
+from tests.conftest import BASE, Run, on
+from tests.small import Flat
 
 ROOT = Path(__file__).parents[1]
-BASE = ROOT / "configs" / "base.yaml"
 RUN_0 = Path("runs/base/version_0")
+CONVNET = ("--model.network", "ConvNet")  # as base.yaml has it
 
 
 def rows(run_folder: Path) -> list[dict[str, float]]:
@@ -104,7 +96,7 @@ def test_a_network_of_ones_own_has_its_own_defaults(run: Run) -> None:
 
 
 def test_fit_leaves_a_whole_run_and_says_how_to_go_on(run: Run) -> None:
-    out = run("fit", "--config", BASE, "--trainer.max_epochs", "3")
+    out = run("fit", "--config", BASE, *CONVNET, "--trainer.max_epochs", "3")
     assert sorted(p.name for p in RUN_0.iterdir() if not p.name.startswith("events")) == [
         "checkpoints", "config.yaml", "curves.png", "hparams.yaml", "metrics.csv", "model.md",
         "model.pth",
@@ -122,7 +114,7 @@ def test_fit_leaves_a_whole_run_and_says_how_to_go_on(run: Run) -> None:
 
 
 def test_model_pth_needs_nothing_but_pytorch(run: Run) -> None:
-    run("fit", "--config", BASE)
+    run("fit", "--config", BASE, *CONVNET, once=True)
     state = torch.load(RUN_0 / "model.pth", weights_only=True)
     network = ConvNet()
     network.load_state_dict(state)
@@ -131,7 +123,7 @@ def test_model_pth_needs_nothing_but_pytorch(run: Run) -> None:
 
 
 def test_tensorboard_has_train_and_validation_on_one_chart(run: Run) -> None:
-    run("fit", "--config", BASE)
+    run("fit", "--config", BASE, once=True)
     events = EventAccumulator(str(RUN_0)).Reload()
     for name in ("loss", "acc"):
         for stage in ("train", "val"):
@@ -146,7 +138,7 @@ def test_tensorboard_has_train_and_validation_on_one_chart(run: Run) -> None:
 
 def test_same_command_same_weights_and_another_seed_others(run: Run) -> None:
     for seed in (0, 0, 1):
-        run("fit", "--config", BASE, "--seed_everything", seed)
+        run("fit", "--config", BASE, *CONVNET, "--seed_everything", seed)
     first, second, third = (
         weights(Path(f"runs/base/version_{i}/checkpoints/last.ckpt")) for i in range(3)
     )
@@ -155,7 +147,7 @@ def test_same_command_same_weights_and_another_seed_others(run: Run) -> None:
 
 
 def test_test_set_chooses_nothing(run: Run) -> None:
-    run("fit", "--config", BASE)
+    run("fit", "--config", BASE, once=True)
     run("fit", "--config", BASE, "--data.test_curve", "true")
     without, with_test = (Path(f"runs/base/version_{i}") for i in range(2))
     assert is_same(*(weights(folder / "checkpoints/last.ckpt") for folder in (without, with_test)))
@@ -216,7 +208,7 @@ def test_checkpoint_alone_repeats_the_test_curve_exactly(run: Run) -> None:
 
 
 def test_what_is_typed_wins_over_the_checkpoint(run: Run, fails: Run, tmp_path: Path) -> None:
-    run("fit", "--config", BASE)
+    run("fit", "--config", BASE, *CONVNET, once=True)
     last = RUN_0 / "checkpoints" / "last.ckpt"
     first = run("validate", "--ckpt_path", last)
     assert first == run("validate", "--ckpt_path", last)
@@ -231,7 +223,7 @@ def test_what_is_typed_wins_over_the_checkpoint(run: Run, fails: Run, tmp_path: 
 
 @pytest.mark.parametrize("subcommand", ["fit", "validate", "test"])
 def test_no_image_is_trained_on_and_then_validated(run: Run, fails: Run, subcommand: str) -> None:
-    run("fit", "--config", BASE, "--trainer.max_epochs", "1")
+    run("fit", "--config", BASE, "--trainer.max_epochs", "1", once=True)
     ckpt = ["--ckpt_path", RUN_0 / "checkpoints" / "last.ckpt"]
     for other in (["--data.split_seed", "7"], ["--data.val_size", "201"]):
         assert "trained on images of this validation set" in fails(subcommand, *ckpt, *other)
@@ -304,17 +296,17 @@ def test_a_stopped_run_goes_on_exactly_in_its_own_folder(run: Run, tmp_path: Pat
 
 def test_a_run_goes_on_from_the_middle_of_an_epoch(run: Run) -> None:
     often = ["--checkpoint.every_n_train_steps", "10", "--trainer.max_epochs", "null"]
-    run("fit", "--config", BASE, *often, "--trainer.max_steps", "25")
+    run("fit", "--config", BASE, *CONVNET, *often, "--trainer.max_steps", "25")
     last = RUN_0 / "checkpoints/last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 20, "in the middle"
     run("fit", "--ckpt_path", last, "--trainer.max_steps", "40")
     assert [row["epoch"] for row in rows(RUN_0)] == [0, 1], "the third is not complete"
-    run("fit", "--config", BASE, *often, "--trainer.max_steps", "40", "--name", "whole")
+    run("fit", "--config", BASE, *CONVNET, *often, "--trainer.max_steps", "40", "--name", "whole")
     assert is_same(weights(last), weights(Path("runs/whole/version_0/checkpoints/last.ckpt")))
 
 
 def test_weights_can_be_of_half_precision(run: Run) -> None:
-    out = run("fit", "--config", BASE, "--trainer.precision", "bf16-true")
+    out = run("fit", "--config", BASE, *CONVNET, "--trainer.precision", "bf16-true")
     assert "78,658" in out
     assert rows(RUN_0)[1]["val/acc"] > 0.2
 
@@ -335,7 +327,8 @@ class Stop(Callback):
 def test_a_signal_stops_a_run_that_can_go_on(
     run: Run, capsys: pytest.CaptureFixture[str], number: signal.Signals, epoch: int
 ) -> None:
-    handler = signal.getsignal(signal.SIGINT)
+    # Python's own, which is missing where the tests run in the background of a script.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     stop = {
         "class_path": "tests.test_train.Stop",
         "init_args": {"number": number.value, "epoch": epoch},
@@ -362,7 +355,7 @@ def test_a_signal_stops_a_run_that_can_go_on(
 def test_a_typed_optimizer_wins_over_the_checkpoint(
     run: Run, typed: list[str], expected: dict[str, float]
 ) -> None:
-    run("fit", "--config", BASE)
+    run("fit", "--config", BASE, once=True)
     last = RUN_0 / "checkpoints/last.ckpt"
     run("fit", "--ckpt_path", last, "--trainer.max_epochs", "3", *typed)
     (state,) = torch.load(last, weights_only=True)["optimizer_states"]
@@ -374,7 +367,7 @@ def test_a_typed_optimizer_wins_over_the_checkpoint(
 
 
 def test_a_failed_resume_leaves_the_run_as_it_was(run: Run, fails: Run) -> None:
-    run("fit", "--config", BASE)
+    run("fit", "--config", BASE, *CONVNET, once=True)
     before = {p: p.read_bytes() for p in RUN_0.rglob("*") if "events" not in p.name and p.is_file()}
     last = RUN_0 / "checkpoints/last.ckpt"
     options = ["--trainer.max_epochs", "3", "--model.network.dense_units", "7"]
@@ -391,7 +384,7 @@ def test_any_value_of_the_trainer_survives_a_resume(run: Run) -> None:
 
 
 def test_another_name_begins_another_run(run: Run) -> None:
-    run("fit", "--config", BASE)
+    run("fit", "--config", BASE, once=True)
     last = RUN_0 / "checkpoints/last.ckpt"
     out = run("fit", "--ckpt_path", last, "--trainer.max_epochs", "3", "--name", "longer")
     assert "run   runs/longer/version_0" in out
@@ -400,7 +393,7 @@ def test_another_name_begins_another_run(run: Run) -> None:
 
 
 def test_a_finished_run_says_how_to_train_it_for_longer(run: Run) -> None:
-    run("fit", "--config", BASE)
+    run("fit", "--config", BASE, once=True)
     out = run("fit", "--ckpt_path", RUN_0 / "checkpoints/last.ckpt")
     assert "all 2 epochs are done: to train for longer, raise --trainer.max_epochs" in out
     assert len(rows(RUN_0)) == 2
@@ -429,7 +422,9 @@ def test_going_on_from_an_earlier_epoch_keeps_the_later_ones(run: Run) -> None:
 
 def test_last_and_best_mean_the_newest_run_of_the_recipe(run: Run, tmp_path: Path) -> None:
     config = tmp_path / "other.yaml"
-    config.write_text("name: named\ntrainer:\n  default_root_dir: there\n")
+    config.write_text(
+        "name: named\ntrainer:\n  default_root_dir: there\nmodel:\n  network: tests.small.Small\n"
+    )
     run("fit", "--config", config)
     run("fit", "--config", config, "--trainer.max_epochs", "3")
     folder = Path("there/named/version_1")
@@ -443,7 +438,7 @@ def test_last_and_best_mean_the_newest_run_of_the_recipe(run: Run, tmp_path: Pat
 
 
 def test_a_moved_run_goes_on_and_remembers_its_best_epoch(run: Run) -> None:
-    run("fit", "--config", BASE, "--trainer.max_epochs", "2")
+    run("fit", "--config", BASE, once=True)
     Path("elsewhere").mkdir()
     Path("runs/base").rename("elsewhere/moved")
     folder = Path("elsewhere/moved/version_0").resolve()
@@ -455,7 +450,7 @@ def test_a_moved_run_goes_on_and_remembers_its_best_epoch(run: Run) -> None:
 
 
 def test_config_of_a_resumed_run_repeats_it_from_the_start(run: Run) -> None:
-    run("fit", "--config", BASE)
+    run("fit", "--config", BASE, *CONVNET, once=True)
     last = RUN_0 / "checkpoints/last.ckpt"
     run("fit", "--ckpt_path", last, "--trainer.max_epochs", "3")
     settings = yaml.safe_load((RUN_0 / "config.yaml").read_text())
@@ -466,7 +461,7 @@ def test_config_of_a_resumed_run_repeats_it_from_the_start(run: Run) -> None:
 
 
 def test_predict_writes_a_class_for_every_test_image(run: Run) -> None:
-    run("fit", "--config", BASE, "--data.test_curve", "true")
+    run("fit", "--config", BASE, "--data.test_curve", "true", once=True)
     run("predict", "--ckpt_path", RUN_0 / "checkpoints/last.ckpt")
     with (RUN_0 / "predictions.csv").open() as file:
         predictions = [row["class"] for row in csv.DictReader(file)]
@@ -592,7 +587,7 @@ class Evil:
 def test_a_checkpoint_that_would_run_code_is_refused_and_does_not_run(
     run: Run, fails: Run, subcommand: str
 ) -> None:
-    run("fit", "--config", BASE, "--trainer.max_epochs", "1")
+    run("fit", "--config", BASE, "--trainer.max_epochs", "1", once=True)
     path = RUN_0 / "checkpoints" / "last.ckpt"
     checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
     torch.save({**checkpoint, "hyper_parameters": Evil()}, "zipped.ckpt")
@@ -633,8 +628,7 @@ def test_a_disk_that_fills_up_leaves_whole_checkpoints(
 def test_the_terminal_shows_the_run_and_nothing_else(arrays: Path, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     command = [sys.executable, str(ROOT / "train.py"), "fit", "--config", "configs/base.yaml"]
-    command += ["--data.root", str(arrays), "--data.verify", "false", "--data.val_size", "200"]
-    command += ["--trainer.max_epochs", "2"]
+    command += [*on(arrays), "--trainer.max_epochs", "2"]
     process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert process.returncode == 0
     assert process.stderr == ""
@@ -662,8 +656,7 @@ def test_the_terminal_shows_the_run_and_nothing_else(arrays: Path, tmp_path: Pat
 
 def test_a_person_at_a_terminal_sees_a_bar(arrays: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "train.py"), "fit", "--config", str(BASE)]
-    command += ["--data.root", str(arrays), "--data.verify", "false", "--data.val_size", "200"]
-    command += ["--trainer.max_epochs", "1", "--data.batch_size", "8"]
+    command += [*on(arrays), "--trainer.max_epochs", "1", "--data.batch_size", "8"]
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 40, 120, 0, 0))
     process = subprocess.Popen(command, cwd=tmp_path, stdout=slave, stderr=slave)
@@ -694,7 +687,7 @@ def test_throughput_is_in_tensorboard_and_in_the_table(run: Run) -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compilation_is_reported(run: Run) -> None:
-    compiled = ["--model.compile", "default", "--model.network", "tests.test_train.Flat"]
+    compiled = ["--model.compile", "default", "--model.network", "tests.small.Flat"]
     out = run("fit", "--config", BASE, *compiled)
     assert re.search(r"compiled \(default\): [\d.]+ s to the end of the first step", out)
     assert "compiled" not in run("fit", "--config", BASE, "--model.compile", "off")
@@ -711,7 +704,7 @@ def test_off_in_yaml_means_off(run: Run, tmp_path: Path) -> None:
 
 
 def test_without_a_compiler_one_line_says_so(fails: Run, tmp_path: Path) -> None:
-    compiled = ["--model.compile", "default", "--model.network", "tests.test_train.Flat"]
+    compiled = ["--model.compile", "default", "--model.network", "tests.small.Flat"]
     torch.compiler.reset()  # forget what other tests have compiled
     without = {"cpp.cxx": (None, "no-such-compiler"), "force_disable_caches": True}
     with inductor_config.patch(without):
@@ -750,9 +743,9 @@ def test_augmentations_are_listed_in_yaml_and_kept_in_the_checkpoint(
 def test_a_run_without_a_number_for_its_loss_stops_and_keeps_nothing_of_it(
     run: Run, fails: Run, kept: int
 ) -> None:
-    start = ["--config", BASE]
+    start = ["--config", BASE, *CONVNET]
     if kept:
-        run("fit", *start, "--trainer.max_epochs", kept)
+        run("fit", *start, "--trainer.max_epochs", kept, once=True)
         start = ["--ckpt_path", RUN_0 / "checkpoints/last.ckpt", "--trainer.max_epochs", "9"]
     message = fails("fit", *start, "--model.optimizer.lr", "1e30")
     step = 16 * (kept + 1) - 1
@@ -786,7 +779,7 @@ def test_weights_that_an_epochs_last_step_has_ruined_are_not_kept(
     run: Run, fails: Run, settings: list[str], message: str
 ) -> None:
     brief = ["--trainer.limit_train_batches", "1"]
-    run("fit", "--config", BASE, "--trainer.max_epochs", "1", *brief)
+    run("fit", "--config", BASE, *CONVNET, "--trainer.max_epochs", "1", *brief, once=True)
     last = RUN_0 / "checkpoints/last.ckpt"
     before = last.read_bytes()
     said = fails("fit", "--ckpt_path", last, "--trainer.max_epochs", "3", *settings)
