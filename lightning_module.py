@@ -12,7 +12,11 @@ import torch
 from jsonargparse.typing import ClosedUnitInterval
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateFinder
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+)
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -323,9 +327,10 @@ class ImageClassifier(RecordableModule):
         """Start an epoch, as Lightning calls no hook when it resumes in the middle of one."""
         if self.trainer.global_step > 0:
             self._restart_schedules()
-        elif self.lr is not None:
-            self.trainer.strategy.setup_optimizers(self.trainer)  # which begin at the rate found
-            if self.trainer.is_global_zero:
+        elif self.lr is not None or self._has(BatchSizeFinder):
+            # They begin at the rate found, and end after the steps that the size found makes.
+            self.trainer.strategy.setup_optimizers(self.trainer)
+            if self.lr is not None and self.trainer.is_global_zero:
                 print(f"LearningRateFinder: learning rate {self.lr:.3g}")
         self.on_train_epoch_start()
 

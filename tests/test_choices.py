@@ -145,6 +145,14 @@ def test_a_schedule_starts_at_the_rate_that_was_found(run: Run) -> None:
     assert Rates.kept == pytest.approx(expected[16:], rel=1e-2)
 
 
+def test_a_schedule_is_as_long_as_the_batch_size_found_makes_it(run: Run) -> None:
+    run(*FLAT, f"{CALLBACK}+=BatchSizeFinder", f"{CALLBACK}.max_trials", "3",
+        f"{CALLBACK}+=tests.test_choices.Rates", "--model.lr_scheduler", "LinearDecay")  # fmt: skip
+    assert "8 images, found by BatchSizeFinder" in (RUN_0 / "model.md").read_text()
+    steps = int(rows(RUN_0)[-1]["step"])
+    assert Rates.kept == pytest.approx([0.002 * (1 - step / steps) for step in range(steps)])
+
+
 def test_parts_that_contradict_a_schedule_are_refused(run: Run, fails: Run) -> None:
     varying = (f"{CALLBACK}+=GradientAccumulationScheduler", f"{CALLBACK}.scheduling", "{1: 2}")
     assert "GradientAccumulationScheduler" in fails(
