@@ -85,6 +85,8 @@ class SaveSettings(Callback):
         for key in ("model.optimizer", "model.lr_scheduler"):
             if any(name.startswith(key) for name in self.changed):
                 checkpoint["optimizer_states"] = checkpoint["lr_schedulers"] = []
+                if key == "model.optimizer":
+                    pl_module.lr = None  # found for the one before
                 if trainer.is_global_zero:
                     print(f"{key} has changed: the state of the optimizer restarts")
                 return

@@ -143,6 +143,9 @@ def test_a_schedule_starts_at_the_rate_that_was_found(run: Run) -> None:
     assert re.search(rf"learning rate {found:.3g} found by LearningRateFinder", card)
     run("fit", "--ckpt_path", RUN_0 / "checkpoints/epoch_00.ckpt")
     assert Rates.kept == pytest.approx(expected[16:], rel=1e-2)
+    run("fit", "--ckpt_path", LAST, "--trainer.max_epochs", "3", "--model.optimizer.lr", "1e-6")
+    assert Rates.kept[0] == pytest.approx(1e-6 / 3)
+    assert "found by" not in (RUN_0 / "model.md").read_text()
 
 
 def test_a_schedule_is_as_long_as_the_batch_size_found_makes_it(run: Run) -> None:
