@@ -28,7 +28,7 @@ from cifar10.archive import CLASSES
 from cifar10.augment import MEAN, STD, Augment, TestTimeAugmentation, average_over_views
 from cifar10.batches import Batch, Batches
 from cuda_graph import RecordableModule
-from runs import read_checkpoint
+from runs import natural_mode, read_checkpoint
 
 CompileMode = Literal[
     "off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
@@ -231,7 +231,7 @@ class ImageClassifier(RecordableModule):
             "lr_scheduler": {
                 "scheduler": scheduler,
                 "interval": default if self.lr_interval == "auto" else self.lr_interval,
-                "monitor": getattr(scheduler, "monitor", "val/loss"),  # of ReduceLROnPlateau
+                "monitor": _monitor(scheduler),
             },
         }
 
@@ -256,8 +256,15 @@ class ImageClassifier(RecordableModule):
                 )
             if self._has(LearningRateFinder) and isinstance(scheduler, OneCycleLR | CyclicLR):
                 raise ValueError(f"{type(scheduler).__name__} has rates of its own to find")
-            if isinstance(scheduler, ReduceLROnPlateau) and self.lr_interval == "step":
-                raise ValueError("ReduceLROnPlateau is for model.lr_interval epoch")
+            if isinstance(scheduler, ReduceLROnPlateau):
+                if self.lr_interval == "step":
+                    raise ValueError("ReduceLROnPlateau is for model.lr_interval epoch")
+                natural = natural_mode(monitor := _monitor(scheduler))
+                if natural not in (None, scheduler.mode):
+                    raise ValueError(
+                        f"mode {scheduler.mode} takes the worst {monitor} for the best: for another "
+                        "metric lightning.pytorch.cli.ReduceLROnPlateau has monitor"
+                    )
         return scheduler
 
     def _has(self, callback: type[Callback]) -> bool:
@@ -438,6 +445,11 @@ class Means(Metric):
     def compute(self) -> dict[str, Tensor]:
         """Return `loss` [] and `acc` [], a fraction, over all ranks."""
         return {"loss": self.loss / self.images, "acc": self.correct.float() / self.images}
+
+
+def _monitor(scheduler: Any) -> str:
+    """Return the metric that ReduceLROnPlateau follows: Lightning's says it, PyTorch's does not."""
+    return str(getattr(scheduler, "monitor", "val/loss"))
 
 
 @contextmanager

@@ -34,6 +34,8 @@ FLAT = ("fit", "--config", BASE, "--model.network", "tests.test_train.Flat")
         (["--checkpoint.monitor", "test/loss"], "checkpoint.monitor test/loss"),
         (["--model.lr_scheduler", "lightning.pytorch.cli.ReduceLROnPlateau",
           "--model.lr_scheduler.monitor", "val/acc"], "set it to max"),
+        (["--model.lr_scheduler", "torch.optim.lr_scheduler.ReduceLROnPlateau",
+          "--model.lr_scheduler.mode", "max"], "mode max takes the worst val/loss"),
     ],
 )  # fmt: skip
 def test_nothing_chooses_by_the_test_set_or_the_worst(
