@@ -282,7 +282,8 @@ class ImageClassifier(RecordableModule):
         """Set the learning rates of a resumed run, whose epochs may now have another number of
         steps, or whose optimizer may be new: schedules are where the share of epochs done is."""
         trainer = self.trainer
-        if trainer.max_steps == -1:
+        # With a number of batches a step that varies, the steps that were made are counted.
+        if trainer.max_steps == -1 and not self._has(GradientAccumulationScheduler):
             done = self.current_epoch * self.steps_an_epoch() + self.steps_into_epoch()
             self.step_offset = done - trainer.global_step
         for config in trainer.lr_scheduler_configs:

@@ -166,6 +166,12 @@ def test_parts_that_contradict_a_schedule_are_refused(run: Run, fails: Run) -> N
     run(*FLAT, *varying, "--model.lr_scheduler", "ExponentialLR",
         "--model.lr_scheduler.gamma", "0.5")  # fmt: skip
     assert len(rows(RUN_0)) == 2
+    run(*FLAT, *varying, "--trainer.max_epochs", "3", "--model.lr_scheduler", "ExponentialLR",
+        "--model.lr_scheduler.gamma", "0.9", "--model.lr_interval", "step",
+        f"{CALLBACK}+=tests.test_choices.Rates")  # fmt: skip
+    unbroken = Rates.kept
+    run("fit", "--ckpt_path", "runs/base/version_1/checkpoints/epoch_01.ckpt")
+    assert Rates.kept == unbroken[32:]
     one_cycle = ("--model.lr_scheduler", "OneCycleLR", "--model.lr_scheduler.max_lr", "0.01")
     assert "OneCycleLR has rates of its own" in fails(
         *FLAT, f"{CALLBACK}+=LearningRateFinder", *one_cycle
