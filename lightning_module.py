@@ -262,8 +262,8 @@ class ImageClassifier(RecordableModule):
                 natural = natural_mode(monitor := _monitor(scheduler))
                 if natural not in (None, scheduler.mode):
                     raise ValueError(
-                        f"mode {scheduler.mode} takes the worst {monitor} for the best: for another "
-                        "metric lightning.pytorch.cli.ReduceLROnPlateau has monitor"
+                        f"mode {scheduler.mode} takes the worst {monitor} for the best: for "
+                        "another metric lightning.pytorch.cli.ReduceLROnPlateau has monitor"
                     )
         return scheduler
 
