@@ -139,8 +139,9 @@ def _best(last: Path) -> Path:
     if "run" not in checkpoint:
         raise MisconfigurationException(f"--ckpt_path best: {last} does not say: name the file")
     rows = checkpoint["callbacks"]["History"]["rows"]
-    by = {key: value for key, value in checkpoint["run"]["chosen_by"].items() if value is not None}
-    best = chosen(rows, EpochCheckpoint(dirpath=last.parent, **by))
+    by = checkpoint["run"]["chosen_by"]
+    is_choice = by["monitor"] is not None
+    best = chosen(rows, EpochCheckpoint(dirpath=last.parent, **by)) if is_choice else None
     if best is None:
         raise MisconfigurationException(f"--ckpt_path best: {run_of(last)} chose no epoch")
     return best[1]

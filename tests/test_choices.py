@@ -68,6 +68,22 @@ def test_a_validation_inside_an_epoch_names_its_file(run: Run) -> None:
     assert step == rows(RUN_0)[epoch]["val/step"] == 16 * epoch + 12
 
 
+def test_a_name_with_the_step_has_that_of_the_validation(run: Run) -> None:
+    name = ("--checkpoint.filename", "{epoch}-{step:03d}")
+    out = run(*FLAT, "--trainer.val_check_interval", "0.75", *name)
+    epoch = int(re.findall(r"best  epoch (\d+)", out)[0])
+    assert f"checkpoints/{epoch}-{16 * epoch + 12:03d}.ckpt" in out
+
+
+def test_the_best_is_what_the_run_said(run: Run, fails: Run) -> None:
+    own = (f"{CALLBACK}+=ModelCheckpoint", f"{CALLBACK}.monitor", "val/loss")
+    out = run(*FLAT, *own)
+    epoch = re.findall(r"best  epoch (\d+), val/loss", out)[0]
+    assert f"epoch {epoch}:" in run("validate", "--name", "base", "--ckpt_path", "best")
+    run(*FLAT, "--checkpoint.monitor", "null")
+    assert "chose no epoch" in fails("validate", "--name", "base", "--ckpt_path", "best")
+
+
 def test_weights_alone_do_not_say_which_epoch_was_best(run: Run, fails: Run) -> None:
     run(*FLAT, "--checkpoint.save_weights_only", "true")
     message = fails("test", "--name", "base", "--ckpt_path", "best")
