@@ -27,7 +27,9 @@ class SaveSettings(Callback):
     def __init__(self, settings: dict[str, Any], resumed: dict[str, Any] | None) -> None:
         self.settings = settings
         self.images: dict[str, str] = {}
-        self.parts = [{"from_epoch": 0, "config": "config.yaml", "changed": {}}]
+        self.parts: list[dict[str, Any]] = [
+            {"from_epoch": 0, "config": "config.yaml", "changed": {}}
+        ]
         self.before = settings_of(resumed) if resumed else settings
         if resumed:
             self.parts = resumed.get("run", {}).get("parts", self.parts)
@@ -54,10 +56,12 @@ class SaveSettings(Callback):
         """Write `config.yaml`; keep the one of a part with other settings under another name."""
         files = {"config.yaml": self.settings}
         if self.changed:
-            earlier = self.parts[-1]["config"] = f"config_{len(self.parts)}.yaml"
-            files[earlier] = self.before
+            name = f"config_{len(self.parts)}.yaml"
+            self.parts[-1] |= {"config": name, "settings": self.before}
             part = {"from_epoch": trainer.current_epoch, "changed": self.changed}
             self.parts.append({"config": "config.yaml", **part})
+        # All of them, as the folder may be another than that of the part before.
+        files |= {part["config"]: part["settings"] for part in self.parts if "settings" in part}
         folder = trainer.log_dir  # of which all ranks are told, so all must ask
         if trainer.is_global_zero and folder and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             Path(folder).mkdir(parents=True, exist_ok=True)

@@ -204,6 +204,7 @@ def test_a_schedule_by_epoch_resumes_and_one_that_is_added_is_told(run: Run) -> 
     assert (
         weights(LAST).keys() == weights(Path("runs/again/version_0/checkpoints/last.ckpt")).keys()
     )
+    assert Path("runs/again/version_0/config_1.yaml").read_text() == first
     run("fit", "--ckpt_path", LAST, "--trainer.max_epochs", "3")
     assert (RUN_0 / "config_1.yaml").read_text() == first
 
