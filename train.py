@@ -342,7 +342,11 @@ class CLI(LightningCLI):
         # Without a terminal there is no bar; a finder would start a resumed run again.
         skipped = (() if has_bar else (ProgressBar,)) + (FINDERS if self.checkpoint else ())
         skipped += () if saves else (Checkpoint,)
-        callbacks = [c for c in _listed(options.callbacks) if not isinstance(c, skipped)]
+        given = _listed(options.callbacks)
+        for finder in (c for c in given if isinstance(c, FINDERS) and self.checkpoint):
+            name = type(finder).__name__
+            print(f"note: a resumed run keeps its rate and batch size: no {name}", file=sys.stderr)
+        callbacks = [c for c in given if not isinstance(c, skipped)]
         callbacks += [History(writes=not options.fast_dev_run), *self.more_callbacks]
         if has_bar and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(TQDMProgressBar(refresh_rate=25, leave=False))

@@ -108,7 +108,7 @@ def test_a_seed_is_drawn(run: Run) -> None:
     assert len(seeds) == 2
 
 
-def test_ones_own_checkpoints_replace_those_of_every_run(
+def test_what_a_setting_leaves_out_is_told(
     run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
@@ -117,6 +117,11 @@ def test_ones_own_checkpoints_replace_those_of_every_run(
     )
     run(*FLAT, f"{CALLBACK}+=ModelCheckpoint", "--checkpoint.save_top_k", "1")
     assert "note: the ModelCheckpoint in trainer.callbacks replaces checkpoint.*" in said
+    run(*FLAT, "--trainer.max_epochs", "1")
+    last = "runs/base/version_1/checkpoints/last.ckpt"
+    finder = f"{CALLBACK}+=LearningRateFinder"
+    run("fit", "--ckpt_path", last, "--trainer.max_epochs", "2", finder)
+    assert "note: a resumed run keeps its rate and batch size: no LearningRateFinder" in said
 
 
 def test_other_code_is_told_in_the_card(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
