@@ -68,6 +68,21 @@ def test_a_validation_inside_an_epoch_names_its_file(run: Run) -> None:
     assert step == rows(RUN_0)[epoch]["val/step"] == 16 * epoch + 12
 
 
+def test_the_validation_at_the_end_of_an_epoch_is_in_its_checkpoint(run: Run) -> None:
+    often = ("--trainer.val_check_interval", "0.5", "--trainer.max_epochs", "3")
+    falling = ("--checkpoint.monitor", "val/loss", "--model.optimizer.lr", "1e-4")
+    out = run(*FLAT, *often, *falling, "--checkpoint.save_last", "false")
+    best = re.findall(r"best  epoch (\d+)", out)[0]
+    assert best == "2", "so the checkpoint itself must say so"
+    assert f"epoch {best}:" in run("validate", "--name", "base", "--ckpt_path", "best")
+    unbroken = rows(RUN_0)
+    for number, file in enumerate(("epoch_00.ckpt", "epoch_00-v1.ckpt"), 1):
+        run("fit", "--ckpt_path", RUN_0 / "checkpoints" / file)
+        resumed = rows(Path(f"runs/base/version_{number}"))
+        for key in ("epoch", "val/loss", "val/acc"):
+            assert [row[key] for row in resumed] == [row[key] for row in unbroken]
+
+
 def test_a_name_with_the_step_has_that_of_the_validation(run: Run) -> None:
     name = ("--checkpoint.filename", "{epoch}-{step:03d}")
     out = run(*FLAT, "--trainer.val_check_interval", "0.75", *name)
