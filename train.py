@@ -237,6 +237,11 @@ class CLI(LightningCLI):
                 raise MisconfigurationException(
                     f"{self.path} holds weights only: it can be tested, but not resumed"
                 )
+            elif "network" not in self.checkpoint.get("hyper_parameters", {}):
+                raise MisconfigurationException(
+                    f"{self.path} was made in Python, and does not say by which network, optimizer "
+                    "and augmentation: resume it there"
+                )
             text = yaml.safe_dump(settings, sort_keys=False)
             is_named = any(arg.startswith("--ckpt_path") for arg in args)
             front = ["--config", text] if is_named else []  # a requeued job's command has them

@@ -241,7 +241,9 @@ def test_an_optimizer_that_evaluates_a_batch_often_counts_it_once(arrays: Path) 
     assert trainer.callback_metrics["train/loss"].isfinite()
 
 
-def test_a_model_trained_in_python_keeps_its_arguments(arrays: Path, tmp_path: Path) -> None:
+def test_a_model_trained_in_python_keeps_its_arguments(
+    arrays: Path, tmp_path: Path, fails: Run
+) -> None:
     data = CIFAR10DataModule(str(arrays), verify=False, val_size=200)
     trainer = quiet()
     trainer.fit(ImageClassifier(Flat(), normalize="cifar10", tta="mirror"), data)
@@ -253,6 +255,7 @@ def test_a_model_trained_in_python_keeps_its_arguments(arrays: Path, tmp_path: P
     images = archive.load(arrays, verify=False).test_images[:8] / 255
     mean, std = model.mean, model.std
     torch.testing.assert_close(model(images), nn.Sequential(*network)((images - mean) / std))
+    assert "made in Python" in fails("fit", "--ckpt_path", tmp_path / "own.ckpt")
 
 
 def test_a_disk_that_fills_up_under_tensorboard_is_one_line(
