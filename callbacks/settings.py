@@ -65,6 +65,8 @@ class SaveSettings(Callback):
         folder = trainer.log_dir  # of which all ranks are told, so all must ask
         if trainer.is_global_zero and folder and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             Path(folder).mkdir(parents=True, exist_ok=True)
+            if self.changed:  # the logger writes it once, and again if it is not there
+                (Path(folder) / "hparams.yaml").unlink(missing_ok=True)
             for name, settings in files.items():
                 text = yaml.safe_dump(settings, sort_keys=False)
                 write_whole(Path(folder) / name, text.encode())

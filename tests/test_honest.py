@@ -104,6 +104,8 @@ def test_a_card_tells_how_a_run_was_resumed_and_trained(run: Run) -> None:
     for name, lr in (("config_1", 0.002), ("config", 0.001)):
         settings = yaml.safe_load((RUN_0 / f"{name}.yaml").read_text())
         assert settings["model"]["optimizer"]["init_args"]["lr"] == lr
+    settings = yaml.safe_load((RUN_0 / "hparams.yaml").read_text())
+    assert settings["optimizer"]["init_args"]["lr"] == 0.001
     run("fit", "--config", BASE, "--trainer.max_epochs", "1", "--trainer.precision", "16-mixed",
         "--model.label_smoothing", "0.1", "--model.softmax_before_loss", "true")  # fmt: skip
     card = (RUN_1 / "model.md").read_text()
