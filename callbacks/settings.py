@@ -85,7 +85,7 @@ class SaveSettings(Callback):
         }
 
     def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+        self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]
     ) -> None:
         """Restart optimizer and schedule if the command line gives another one."""
         for key in ("model.optimizer", "model.lr_scheduler"):
