@@ -299,6 +299,8 @@ def migrate(checkpoint: dict[str, Any]) -> dict[str, Any]:
     scheduler = model.get("lr_scheduler") or {}
     if str(scheduler.get("class_path")).startswith("optimization."):
         scheduler.get("init_args", {}).pop("total_steps", None)
+        if not scheduler.get("init_args"):  # as one without arguments has it now
+            scheduler.pop("init_args", None)
     run = checkpoint.get("run", {})
     run.get("checkpoint", {}).pop("mode", None)
     run["chosen_by"] = {"monitor": run.get("checkpoint", {}).get("monitor")}
