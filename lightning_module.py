@@ -12,7 +12,11 @@ import torch
 from jsonargparse.typing import ClosedUnitInterval
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateFinder
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+)
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,7 +28,7 @@ from cifar10.archive import CLASSES
 from cifar10.augment import MEAN, STD, Augment, TestTimeAugmentation, average_over_views
 from cifar10.batches import Batch, Batches
 from cuda_graph import RecordableModule
-from runs import read_checkpoint
+from runs import natural_mode, read_checkpoint
 
 CompileMode = Literal[
     "off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
@@ -227,7 +231,7 @@ class ImageClassifier(RecordableModule):
             "lr_scheduler": {
                 "scheduler": scheduler,
                 "interval": default if self.lr_interval == "auto" else self.lr_interval,
-                "monitor": getattr(scheduler, "monitor", "val/loss"),  # of ReduceLROnPlateau
+                "monitor": _monitor(scheduler),
             },
         }
 
@@ -252,8 +256,15 @@ class ImageClassifier(RecordableModule):
                 )
             if self._has(LearningRateFinder) and isinstance(scheduler, OneCycleLR | CyclicLR):
                 raise ValueError(f"{type(scheduler).__name__} has rates of its own to find")
-            if isinstance(scheduler, ReduceLROnPlateau) and self.lr_interval == "step":
-                raise ValueError("ReduceLROnPlateau is for model.lr_interval epoch")
+            if isinstance(scheduler, ReduceLROnPlateau):
+                if self.lr_interval == "step":
+                    raise ValueError("ReduceLROnPlateau is for model.lr_interval epoch")
+                natural = natural_mode(monitor := _monitor(scheduler))
+                if natural not in (None, scheduler.mode):
+                    raise ValueError(
+                        f"mode {scheduler.mode} takes the worst {monitor} for the best: for "
+                        "another metric lightning.pytorch.cli.ReduceLROnPlateau has monitor"
+                    )
         return scheduler
 
     def _has(self, callback: type[Callback]) -> bool:
@@ -271,7 +282,8 @@ class ImageClassifier(RecordableModule):
         """Set the learning rates of a resumed run, whose epochs may now have another number of
         steps, or whose optimizer may be new: schedules are where the share of epochs done is."""
         trainer = self.trainer
-        if trainer.max_steps == -1:
+        # With a number of batches a step that varies, the steps that were made are counted.
+        if trainer.max_steps == -1 and not self._has(GradientAccumulationScheduler):
             done = self.current_epoch * self.steps_an_epoch() + self.steps_into_epoch()
             self.step_offset = done - trainer.global_step
         for config in trainer.lr_scheduler_configs:
@@ -323,9 +335,10 @@ class ImageClassifier(RecordableModule):
         """Start an epoch, as Lightning calls no hook when it resumes in the middle of one."""
         if self.trainer.global_step > 0:
             self._restart_schedules()
-        elif self.lr is not None:
-            self.trainer.strategy.setup_optimizers(self.trainer)  # which begin at the rate found
-            if self.trainer.is_global_zero:
+        elif self.lr is not None or self._has(BatchSizeFinder):
+            # They begin at the rate found, and end after the steps that the size found makes.
+            self.trainer.strategy.setup_optimizers(self.trainer)
+            if self.lr is not None and self.trainer.is_global_zero:
                 print(f"LearningRateFinder: learning rate {self.lr:.3g}")
         self.on_train_epoch_start()
 
@@ -433,6 +446,11 @@ class Means(Metric):
     def compute(self) -> dict[str, Tensor]:
         """Return `loss` [] and `acc` [], a fraction, over all ranks."""
         return {"loss": self.loss / self.images, "acc": self.correct.float() / self.images}
+
+
+def _monitor(scheduler: Any) -> str:
+    """Return the metric that ReduceLROnPlateau follows: Lightning's says it, PyTorch's does not."""
+    return str(getattr(scheduler, "monitor", "val/loss"))
 
 
 @contextmanager

@@ -237,10 +237,10 @@ def chosen(rows: list[Row], checkpoint: ModelCheckpoint) -> tuple[Row, Path] | N
     monitor = str(checkpoint.monitor)
     sign = -1 if checkpoint.mode == "max" else 1
     for row in sorted((r for r in rows if monitor in r), key=lambda r: sign * r[monitor]):
-        metrics: dict[str, Any] = {**row, "epoch": int(row["epoch"])}
-        path = Path(checkpoint.format_checkpoint_name(metrics))
         # Rows of versions up to 0.2.0 have no step.
         step = row.get("val/step", row.get("step"))
+        metrics: dict[str, Any] = {**row, "epoch": int(row["epoch"]), "step": step or 0}
+        path = Path(checkpoint.format_checkpoint_name(metrics))
         # ModelCheckpoint's second file of an epoch ends in -v1.
         for file in (path, *path.parent.glob(f"{glob.escape(path.stem)}-v*")):
             if file.is_file() and step in (None, read_checkpoint(file)["global_step"]):
@@ -299,6 +299,8 @@ def migrate(checkpoint: dict[str, Any]) -> dict[str, Any]:
     scheduler = model.get("lr_scheduler") or {}
     if str(scheduler.get("class_path")).startswith("optimization."):
         scheduler.get("init_args", {}).pop("total_steps", None)
+        if not scheduler.get("init_args"):  # as one without arguments has it now
+            scheduler.pop("init_args", None)
     run = checkpoint.get("run", {})
     run.get("checkpoint", {}).pop("mode", None)
     run["chosen_by"] = {"monitor": run.get("checkpoint", {}).get("monitor")}

@@ -139,8 +139,9 @@ def _best(last: Path) -> Path:
     if "run" not in checkpoint:
         raise MisconfigurationException(f"--ckpt_path best: {last} does not say: name the file")
     rows = checkpoint["callbacks"]["History"]["rows"]
-    by = {key: value for key, value in checkpoint["run"]["chosen_by"].items() if value is not None}
-    best = chosen(rows, EpochCheckpoint(dirpath=last.parent, **by))
+    by = checkpoint["run"]["chosen_by"]
+    is_choice = by["monitor"] is not None
+    best = chosen(rows, EpochCheckpoint(dirpath=last.parent, **by)) if is_choice else None
     if best is None:
         raise MisconfigurationException(f"--ckpt_path best: {run_of(last)} chose no epoch")
     return best[1]
@@ -235,6 +236,11 @@ class CLI(LightningCLI):
             elif "optimizer_states" not in self.checkpoint:
                 raise MisconfigurationException(
                     f"{self.path} holds weights only: it can be tested, but not resumed"
+                )
+            elif "network" not in self.checkpoint.get("hyper_parameters", {}):
+                raise MisconfigurationException(
+                    f"{self.path} was made in Python, and does not say by which network, optimizer "
+                    "and augmentation: resume it there"
                 )
             text = yaml.safe_dump(settings, sort_keys=False)
             is_named = any(arg.startswith("--ckpt_path") for arg in args)
@@ -341,7 +347,11 @@ class CLI(LightningCLI):
         # Without a terminal there is no bar; a finder would start a resumed run again.
         skipped = (() if has_bar else (ProgressBar,)) + (FINDERS if self.checkpoint else ())
         skipped += () if saves else (Checkpoint,)
-        callbacks = [c for c in _listed(options.callbacks) if not isinstance(c, skipped)]
+        given = _listed(options.callbacks)
+        for finder in (c for c in given if isinstance(c, FINDERS) and self.checkpoint):
+            name = type(finder).__name__
+            print(f"note: a resumed run keeps its rate and batch size: no {name}", file=sys.stderr)
+        callbacks = [c for c in given if not isinstance(c, skipped)]
         callbacks += [History(writes=not options.fast_dev_run), *self.more_callbacks]
         if has_bar and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(TQDMProgressBar(refresh_rate=25, leave=False))

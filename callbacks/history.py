@@ -31,19 +31,22 @@ class History(Callback):
     def __init__(self, writes: bool = True) -> None:
         self.writes = writes
         self.rows: list[Row] = []
-        self.evaluated: Row = {}
+        self.evaluated: Row = {}  # in this epoch
         self.header: list[str] = []
         self.has_stepped = False
         self.is_new = False  # the last row, and not printed yet
         self.evaluating = 0.0  # seconds of this epoch
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the rows for the checkpoint."""
-        return {"rows": self.rows}
+        """Return the rows for the checkpoint, with one for the validation of the present epoch."""
+        inside = [self.evaluated] if self.evaluated else []
+        return {"rows": self.rows + inside, "is_inside": bool(inside)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the rows of the checkpoint."""
         self.rows = list(state_dict["rows"])
+        if state_dict.get("is_inside"):
+            self.evaluated = self.rows.pop()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock, as Lightning calls no hook for the rest of an epoch."""
@@ -90,23 +93,27 @@ class History(Callback):
         if trainer.sanity_checking:
             return
         self.evaluating += time.perf_counter() - self.evaluation_started
-        self.evaluated = {"val/step": trainer.global_step, **_measured(trainer, "val", "test")}
+        step = trainer.global_step
+        when = {"epoch": trainer.current_epoch, "step": step, "val/step": step}
+        self.evaluated = {**when, **_measured(trainer, "val", "test")}
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the epoch's metrics, and write the rows."""
         # Lightning still has those of earlier epochs, which are not this one's.
-        measured = (_measured(trainer, "train") if trainer.is_last_batch else {}) | self.evaluated
+        # Without an image it was resumed from the validation at its end.
+        is_trained = trainer.is_last_batch and self.images > 0
+        measured = (_measured(trainer, "train") if is_trained else {}) | self.evaluated
         self.evaluated = {}
         if measured.get("val/step") == trainer.global_step:  # else it was inside the epoch
             del measured["val/step"]
         if not measured:
             return
         speed = {"seconds": round(time.perf_counter() - self.started, 2)}
-        if trainer.is_last_batch:
+        if is_trained:
             speed["images_per_second"] = round(self.images_per_second)
             pl_module.log("train/images_per_second", self.images_per_second)
         when = {"epoch": trainer.current_epoch, "step": trainer.global_step}
-        self.rows.append({**when, **measured, **speed})
+        self.rows.append(when | measured | when | speed)  # the validation may have another step
         self.is_new = True
         if folder := self._folder(trainer):
             text = io.StringIO()

@@ -27,7 +27,9 @@ class SaveSettings(Callback):
     def __init__(self, settings: dict[str, Any], resumed: dict[str, Any] | None) -> None:
         self.settings = settings
         self.images: dict[str, str] = {}
-        self.parts = [{"from_epoch": 0, "config": "config.yaml", "changed": {}}]
+        self.parts: list[dict[str, Any]] = [
+            {"from_epoch": 0, "config": "config.yaml", "changed": {}}
+        ]
         self.before = settings_of(resumed) if resumed else settings
         if resumed:
             self.parts = resumed.get("run", {}).get("parts", self.parts)
@@ -54,13 +56,17 @@ class SaveSettings(Callback):
         """Write `config.yaml`; keep the one of a part with other settings under another name."""
         files = {"config.yaml": self.settings}
         if self.changed:
-            earlier = self.parts[-1]["config"] = f"config_{len(self.parts)}.yaml"
-            files[earlier] = self.before
+            name = f"config_{len(self.parts)}.yaml"
+            self.parts[-1] |= {"config": name, "settings": self.before}
             part = {"from_epoch": trainer.current_epoch, "changed": self.changed}
             self.parts.append({"config": "config.yaml", **part})
+        # All of them, as the folder may be another than that of the part before.
+        files |= {part["config"]: part["settings"] for part in self.parts if "settings" in part}
         folder = trainer.log_dir  # of which all ranks are told, so all must ask
         if trainer.is_global_zero and folder and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             Path(folder).mkdir(parents=True, exist_ok=True)
+            if self.changed:  # the logger writes it once, and again if it is not there
+                (Path(folder) / "hparams.yaml").unlink(missing_ok=True)
             for name, settings in files.items():
                 text = yaml.safe_dump(settings, sort_keys=False)
                 write_whole(Path(folder) / name, text.encode())
@@ -79,12 +85,14 @@ class SaveSettings(Callback):
         }
 
     def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+        self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]
     ) -> None:
         """Restart optimizer and schedule if the command line gives another one."""
         for key in ("model.optimizer", "model.lr_scheduler"):
             if any(name.startswith(key) for name in self.changed):
                 checkpoint["optimizer_states"] = checkpoint["lr_schedulers"] = []
+                if key == "model.optimizer":
+                    pl_module.lr = None  # found for the one before
                 if trainer.is_global_zero:
                     print(f"{key} has changed: the state of the optimizer restarts")
                 return

@@ -89,8 +89,10 @@ def model_card(
         "Optimizer": _call(model["optimizer"])
         + (f", learning rate {module.lr:.3g} found by LearningRateFinder" if module.lr else ""),
         "Schedule": _call(model["lr_scheduler"]) if model["lr_scheduler"] else "",
-        "Loss": f"label smoothing {model['label_smoothing']}" * bool(model["label_smoothing"])
-        + "softmax before the cross entropy" * model["softmax_before_loss"],
+        "Loss": ", ".join(
+            [f"label smoothing {model['label_smoothing']}"] * bool(model["label_smoothing"])
+            + ["softmax before the cross entropy"] * model["softmax_before_loss"]
+        ),
         "Seed": settings["seed_everything"],
         "Precision": trainer.precision_plugin.precision,
         "Trainer": ", ".join(f"{k} {v}" for k, v in limits.items() if v != defaults[k].default),

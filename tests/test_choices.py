@@ -35,6 +35,8 @@ FLAT = ("fit", "--config", BASE, "--model.network", "tests.small.Flat")
         (["--checkpoint.monitor", "test/loss"], "checkpoint.monitor test/loss"),
         (["--model.lr_scheduler", "lightning.pytorch.cli.ReduceLROnPlateau",
           "--model.lr_scheduler.monitor", "val/acc"], "set it to max"),
+        (["--model.lr_scheduler", "torch.optim.lr_scheduler.ReduceLROnPlateau",
+          "--model.lr_scheduler.mode", "max"], "mode max takes the worst val/loss"),
     ],
 )  # fmt: skip
 def test_nothing_chooses_by_the_test_set_or_the_worst(
@@ -67,6 +69,37 @@ def test_a_validation_inside_an_epoch_names_its_file(run: Run) -> None:
     assert step == rows(RUN_0)[epoch]["val/step"] == 16 * epoch + 12
 
 
+def test_the_validation_at_the_end_of_an_epoch_is_in_its_checkpoint(run: Run) -> None:
+    often = ("--trainer.val_check_interval", "0.5", "--trainer.max_epochs", "3")
+    falling = ("--checkpoint.monitor", "val/loss", "--model.optimizer.lr", "1e-4")
+    out = run(*FLAT, *often, *falling, "--checkpoint.save_last", "false")
+    best = re.findall(r"best  epoch (\d+)", out)[0]
+    assert best == "2", "so the checkpoint itself must say so"
+    assert f"epoch {best}:" in run("validate", "--name", "base", "--ckpt_path", "best")
+    unbroken = rows(RUN_0)
+    for number, file in enumerate(("epoch_00.ckpt", "epoch_00-v1.ckpt"), 1):
+        run("fit", "--ckpt_path", RUN_0 / "checkpoints" / file)
+        resumed = rows(Path(f"runs/base/version_{number}"))
+        for key in ("epoch", "val/loss", "val/acc"):
+            assert [row[key] for row in resumed] == [row[key] for row in unbroken]
+
+
+def test_a_name_with_the_step_has_that_of_the_validation(run: Run) -> None:
+    name = ("--checkpoint.filename", "{epoch}-{step:03d}")
+    out = run(*FLAT, "--trainer.val_check_interval", "0.75", *name)
+    epoch = int(re.findall(r"best  epoch (\d+)", out)[0])
+    assert f"checkpoints/{epoch}-{16 * epoch + 12:03d}.ckpt" in out
+
+
+def test_the_best_is_what_the_run_said(run: Run, fails: Run) -> None:
+    own = (f"{CALLBACK}+=ModelCheckpoint", f"{CALLBACK}.monitor", "val/loss")
+    out = run(*FLAT, *own)
+    epoch = re.findall(r"best  epoch (\d+), val/loss", out)[0]
+    assert f"epoch {epoch}:" in run("validate", "--name", "base", "--ckpt_path", "best")
+    run(*FLAT, "--checkpoint.monitor", "null")
+    assert "chose no epoch" in fails("validate", "--name", "base", "--ckpt_path", "best")
+
+
 def test_weights_alone_do_not_say_which_epoch_was_best(run: Run, fails: Run) -> None:
     run(*FLAT, "--checkpoint.save_weights_only", "true")
     message = fails("test", "--name", "base", "--ckpt_path", "best")
@@ -91,7 +124,7 @@ def test_a_seed_is_drawn(run: Run) -> None:
     assert len(seeds) == 2
 
 
-def test_ones_own_checkpoints_replace_those_of_every_run(
+def test_what_a_setting_leaves_out_is_told(
     run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
@@ -100,6 +133,11 @@ def test_ones_own_checkpoints_replace_those_of_every_run(
     )
     run(*FLAT, f"{CALLBACK}+=ModelCheckpoint", "--checkpoint.save_top_k", "1")
     assert "note: the ModelCheckpoint in trainer.callbacks replaces checkpoint.*" in said
+    run(*FLAT, "--trainer.max_epochs", "1")
+    last = "runs/base/version_1/checkpoints/last.ckpt"
+    finder = f"{CALLBACK}+=LearningRateFinder"
+    run("fit", "--ckpt_path", last, "--trainer.max_epochs", "2", finder)
+    assert "note: a resumed run keeps its rate and batch size: no LearningRateFinder" in said
 
 
 def test_other_code_is_told_in_the_card(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,6 +182,17 @@ def test_a_schedule_starts_at_the_rate_that_was_found(run: Run) -> None:
     assert re.search(rf"learning rate {found:.3g} found by LearningRateFinder", card)
     run("fit", "--ckpt_path", RUN_0 / "checkpoints/epoch_00.ckpt")
     assert Rates.kept == pytest.approx(expected[16:], rel=1e-2)
+    run("fit", "--ckpt_path", LAST, "--trainer.max_epochs", "3", "--model.optimizer.lr", "1e-6")
+    assert Rates.kept[0] == pytest.approx(1e-6 / 3)
+    assert "found by" not in (RUN_0 / "model.md").read_text()
+
+
+def test_a_schedule_is_as_long_as_the_batch_size_found_makes_it(run: Run) -> None:
+    run(*FLAT, f"{CALLBACK}+=BatchSizeFinder", f"{CALLBACK}.max_trials", "3",
+        f"{CALLBACK}+=tests.test_choices.Rates", "--model.lr_scheduler", "LinearDecay")  # fmt: skip
+    assert "8 images, found by BatchSizeFinder" in (RUN_0 / "model.md").read_text()
+    steps = int(rows(RUN_0)[-1]["step"])
+    assert Rates.kept == pytest.approx([0.002 * (1 - step / steps) for step in range(steps)])
 
 
 def test_parts_that_contradict_a_schedule_are_refused(run: Run, fails: Run) -> None:
@@ -154,6 +203,12 @@ def test_parts_that_contradict_a_schedule_are_refused(run: Run, fails: Run) -> N
     run(*FLAT, *varying, "--model.lr_scheduler", "ExponentialLR",
         "--model.lr_scheduler.gamma", "0.5")  # fmt: skip
     assert len(rows(RUN_0)) == 2
+    run(*FLAT, *varying, "--trainer.max_epochs", "3", "--model.lr_scheduler", "ExponentialLR",
+        "--model.lr_scheduler.gamma", "0.9", "--model.lr_interval", "step",
+        f"{CALLBACK}+=tests.test_choices.Rates")  # fmt: skip
+    unbroken = Rates.kept
+    run("fit", "--ckpt_path", "runs/base/version_1/checkpoints/epoch_01.ckpt")
+    assert Rates.kept == unbroken[32:]
     one_cycle = ("--model.lr_scheduler", "OneCycleLR", "--model.lr_scheduler.max_lr", "0.01")
     assert "OneCycleLR has rates of its own" in fails(
         *FLAT, f"{CALLBACK}+=LearningRateFinder", *one_cycle
@@ -182,7 +237,9 @@ def test_an_optimizer_that_evaluates_a_batch_often_counts_it_once(arrays: Path) 
     assert trainer.callback_metrics["train/loss"].isfinite()
 
 
-def test_a_model_trained_in_python_keeps_its_arguments(arrays: Path, tmp_path: Path) -> None:
+def test_a_model_trained_in_python_keeps_its_arguments(
+    arrays: Path, tmp_path: Path, fails: Run
+) -> None:
     data = CIFAR10DataModule(str(arrays), verify=False, val_size=200)
     trainer = Trainer(max_epochs=1, **QUIET)
     trainer.fit(ImageClassifier(Flat(), normalize="cifar10", tta="mirror"), data)
@@ -194,6 +251,7 @@ def test_a_model_trained_in_python_keeps_its_arguments(arrays: Path, tmp_path: P
     images = archive.load(arrays, verify=False).test_images[:8] / 255
     mean, std = model.mean, model.std
     torch.testing.assert_close(model(images), nn.Sequential(*network)((images - mean) / std))
+    assert "made in Python" in fails("fit", "--ckpt_path", tmp_path / "own.ckpt")
 
 
 def test_a_disk_that_fills_up_under_tensorboard_is_one_line(

@@ -103,8 +103,13 @@ def test_a_card_tells_how_a_run_was_resumed_and_trained(run: Run) -> None:
     for name, lr in (("config_1", 0.002), ("config", 0.001)):
         settings = yaml.safe_load((RUN_0 / f"{name}.yaml").read_text())
         assert settings["model"]["optimizer"]["init_args"]["lr"] == lr
-    run("fit", "--config", BASE, "--trainer.max_epochs", "1", "--trainer.precision", "16-mixed")
-    assert "**Precision**: bf16-mixed" in (RUN_1 / "model.md").read_text(), "what a CPU used"
+    settings = yaml.safe_load((RUN_0 / "hparams.yaml").read_text())
+    assert settings["optimizer"]["init_args"]["lr"] == 0.001
+    run("fit", "--config", BASE, "--trainer.max_epochs", "1", "--trainer.precision", "16-mixed",
+        "--model.label_smoothing", "0.1", "--model.softmax_before_loss", "true")  # fmt: skip
+    card = (RUN_1 / "model.md").read_text()
+    assert "**Precision**: bf16-mixed" in card, "what a CPU used"
+    assert "**Loss**: label smoothing 0.1, softmax before the cross entropy" in card
 
 
 def test_a_run_is_trained_by_one_process(run: Run, fails: Run) -> None:
@@ -204,6 +209,7 @@ def test_a_schedule_by_epoch_resumes_and_one_that_is_added_is_told(run: Run) -> 
     assert (
         weights(LAST).keys() == weights(Path("runs/again/version_0/checkpoints/last.ckpt")).keys()
     )
+    assert Path("runs/again/version_0/config_1.yaml").read_text() == first
     run("fit", "--ckpt_path", LAST, "--trainer.max_epochs", "3")
     assert (RUN_0 / "config_1.yaml").read_text() == first
 
