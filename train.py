@@ -535,6 +535,8 @@ class CLI(LightningCLI):
             {"model": before["model"], "precision": before.get("trainer", {}).get("precision")},
             {"model": used["model"], "precision": used["trainer"]["precision"]},
         )
+        for key, (its, given) in changed.items():
+            print(f"with {key} {given}, not the run's {its}")
         terminal = Console(highlight=False)
         terminal.print(evaluation.summary(), evaluation.table(), sep="\n", soft_wrap=True)
         if len(test.labels) < len(self.datamodule.test_set):

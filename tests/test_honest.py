@@ -85,7 +85,8 @@ def test_a_result_says_on_which_images_and_how(
     assert result["accuracy"]["value"] < 0.3 < json.loads(own)["accuracy"]["value"]
     assert (RUN_0 / "test.json").read_text() == own
     assert (RUN_0 / "model.md").read_text() == card
-    run("test", "--ckpt_path", LAST, "--model.tta", "mirror")
+    out = run("test", "--ckpt_path", LAST, "--model.tta", "mirror")
+    assert "with model.tta mirror, not the run's none" in out
     assert json.loads((RUN_0 / "test.json").read_text())["tta"] == "mirror"
     assert "with model.tta mirror (not none):" in (RUN_0 / "model.md").read_text()
     elsewhere = ("--ckpt_path", LAST, "--data.root", noisy.parent)
