@@ -143,7 +143,8 @@ def test_a_longer_training_begins_with_its_own_rate(run: Run) -> None:
     [
         ["StepLR", "--model.lr_scheduler.step_size", "1", "--model.lr_scheduler.gamma", "0.5"],
         ["lightning.pytorch.cli.ReduceLROnPlateau", "--model.lr_scheduler.monitor", "val/acc",
-         "--model.lr_scheduler.patience", "0", "--model.lr_scheduler.threshold", "10"],
+         "--model.lr_scheduler.mode", "max", "--model.lr_scheduler.patience", "0",
+         "--model.lr_scheduler.threshold", "10"],
     ],
 )  # fmt: skip
 def test_schedules_of_pytorchs_go_on_exactly(run: Run, schedule: list[str]) -> None:
