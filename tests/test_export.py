@@ -134,7 +134,7 @@ def as_documented(file: str, folder: Path, *more: Path) -> None:
     exif[0x0112] = 6  # to be turned by 90 degrees
     Image.fromarray(photo).resize((640, 480)).save(away / "photo.jpg", exif=exif)
     ran = subprocess.run(
-        [sys.executable, "-c", code], cwd=away, check=True, timeout=100, text=True,
+        [sys.executable, "-c", code], cwd=away, check=True, timeout=300, text=True,
         stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": ""},
     )  # fmt: skip
     found = torch.from_numpy(np.load(away / "p.npy")).float()

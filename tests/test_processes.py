@@ -54,7 +54,7 @@ def test_two_nodes_train_as_one_process_does(run: Run, arrays: Path, tmp_path: P
                 env={**os.environ, "PYTHONPATH": str(ROOT)},
             )
         )  # fmt: skip
-    said = [node.communicate(timeout=120)[0] for node in nodes]
+    said = [node.communicate(timeout=300)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
     assert "best  epoch" in said[0]
     assert "epoch" not in said[1], "one process speaks"

@@ -629,7 +629,7 @@ def test_the_terminal_shows_the_run_and_nothing_else(arrays: Path, tmp_path: Pat
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     command = [sys.executable, str(ROOT / "train.py"), "fit", "--config", "configs/base.yaml"]
     command += [*on(arrays), "--trainer.max_epochs", "2"]
-    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0
     assert process.stderr == ""
     *table, header, zero, one, blank, best, test, view, folder = process.stdout.splitlines()
@@ -647,7 +647,7 @@ def test_the_terminal_shows_the_run_and_nothing_else(arrays: Path, tmp_path: Pat
     ]
     again = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), *test.split()[3:]],
-        cwd=tmp_path, capture_output=True, text=True, timeout=200,
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert again.returncode == 0
     assert again.stderr == ""
@@ -667,7 +667,7 @@ def test_a_person_at_a_terminal_sees_a_bar(arrays: Path, tmp_path: Path) -> None
             shown += chunk
     except OSError:  # how a terminal ends on Linux
         pass
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=300) == 0
     lines = re.split(r"[\r\n]+", shown.decode())
     bars = [line for line in lines if line.startswith("Epoch 0:")]
     assert any(re.search(r" 50/100 \[.*it/s", bar) for bar in bars)
