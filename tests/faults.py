@@ -6,9 +6,9 @@
     python -m tests.faults resume              # stopped after each epoch
     python -m tests.faults processes           # kill -9 to one of two that train together
     python -m tests.faults read_only           # a data folder that cannot be written (as `disk`)
-    python -m tests.faults sick                # a learning rate that ruins the weights
+    python -m tests.faults sick                # a learning rate that makes the weights NaN
 
-A run survives if checkpoints and settings in its folder are whole, and if it ends, once it goes on,
+A run survives if checkpoints and settings in its folder are whole, and if it ends, once resumed,
 with the very weights of a run that nothing happened to. Runs are small: a thousand images made up,
 and networks of a few thousand parameters, but with all that draws random numbers.
 """
@@ -205,7 +205,7 @@ def broken(
     number: signal.Signals = signal.SIGKILL, within: float = 0, deadly: tuple[str, int] = ("", 0),
 ) -> None:  # fmt: skip
     """Start a run, and send it a signal within some seconds or have it die; look at what it left,
-    let it go on, and compare."""
+    resume it, and compare."""
     with empty_folder(packed) as folder:
         run = start(words, folder, deadly)
         codes = signalled(run, number, within) if within else {-signal.SIGKILL}
@@ -301,7 +301,7 @@ def mounted(folder: Path, options: str) -> Iterator[Callable[[str], object]]:
 
 
 def disk(times: int, packed: bytes, table: Table) -> None:
-    """Fill a small disk that holds the runs; then make room and go on."""
+    """Fill a small disk that holds the runs; then make room and resume."""
     words = RECIPES["improved"]
     expected, _ = unbroken(words, packed)
     for kilobytes in range(60, 60 + 30 * times, 30):
@@ -360,7 +360,7 @@ def sick(times: int, packed: bytes, table: Table) -> None:
                 survived = is_told and is_kept and again.wait() == 0 and digest(folder) == expected
                 if not survived:
                     print(f"\n{run.said()}\n{again.said()}")
-                table.add(f"loss without a number, {name}", survived, lost)
+                table.add(f"a learning rate of 1e30 from an epoch on, {name}", survived, lost)
 
 
 def processes(times: int, packed: bytes, table: Table) -> None:
