@@ -50,37 +50,13 @@ from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
 import optimization  # noqa: F401  # so that short names of its classes are known
-from callbacks import (
-    Board,
-    History,
-    LayerTable,
-    PredictionsKeeper,
-    PredictionTable,
-    SaveSettings,
-)
+import runs
+from callbacks import Board, History, LayerTable, PredictionsKeeper, PredictionTable, SaveSettings
 from datamodule import CIFAR10DataModule
 from lightning_module import Diverged, ImageClassifier
 from memory import keep_freed_memory
 from overhead import NoProfiler
 from reports.card import RESULT, commit, model_card, with_result
-from runs import (
-    EpochCheckpoint,
-    WholeCheckpointIO,
-    check_monitors,
-    chosen,
-    claim,
-    differences,
-    flat,
-    forget,
-    last_of_newest_run,
-    locked,
-    newest,
-    read_checkpoint,
-    run_of,
-    settings_of,
-    versions,
-    write_whole,
-)
 from terminal import ShortParser, quieten, refused, short_errors
 
 # Types of arguments of torchvision's transforms and of Lightning's callbacks.
@@ -112,38 +88,44 @@ def _find_checkpoint(args: list[str]) -> Path | None:
     for flag in ("--ckpt_path", "--name", "--config", "--trainer.default_root_dir"):
         parser.add_argument(flag, dest=flag.strip("-"))
     found = vars(parser.parse_known_args(args[1:])[0])
-    name = found["name"] or Path(found["config"] or "default").stem
-    parent, path = Path(found["trainer.default_root_dir"] or "runs", name), found["ckpt_path"]
+    config, path, settings = Path(found["config"] or "default"), found["ckpt_path"], {}
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # no file; the parser says why
+        settings = runs.flat(yaml.safe_load(config.read_text(encoding="utf-8")))
+    root, name = (
+        found[key] or settings.get(key) or default
+        for key, default in (("trainer.default_root_dir", "runs"), ("name", config.stem))
+    )
+    parent = Path(root, name)
     if path is None:
         is_requeued = args[0] == "fit" and os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
-        runs = versions(parent).items() if is_requeued else ()
-        jobs = [folder for _, folder in sorted(runs) if (folder / ".job").exists()]
+        every = runs.versions(parent).items() if is_requeued else ()
+        jobs = [folder for _, folder in sorted(every) if (folder / ".job").exists()]
         jobs = [folder for folder in jobs if (folder / ".job").read_text() == _job(args)]
         saved = [file for folder in jobs if (file := folder / "checkpoints" / "last.ckpt").exists()]
         if not saved:
             return None
         path = str(saved[-1])
     if path == "last":
-        return last_of_newest_run(parent)
+        return runs.last_of_newest_run(parent)
     if path == "best":
-        return _best(last_of_newest_run(parent))
+        return _best(runs.last_of_newest_run(parent))
     if args[0] == "fit" and Path(path).name == "last.ckpt":
-        read_checkpoint(path)  # which says what is wrong with it
-        return newest(Path(path).parent)[1]
+        runs.read_checkpoint(path)  # which says what is wrong with it
+        return runs.newest(Path(path).parent)[1]
     return Path(path)
 
 
 def _best(last: Path) -> Path:
     """Return the checkpoint of the epoch that validation chose, of a run by its last one."""
-    checkpoint = read_checkpoint(last)
+    checkpoint = runs.read_checkpoint(last)
     if "run" not in checkpoint:
         raise MisconfigurationException(f"--ckpt_path best: {last} does not say: name the file")
     rows = checkpoint["callbacks"]["History"]["rows"]
     by = checkpoint["run"]["chosen_by"]
     is_choice = by["monitor"] is not None
-    best = chosen(rows, EpochCheckpoint(dirpath=last.parent, **by)) if is_choice else None
+    best = runs.chosen(rows, runs.EpochCheckpoint(dirpath=last.parent, **by)) if is_choice else None
     if best is None:
-        raise MisconfigurationException(f"--ckpt_path best: {run_of(last)} chose no epoch")
+        raise MisconfigurationException(f"--ckpt_path best: {runs.run_of(last)} chose no epoch")
     return best[1]
 
 
@@ -177,7 +159,7 @@ class CLI(LightningCLI):
             )
         except BaseException:
             if self.claimed is not None:
-                forget(self.claimed)
+                runs.forget(self.claimed)
             raise
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
@@ -207,7 +189,7 @@ class CLI(LightningCLI):
             default=None,
             help="The run's folder is runs/<name>/version_<n>/ (default: the config file's name).",
         )
-        parser.add_class_arguments(EpochCheckpoint, "checkpoint", skip={"dirpath"})
+        parser.add_class_arguments(runs.EpochCheckpoint, "checkpoint", skip={"dirpath"})
         parser.set_defaults({"model.network": {"class_path": "networks.default_network"}})
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -225,8 +207,8 @@ class CLI(LightningCLI):
                 f"name the subcommand first: {' or '.join(self.subcommands())}"
             )
         if self.path is not None:
-            self.checkpoint = read_checkpoint(self.path)
-            settings = settings_of(self.checkpoint)
+            self.checkpoint = runs.read_checkpoint(self.path)
+            settings = runs.settings_of(self.checkpoint)
             if args[0] != "fit":
                 precision = settings.get("trainer", {}).get("precision")
                 settings = {
@@ -293,8 +275,8 @@ class CLI(LightningCLI):
         text = re.sub(r"Unable to serialize instance (\w+)$", r"\1", text, flags=re.M)
         self.config_dump = yaml.safe_load(text)
         if self.subcommand == "fit":
-            check_monitors(self.config_dump)
-        for key, value in flat(self.config_dump).items():
+            runs.check_monitors(self.config_dump)
+        for key, value in runs.flat(self.config_dump).items():
             if "Unable to serialize instance" in str(value):
                 raise MisconfigurationException(f"{key} can't be saved in config.yaml: {value}")
 
@@ -371,7 +353,7 @@ class CLI(LightningCLI):
             )
         plugins = _listed(options.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            plugins.append(WholeCheckpointIO())
+            plugins.append(runs.WholeCheckpointIO())
         try:
             return super().instantiate_trainer(
                 default_root_dir=self.run_folder,
@@ -398,11 +380,11 @@ class CLI(LightningCLI):
                 and self.path.parent.name == "checkpoints"
                 and (run["name"], run["trainer"]["default_root_dir"])
                 == (config.name, config.trainer.default_root_dir)
-                and newest(self.path.parent)[0] <= self.checkpoint["global_step"]
+                and runs.newest(self.path.parent)[0] <= self.checkpoint["global_step"]
             ):
-                return run_of(self.path)
+                return runs.run_of(self.path)
         if is_first_rank and not config.trainer.fast_dev_run:
-            self.claimed = claim(parent)
+            self.claimed = runs.claim(parent)
             if "SLURM_JOB_ID" in os.environ:
                 (self.claimed / ".job").write_text(_job(self.args))
             if self.path:
@@ -425,13 +407,11 @@ class CLI(LightningCLI):
             print(f"all {done} epochs are done: to train for longer, raise --trainer.max_epochs")
             if (self.run_folder / "model.md").exists():
                 return
-        with locked(self.run_folder) if self._writes() else contextlib.nullcontext():
+        writes = self.trainer.is_global_zero and not self.config.fit.trainer.fast_dev_run
+        with runs.locked(self.run_folder) if writes else contextlib.nullcontext():
             self._fit(**kwargs)
-            if self._writes():
+            if writes:
                 self._finish(code)
-
-    def _writes(self) -> bool:
-        return self.trainer.is_global_zero and not self.config.fit.trainer.fast_dev_run
 
     def _fit(self, **kwargs: Any) -> None:
         try:
@@ -464,26 +444,23 @@ class CLI(LightningCLI):
     def _finish(self, code: str) -> None:
         weights = io.BytesIO()
         torch.save(self.model.network.state_dict(), weights)
-        write_whole(self.run_folder / "model.pth", weights.getvalue())
+        runs.write_whole(self.run_folder / "model.pth", weights.getvalue())
         history = next(c for c in self.trainer.callbacks if isinstance(c, History))  # type: ignore[attr-defined]
         saved = next(c for c in self.trainer.callbacks if isinstance(c, SaveSettings))  # type: ignore[attr-defined]
         run = {"commit": code, "images": saved.images, "parts": saved.parts}
-        row = history.best(self.trainer)
+        keeper: Any = self.trainer.checkpoint_callback
+        best = runs.chosen(history.rows, keeper) if isinstance(keeper, ModelCheckpoint) else None
+        row, (step, path) = None, runs.newest(self.run_folder / "checkpoints")
+        if best:
+            row, path = best
         card = model_card(self.run_folder, self.config_dump, run, self.trainer, history.rows, row)
         file = self.run_folder / "model.md"
-        earlier = file.read_text().partition(RESULT) if file.exists() else ("", "", "")
-        write_whole(file, f"{card}{earlier[1]}{earlier[2]}".encode())  # a result names its epoch
+        result = file.read_text().partition(RESULT)[1:] if file.exists() else ()  # names its epoch
+        runs.write_whole(file, "".join((card, *result)).encode())
         print()
-        last = self.run_folder / "checkpoints" / "last.ckpt"
-        keeper, path = self.trainer.checkpoint_callback, last if last.exists() else None
-        if isinstance(keeper, ModelCheckpoint):
-            if best := chosen(history.rows, keeper):
-                row, path = best
-                value = row[str(keeper.monitor)]
-                print(f"best  epoch {row['epoch']:.0f}, {keeper.monitor} {value:.4f}")
-            elif keeper.monitor is None and Path(keeper.best_model_path).parent == last.parent:
-                path = Path(keeper.best_model_path)  # the last one that it kept
-        if path:
+        if row:
+            print(f"best  epoch {row['epoch']:.0f}, {keeper.monitor} {row[keeper.monitor]:.4f}")
+        if row or step >= 0:
             print(f"test  python train.py test --ckpt_path {shlex.quote(str(path))}")
         root = self.config.fit.trainer.default_root_dir
         print(f"view  tensorboard --logdir {shlex.quote(str(root))}\nrun   {self.run_folder}")
@@ -530,8 +507,8 @@ class CLI(LightningCLI):
         if not self.trainer.is_global_zero:
             return
         evaluation, folder = Evaluation(test, val), self.run_folder
-        before, used = settings_of(self.checkpoint), self.config_dump
-        changed = differences(
+        before, used = runs.settings_of(self.checkpoint), self.config_dump
+        changed = runs.differences(
             {"model": before["model"], "precision": before.get("trainer", {}).get("precision")},
             {"model": used["model"], "precision": used["trainer"]["precision"]},
         )
@@ -551,7 +528,7 @@ class CLI(LightningCLI):
         files = {f"test{suffix}.json": json.dumps(values, indent=2).encode()}
         files |= {f"{name}.png": content for name, content in pictures.items()}
         for name, content in files.items():
-            write_whole(folder / name, content)
+            runs.write_whole(folder / name, content)
         if any(folder.glob("events.out.*")):
             with SummaryWriter(folder) as board:
                 for name, content in pictures.items():
@@ -563,7 +540,7 @@ class CLI(LightningCLI):
             which = f"epoch {results['epoch']} (`{self.path.name}`)"
             summary = evaluation.summary()
             text = with_result(card.read_text(), which, summary, now["test"], changed)
-            write_whole(card, text.encode())
+            runs.write_whole(card, text.encode())
         print(f"written to {folder}: {', '.join(files)}")
 
     def _report(self) -> dict[str, Any]:
@@ -590,6 +567,8 @@ class CLI(LightningCLI):
     def after_predict(self) -> None:
         """Say so if some images were left out; of files that could not be read with an exit code
         that is not 0."""
+        if self.config.predict.trainer.fast_dev_run:
+            return
         data, skipped = self.datamodule, self.table.skipped
         total = len(data.pictures if self.config.predict.data.images else data.test_set)
         if (done := len(self.table.rows) + skipped) < total:

@@ -152,6 +152,7 @@ def test_other_code_is_told_in_the_card(run: Run, monkeypatch: pytest.MonkeyPatc
 def test_a_part_of_the_images_is_said_to_be_one(run: Run) -> None:
     run(*FLAT, "--trainer.max_epochs", "1")
     assert "only" not in run("predict", "--ckpt_path", LAST)
+    assert "only" not in run("predict", "--ckpt_path", LAST, "--trainer.fast_dev_run", "true")
     run(*FLAT, "--trainer.max_epochs", "1", "--data.augment", "[]")
     out = run("predict", "--ckpt_path", LAST, "--trainer.limit_predict_batches", "0")
     assert "the first 0 of 200 only" in out
