@@ -20,11 +20,7 @@ STAGES, NAMES = ("train", "val", "test"), ("loss", "acc")
 
 class History(Callback):
     """Keeps the metrics of every epoch, in the checkpoint too: a resumed run has whole curves.
-
-    Args:
-        writes: Write `metrics.csv` and `curves.png` into the run's folder.
-
-    """
+    Writes `metrics.csv` and `curves.png` into the run's folder, if it `writes`."""
 
     takes_many_steps = True  # as one batch: it counts images
 
@@ -59,12 +55,7 @@ class History(Callback):
         self.images, self.evaluating = 0, 0.0
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, *_: Any
     ) -> None:
         """Count images; stop the clock of training with an epoch's last batch, and say how long the
         compilation took with a run's first."""

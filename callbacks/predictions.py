@@ -98,13 +98,7 @@ class ConfusionMatrix(PredictionsKeeper):
 
 class PredictionTable(Callback):
     """Writes the two most probable classes of every image to a CSV file at the end, and shows those
-    of the first pictures.
-
-    Args:
-        path: The file.
-        files: The pictures' files, or None if the images have numbers only.
-
-    """
+    of the first pictures. `files` are the pictures' own, None if the images have numbers only."""
 
     def __init__(self, path: Path, files: list[Path] | None) -> None:
         self.path, self.files = path, files
@@ -113,13 +107,7 @@ class PredictionTable(Callback):
         self.due = 0  # the index of the next image
 
     def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int, *_: Any
     ) -> None:
         """Keep the best of a batch: probabilities [B, 10]."""
         best = outputs.topk(2)

@@ -13,14 +13,8 @@ CHOICE = ("monitor", "mode", "filename", "auto_insert_metric_name")  # of ModelC
 
 
 class SaveSettings(Callback):
-    """Saves the run's settings: in `config.yaml`, and in every checkpoint, with what they were in
-    earlier parts of a run that was resumed with others.
-
-    Args:
-        settings: The run's, as nested plain data.
-        resumed: The checkpoint that it resumes.
-
-    """
+    """Saves the run's settings, nested plain data: in `config.yaml`, and in every checkpoint, with
+    what they were in earlier parts of a run, of which `resumed` is a checkpoint."""
 
     takes_many_steps = True
 
