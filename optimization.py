@@ -102,7 +102,7 @@ class MuonSGD(Optimizer):
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state, whose groups of the same names may come in another order."""
+        """Resume from a state, whose groups of the same names may come in another order."""
         saved = {group["name"]: group for group in state_dict["param_groups"]}
         groups = [saved[group["name"]] for group in self.param_groups]
         super().load_state_dict({**state_dict, "param_groups": groups})
@@ -171,10 +171,6 @@ class Schedule(LRScheduler):
     It counts no steps and keeps no state: whoever trains tells it the progress, so a run that is
     resumed for longer, or with another batch size, is where it should be. A group of the optimizer
     that has `until` has come to the end after that share of the training.
-
-    Args:
-        optimizer: Whose rates; each group's own is what `factor` multiplies.
-
     """
 
     def __init__(self, optimizer: Optimizer) -> None:  # not LRScheduler's, which counts steps
@@ -182,7 +178,7 @@ class Schedule(LRScheduler):
         self.set_progress(0.0)
 
     def factor(self, progress: float) -> float:
-        """Return what to multiply the learning rates by at a progress in [0, 1]."""
+        """Return what to multiply each group's own learning rate by at a progress in [0, 1]."""
         raise NotImplementedError
 
     def set_progress(self, progress: float) -> None:
@@ -214,9 +210,6 @@ class WarmupCosine(Schedule):
     Args:
         optimizer: Whose rates.
         warmup: The share of the training in which the rate rises, in [0, 1).
-
-    Raises:
-        ValueError: `warmup` is not in [0, 1).
 
     """
 

@@ -50,13 +50,8 @@ def confusion_of(predictions: Predictions) -> Tensor:
 
 
 class Evaluation:
-    """What is to be said of a model on a set of images.
-
-    Args:
-        test: What it says of the test set.
-        val: Of the validation set, on which the temperature is fitted; None if there is none.
-
-    """
+    """How good a model is, by its predictions of the test set, and of the validation set, if there
+    is one: on that the temperature is fitted."""
 
     def __init__(self, test: Predictions, val: Predictions | None = None) -> None:
         self.test = test
