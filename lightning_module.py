@@ -244,7 +244,7 @@ class ImageClassifier(RecordableModule):
                     f"which takes {total}"
                 )
             if self._has(LearningRateFinder) and isinstance(scheduler, OneCycleLR | CyclicLR):
-                raise ValueError(f"{type(scheduler).__name__} has rates of its own to find")
+                raise ValueError(f"{type(scheduler).__name__} has rates of its own: use no finder")
             if isinstance(scheduler, ReduceLROnPlateau):
                 if self.lr_interval == "step":
                     raise ValueError("ReduceLROnPlateau is for model.lr_interval epoch")
@@ -367,7 +367,7 @@ class ImageClassifier(RecordableModule):
         )
 
     def on_train_end(self) -> None:
-        """Let no run that diverged end well."""
+        """Raise `Diverged` if the last step made a weight NaN or infinite."""
         self._refuse_divergence("a weight", *self.network.parameters())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -163,8 +163,8 @@ class CLI(LightningCLI):
             raise
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Return Lightning's, without the arguments that have one right value here; the one that is
-        given alone, as the parser of each takes a while to build."""
+        """Return Lightning's, without the arguments that have one right value here; only the one
+        that is given, as each parser takes a while to build."""
         fixed = {"weights_only", "verbose", "return_predictions"}
         every = {name: skip | fixed for name, skip in LightningCLI.subcommands().items()}
         given = self.args[0] if self.args else ""
@@ -199,7 +199,7 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the command line, behind the settings of the checkpoint that it names."""
-        self.checkpoint: dict[str, Any] | None = None
+        self.checkpoint: dict[str, Any] = {}  # that is read; empty if there is none
         if args and args[0] in self.subcommands():
             self.path = _find_checkpoint(args)
         elif any(arg in self.subcommands() for arg in args):
@@ -232,7 +232,7 @@ class CLI(LightningCLI):
         files = [i for i, arg in enumerate(self.args) if arg.partition("=")[0] == "--config"]
         others = set(flags) - set(files)
         if files and others and min(others) < max(files):
-            print("note: a --config overrides the flags before it", file=sys.stderr)
+            _note("a --config overrides the flags before it")
         try:
             self.config = parser.parse_args(args)
         except (UnicodeDecodeError, RecursionError) as error:
@@ -254,9 +254,9 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Complete the settings before they are used and saved."""
         config = self.config[self.subcommand]
-        if config.ckpt_path and self.checkpoint is None:
+        if config.ckpt_path and not self.checkpoint:
             raise MisconfigurationException("ckpt_path belongs on the command line: --ckpt_path")
-        if self.subcommand != "fit" and self.checkpoint is None:
+        if self.subcommand != "fit" and not self.checkpoint:
             raise MisconfigurationException(f"{self.subcommand} needs --ckpt_path CHECKPOINT")
         config.trainer.default_root_dir = config.trainer.default_root_dir or "runs"
         if not config.name:
@@ -267,7 +267,7 @@ class CLI(LightningCLI):
                 raise MisconfigurationException("there is no validation set: data.val_size is 0")
             if str(config.checkpoint.monitor).startswith("val/"):
                 config.checkpoint.monitor = None  # there is nothing to choose by
-        if self.checkpoint is not None:
+        if self.checkpoint:
             self._refuse_seen(config)
         self._dump_config()
         # jsonargparse says so even of a text, where a function would do too.
@@ -282,7 +282,6 @@ class CLI(LightningCLI):
 
     def _refuse_seen(self, config: Any) -> None:
         """Refuse a validation set with images that the checkpoint was trained on."""
-        assert self.checkpoint is not None
         before, now = self.checkpoint.get("datamodule_hyper_parameters"), config.data
         if not now.val_size or not before or self.subcommand == "predict":
             return
@@ -331,8 +330,7 @@ class CLI(LightningCLI):
         skipped += () if saves else (Checkpoint,)
         given = _listed(options.callbacks)
         for finder in (c for c in given if isinstance(c, FINDERS) and self.checkpoint):
-            name = type(finder).__name__
-            print(f"note: a resumed run keeps its rate and batch size: no {name}", file=sys.stderr)
+            _note(f"a resumed run keeps its rate and batch size: no {type(finder).__name__}")
         callbacks = [c for c in given if not isinstance(c, skipped)]
         callbacks += [History(writes=not options.fast_dev_run), *self.more_callbacks]
         if has_bar and not any(isinstance(c, ProgressBar) for c in callbacks):
@@ -347,10 +345,7 @@ class CLI(LightningCLI):
         if saves and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
             callbacks += [config.checkpoint, *config.checkpoint.also_last()]
         elif saves:
-            print(
-                "note: the ModelCheckpoint in trainer.callbacks replaces checkpoint.*",
-                file=sys.stderr,
-            )
+            _note("the ModelCheckpoint in trainer.callbacks replaces checkpoint.*")
         plugins = _listed(options.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(runs.WholeCheckpointIO())
@@ -373,7 +368,7 @@ class CLI(LightningCLI):
         config = self.config[self.subcommand]
         parent = Path(config.trainer.default_root_dir) / config.name
         is_first_rank = getattr(rank_zero_only, "rank", 0) == 0  # the others are told the folder
-        if self.checkpoint is not None and self.path is not None:
+        if self.path is not None:
             run = self.checkpoint.get("run")
             if self.subcommand != "fit" or (
                 run
@@ -396,14 +391,14 @@ class CLI(LightningCLI):
     def fit(self, **kwargs: Any) -> None:
         """Train; afterwards write weights and card, and say what can be done next."""
         max_epochs, code, done = self.config.fit.trainer.max_epochs, commit(), 0
-        if self.checkpoint is not None:
+        if self.checkpoint:
             progress = self.checkpoint["loops"]["fit_loop"]["epoch_progress"]
             done = progress["current"]["processed"]  # of one made inside an epoch, those before
         if max_epochs is not None and 0 <= max_epochs < done:
             raise MisconfigurationException(
                 f"{self.path} has done {done} epochs: raise --trainer.max_epochs {max_epochs}"
             )
-        if self.checkpoint is not None and done == max_epochs:
+        if self.checkpoint and done == max_epochs:
             print(f"all {done} epochs are done: to train for longer, raise --trainer.max_epochs")
             if (self.run_folder / "model.md").exists():
                 return
@@ -476,7 +471,6 @@ class CLI(LightningCLI):
 
     def _trained_on(self) -> dict[str, str]:
         """Return what is known of the images of the checkpoint's run."""
-        assert self.checkpoint is not None
         is_verified = self.checkpoint.get("datamodule_hyper_parameters", {}).get("verify")
         known = dict.fromkeys(("train", "test"), "CIFAR-10") if is_verified else {}
         return self.checkpoint.get("run", {}).get("images") or known
@@ -491,7 +485,6 @@ class CLI(LightningCLI):
         from reports.evaluation import Evaluation  # slow to import
         from reports.figures import png
 
-        assert self.checkpoint is not None
         assert self.path is not None
         results = self._report()
         test, val = self.keeper.predictions(), None
@@ -545,7 +538,6 @@ class CLI(LightningCLI):
 
     def _report(self) -> dict[str, Any]:
         """Print the metrics of a validation or a test, and return them."""
-        assert self.checkpoint is not None
         assert self.path is not None
         metrics = self.trainer.callback_metrics
         values = {name: round(float(value), 6) for name, value in metrics.items()}
@@ -565,8 +557,7 @@ class CLI(LightningCLI):
             self.trainer.callbacks.append(self.table)  # type: ignore[attr-defined]
 
     def after_predict(self) -> None:
-        """Say so if some images were left out; of files that could not be read with an exit code
-        that is not 0."""
+        """Say if images were left out; exit with an error if files could not be read."""
         if self.config.predict.trainer.fast_dev_run:
             return
         data, skipped = self.datamodule, self.table.skipped
@@ -575,6 +566,11 @@ class CLI(LightningCLI):
             print(f"the first {done} of {total} only: trainer.limit_predict_batches")
         if skipped:
             sys.exit(f"error: {skipped} of {total} files skipped")
+
+
+@rank_zero_only
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
 
 
 def _listed(value: Any) -> list[Any]:

@@ -34,7 +34,7 @@ class History(Callback):
         self.evaluating = 0.0  # seconds of this epoch
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the rows for the checkpoint, with one for the validation of the present epoch."""
+        """Return the rows for the checkpoint, with one for the validation of the current epoch."""
         inside = [self.evaluated] if self.evaluated else []
         return {"rows": self.rows + inside, "is_inside": bool(inside)}
 
@@ -44,15 +44,13 @@ class History(Callback):
         if state_dict.get("is_inside"):
             self.evaluated = self.rows.pop()
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock, as Lightning calls no hook for the rest of an epoch."""
-        self.on_train_epoch_start(trainer, pl_module)
-
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock; report the epoch before, which by now is saved."""
         self._report(trainer)
         self.started = time.perf_counter()
         self.images, self.evaluating = 0, 0.0
+
+    on_train_start = on_train_epoch_start  # as no hook is called for the rest of a resumed epoch
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, *_: Any
