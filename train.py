@@ -91,11 +91,8 @@ def _find_checkpoint(args: list[str]) -> Path | None:
     config, path, settings = Path(found["config"] or "default"), found["ckpt_path"], {}
     with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # no file; the parser says why
         settings = runs.flat(yaml.safe_load(config.read_text(encoding="utf-8")))
-    root, name = (
-        found[key] or settings.get(key) or default
-        for key, default in (("trainer.default_root_dir", "runs"), ("name", config.stem))
-    )
-    parent = Path(root, name)
+    root = found["trainer.default_root_dir"] or settings.get("trainer.default_root_dir") or "runs"
+    parent = Path(root, found["name"] or settings.get("name") or config.stem)
     if path is None:
         is_requeued = args[0] == "fit" and os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
         every = runs.versions(parent).items() if is_requeued else ()
@@ -228,10 +225,9 @@ class CLI(LightningCLI):
             is_named = any(arg.startswith("--ckpt_path") for arg in args)
             front = ["--config", text] if is_named else []  # a requeued job's command has them
             args = [args[0], *front, *args[1:], "--ckpt_path", str(self.path)]
-        flags = [i for i, arg in enumerate(self.args) if arg.startswith("--")]
-        files = [i for i, arg in enumerate(self.args) if arg.partition("=")[0] == "--config"]
-        others = set(flags) - set(files)
-        if files and others and min(others) < max(files):
+        flags = [arg.partition("=")[0] for arg in self.args if arg.startswith("--")]
+        last = max((i for i, flag in enumerate(flags) if flag == "--config"), default=0)
+        if set(flags[:last]) - {"--config", "--ckpt_path"}:
             _note("a --config overrides the flags before it")
         try:
             self.config = parser.parse_args(args)
@@ -399,7 +395,9 @@ class CLI(LightningCLI):
                 f"{self.path} has done {done} epochs: raise --trainer.max_epochs {max_epochs}"
             )
         if self.checkpoint and done == max_epochs:
-            print(f"all {done} epochs are done: to train for longer, raise --trainer.max_epochs")
+            self.trainer.print(
+                f"all {done} epochs are done: to train for longer, raise --trainer.max_epochs"
+            )
             if (self.run_folder / "model.md").exists():
                 return
         writes = self.trainer.is_global_zero and not self.config.fit.trainer.fast_dev_run

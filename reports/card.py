@@ -25,16 +25,11 @@ RESULT = "\n## On the test set\n"
 
 def commit() -> str:
     """Return the git commit of this code, and whether it was changed since."""
-
-    def git(*words: str) -> str:
-        here = Path(__file__).parent
-        return subprocess.run(
-            ["git", *words], cwd=here, check=True, capture_output=True, text=True
-        ).stdout.strip()
-
+    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty= with changes"]
+    here = Path(__file__).parent
     try:
-        changed = " with changes" if git("status", "--porcelain", "--untracked-files=no") else ""
-        return git("rev-parse", "HEAD") + changed
+        git = subprocess.run(command, cwd=here, check=True, capture_output=True, text=True)
+        return git.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown: not in a git checkout"
 
