@@ -88,8 +88,9 @@ def _find_checkpoint(args: list[str]) -> Path | None:
     for flag in ("--ckpt_path", "--name", "--config", "--trainer.default_root_dir"):
         parser.add_argument(flag, dest=flag.strip("-"))
     found = vars(parser.parse_known_args(args[1:])[0])
-    config, path, settings = Path(found["config"] or "default"), found["ckpt_path"], {}
-    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # no file; the parser says why
+    config, path = Path(found["config"] or "default"), found["ckpt_path"]
+    settings: dict[str, Any] = {}  # of a file that can't be read; the parser says why
+    with contextlib.suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
         settings = runs.flat(yaml.safe_load(config.read_text(encoding="utf-8")))
     root = found["trainer.default_root_dir"] or settings.get("trainer.default_root_dir") or "runs"
     parent = Path(root, found["name"] or settings.get("name") or config.stem)
@@ -106,7 +107,7 @@ def _find_checkpoint(args: list[str]) -> Path | None:
         return runs.last_of_newest_run(parent)
     if path == "best":
         return _best(runs.last_of_newest_run(parent))
-    if args[0] == "fit" and Path(path).name == "last.ckpt":
+    if args[0] == "fit" and Path(path).parts[-2:] == ("checkpoints", "last.ckpt"):
         runs.read_checkpoint(path)  # which says what is wrong with it
         return runs.newest(Path(path).parent)[1]
     return Path(path)
@@ -180,12 +181,8 @@ class CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run's name and its ModelCheckpoint; set the default network."""
-        parser.add_argument(
-            "--name",
-            type=str | None,
-            default=None,
-            help="The run's folder is runs/<name>/version_<n>/ (default: the config file's name).",
-        )
+        text = "The run's folder is runs/<name>/version_<n>/ (default: the config file's name)."
+        parser.add_argument("--name", type=str | None, default=None, help=text)
         parser.add_class_arguments(runs.EpochCheckpoint, "checkpoint", skip={"dirpath"})
         parser.set_defaults({"model.network": {"class_path": "networks.default_network"}})
 
