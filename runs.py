@@ -8,6 +8,7 @@ import contextlib
 import glob
 import hashlib
 import io
+import math
 import os
 import platform
 import shutil
@@ -221,7 +222,8 @@ def chosen(rows: list[Row], checkpoint: ModelCheckpoint) -> tuple[Row, Path] | N
     monitored, among the epochs whose checkpoint is there, saved when the metric was measured."""
     monitor = str(checkpoint.monitor)
     sign = -1 if checkpoint.mode == "max" else 1
-    for row in sorted((r for r in rows if monitor in r), key=lambda r: sign * r[monitor]):
+    measured = (row for row in rows if math.isfinite(row.get(monitor, math.nan)))
+    for row in sorted(measured, key=lambda row: sign * row[monitor]):
         # Rows of versions up to 0.2.0 have no step.
         step = row.get("val/step", row.get("step"))
         metrics: dict[str, Any] = {**row, "epoch": int(row["epoch"]), "step": step or 0}
