@@ -1,6 +1,5 @@
 """The data of every run: archive -> tensors on the device -> split -> batches of pixels."""
 
-import errno
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from cifar10 import archive
 from cifar10.augment import Augment
-from cifar10.batches import Batch, Batches, ImageSet, shuffled, split
+from cifar10.batches import Batches, ImageSet, shuffled, split
 from cifar10.pictures import Pictures, find_pictures
 from runs import read_checkpoint
 
@@ -40,13 +39,10 @@ class CIFAR10DataModule(LightningDataModule):
         val_size: Training images held out for validation.
         split_seed: The seed that picks them.
         augment: Steps that augment float images [B, 3, 32, 32] in [0, 1] in training, in order
-            (`cifar10.augment`).
+            (`cifar10.augment`); a `Normalize`, which would not run in evaluation, is refused.
         test_curve: Evaluate the test set after every epoch too, for drawing only.
         images: Pictures to `predict` in place of the test set: a file, a folder, a pattern such as
             'photos/*.jpg', or a list of such.
-
-    Raises:
-        MisconfigurationException: `augment` has a `Normalize`, which would not run in evaluation.
 
     """
 
@@ -95,8 +91,7 @@ class CIFAR10DataModule(LightningDataModule):
                 self.root, download=self.download, sources=self.sources, verify=self.verify
             )
         except OSError as error:
-            mend = ": free some space" if error.errno == errno.ENOSPC else ""
-            raise archive.CIFAR10Error(f"{self.root}: {error.strerror}{mend}") from error
+            raise archive.CIFAR10Error(f"{self.root}: {error.strerror}") from error
 
     def prepare_data(self) -> None:
         """Fetch the images once per machine, if they are needed."""
@@ -104,14 +99,10 @@ class CIFAR10DataModule(LightningDataModule):
             self._load()
 
     def setup(self, stage: str = "fit") -> None:
-        """Put the images on the device of the model, and split them.
+        """Put the images on the device of the model, and split them; refuse a `val_size` that
+        leaves no training image.
 
         On the CPU they stay in the file that is mapped into memory; on a GPU they take 184 MB.
-
-        Raises:
-            MisconfigurationException: `val_size` leaves no training image.
-            CIFAR10Error: The images cannot be had.
-
         """
         self.device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         # Read once, as the model reseeds the same generator at every epoch. Broadcast, as
@@ -207,14 +198,6 @@ class CIFAR10DataModule(LightningDataModule):
     def predict_dataloader(self) -> Any:
         """Return the pictures of `images`; without, the 10,000 test images."""
         return self.pictures.batches() if self.images else self._eval_batches(self.test_set)
-
-    def transfer_batch_to_device(
-        self, batch: Any, device: torch.device, dataloader_idx: int
-    ) -> Any:
-        """Return a batch on the device, where all lie already but those of pictures."""
-        if isinstance(batch, Batch):
-            return Batch(*(tensor.to(device) for tensor in batch))
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
 
 @rank_zero_only

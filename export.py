@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-import requests
 import torch
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -65,16 +64,8 @@ class Classifier(nn.Module):
 
 
 def load(path: str, root: str | None) -> tuple[Classifier, Card, Tensor]:
-    """Return the classifier of a checkpoint, its card, and test images uint8 [N, 3, 32, 32].
-
-    Args:
-        path: The checkpoint, which is read as data; it runs no code.
-        root: The folder of the images, if not the checkpoint's.
-
-    Raises:
-        MisconfigurationException: No such checkpoint, or its network can't be built.
-        CIFAR10Error: The images can't be had.
-    """
+    """Return the classifier of a checkpoint, its card, and test images uint8 [N, 3, 32, 32] from
+    the folder `root`, by default the checkpoint's. It is read as data, and runs no code."""
     checkpoint = read_checkpoint(path)
     try:
         # What builds the model is said here, whatever the file says.
@@ -163,10 +154,10 @@ def page_files(model: bytes, card: Card) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as scratch:
         try:
             package = archive.npm_pack(RUNTIME, Path(scratch), total=RUNTIME_BYTES)
-        except (archive.CIFAR10Error, requests.Timeout) as error:
+        except archive.CIFAR10Error as error:
             raise MisconfigurationException(
-                f"--format page needs {RUNTIME} from npm, but {str(error) or 'it sent nothing'}: "
-                "install npm, or see that it reaches its registry"
+                f"--format page needs {RUNTIME} from npm, but {error}: install npm, or see that it "
+                "reaches its registry"
             ) from error
         with tarfile.open(package) as tar:
             members = {name: tar.extractfile(f"package/dist/{name}") for name in RUNTIME_FILES}
@@ -182,12 +173,8 @@ def page_files(model: bytes, card: Card) -> dict[str, bytes]:
 
 @torch.no_grad()
 def compare(expected: Predict, found: Predict, images: Tensor) -> float:
-    """Return the largest difference between two predictions of probabilities.
-
-    Raises:
-        MisconfigurationException: They name another class for any of the images, but for near ties,
-            or differ by more than 0.001.
-    """
+    """Return the largest difference between two predictions of probabilities; refuse one of 0.001
+    or more, and another class for any of the images, but for near ties."""
     parts = [(expected(part), found(part)) for part in torch.split(images, 250)]
     ours, theirs = (torch.cat(part) for part in zip(*parts, strict=True))
     difference = float((ours - theirs).abs().max())
@@ -247,11 +234,7 @@ def _exporting(format_: str, network: nn.Module) -> Iterator[None]:
 
 
 def write(out: Path, content: bytes | dict[str, bytes]) -> None:
-    """Write a file, or a folder of files, that is never seen half-written.
-
-    Raises:
-        MisconfigurationException: The folder can't be written to, or the disk is full.
-    """
+    """Write a file, or a folder of files, that is never seen half-written."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:

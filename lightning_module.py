@@ -57,7 +57,7 @@ class ImageClassifier(RecordableModule):
     epoch: means over the images, accuracy as a fraction.
 
     Args:
-        network: Maps normalised float images [B, 3, 32, 32] to logits [B, 10].
+        network: Maps normalised float images [B, 3, 32, 32] to logits [B, 10]; others are refused.
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes the scheduler from the optimizer: one of `optimization`, which follows
             training progress, or one of PyTorch's.
@@ -79,9 +79,6 @@ class ImageClassifier(RecordableModule):
         log_steps: Log `train/loss_step` too, every `trainer.log_every_n_steps` steps.
         tta: Test-time augmentation of `validate`, `test` and `predict`: the views of an image whose
             logits are averaged (`average_over_views`). During `fit` there is none.
-
-    Raises:
-        MisconfigurationException: The network does not map [B, 3, 32, 32] to [B, 10].
 
     """
 
@@ -129,11 +126,7 @@ class ImageClassifier(RecordableModule):
         _check(network)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map float images [B, 3, 32, 32] in [0, 1] to logits [B, 10].
-
-        Raises:
-            TypeError: Images of whole numbers.
-        """
+        """Map float images [B, 3, 32, 32] in [0, 1] to logits [B, 10]; refuse whole numbers."""
         if not images.is_floating_point():
             raise TypeError("images are floats in [0, 1]: divide pixels by 255")
         return self.network(self.normalized(images))
@@ -207,11 +200,7 @@ class ImageClassifier(RecordableModule):
     # ------------------------------------------------------------------ optimizer and schedule
 
     def configure_optimizers(self) -> Any:
-        """Return the optimizer, with its scheduler if there is one.
-
-        Raises:
-            MisconfigurationException: Values that the optimizer or the scheduler refuses.
-        """
+        """Return the optimizer, with a scheduler if there is one; name what refuses values."""
         named = [(n, p) for n, p in self.network.named_parameters() if p.requires_grad]
         parameters = Parameters(p for _, p in named)
         parameters.named = named
@@ -255,7 +244,7 @@ class ImageClassifier(RecordableModule):
                     f"which takes {total}"
                 )
             if self._has(LearningRateFinder) and isinstance(scheduler, OneCycleLR | CyclicLR):
-                raise ValueError(f"{type(scheduler).__name__} has rates of its own to find")
+                raise ValueError(f"{type(scheduler).__name__} has rates of its own: use no finder")
             if isinstance(scheduler, ReduceLROnPlateau):
                 if self.lr_interval == "step":
                     raise ValueError("ReduceLROnPlateau is for model.lr_interval epoch")
@@ -357,9 +346,7 @@ class ImageClassifier(RecordableModule):
             if metrics.update_called:
                 self._log_epoch(stage, metrics)
 
-    def on_test_epoch_end(self) -> None:
-        """Log the test set's metrics."""
-        self._log_epoch("test", self.test_metrics)
+    on_test_epoch_end = on_validation_epoch_end
 
     def _log_epoch(self, stage: str, metrics: "Means") -> None:
         """Log the means of an epoch, over all ranks, and reset them."""
@@ -380,7 +367,7 @@ class ImageClassifier(RecordableModule):
         )
 
     def on_train_end(self) -> None:
-        """Let no run that diverged end well."""
+        """Raise `Diverged` if the last step made a weight NaN or infinite."""
         self._refuse_divergence("a weight", *self.network.parameters())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -58,16 +58,13 @@ class MuonSGD(Optimizer):
     """Muon for some parameters and SGD with Nesterov momentum for others, as one optimizer, as the
     two of `airbench94_muon.py` (github.com/KellerJordan/cifar10-airbench) together.
 
-    Every parameter belongs to the one group whose pattern fits its name.
+    Every parameter belongs to the one group whose pattern fits its name: one that no group takes,
+    or two, is refused, as are a group that takes none and a vector for `muon`.
 
     Args:
         params: Pairs of name and parameter, as `named_parameters()` gives them, or what has these
             pairs as `named`.
         groups: How they are updated, by a name for each group.
-
-    Raises:
-        MisconfigurationException: A parameter that no group takes, or two; a group that takes none;
-            a vector for `muon`.
 
     """
 
@@ -102,7 +99,7 @@ class MuonSGD(Optimizer):
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state, whose groups of the same names may come in another order."""
+        """Resume from a state, whose groups of the same names may come in another order."""
         saved = {group["name"]: group for group in state_dict["param_groups"]}
         groups = [saved[group["name"]] for group in self.param_groups]
         super().load_state_dict({**state_dict, "param_groups": groups})
@@ -171,10 +168,6 @@ class Schedule(LRScheduler):
     It counts no steps and keeps no state: whoever trains tells it the progress, so a run that is
     resumed for longer, or with another batch size, is where it should be. A group of the optimizer
     that has `until` has come to the end after that share of the training.
-
-    Args:
-        optimizer: Whose rates; each group's own is what `factor` multiplies.
-
     """
 
     def __init__(self, optimizer: Optimizer) -> None:  # not LRScheduler's, which counts steps
@@ -182,7 +175,7 @@ class Schedule(LRScheduler):
         self.set_progress(0.0)
 
     def factor(self, progress: float) -> float:
-        """Return what to multiply the learning rates by at a progress in [0, 1]."""
+        """Return what to multiply each group's own learning rate by at a progress in [0, 1]."""
         raise NotImplementedError
 
     def set_progress(self, progress: float) -> None:
@@ -214,9 +207,6 @@ class WarmupCosine(Schedule):
     Args:
         optimizer: Whose rates.
         warmup: The share of the training in which the rate rises, in [0, 1).
-
-    Raises:
-        ValueError: `warmup` is not in [0, 1).
 
     """
 

@@ -5,10 +5,10 @@ figures, `model.pth` and `checkpoints/`.
 """
 
 import contextlib
-import errno
 import glob
 import hashlib
 import io
+import math
 import os
 import platform
 import shutil
@@ -35,18 +35,13 @@ Row = dict[str, float]  # the metrics of an epoch
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is never seen half-written.
-
-    Raises:
-        MisconfigurationException: The folder can't be written to, or the disk is full.
-    """
+    """Write a file that is never seen half-written; say so if that can't be done."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         scratch.write_bytes(content)
         scratch.replace(path)
     except OSError as error:
-        mend = ": free some space" if error.errno == errno.ENOSPC else ""
-        raise MisconfigurationException(f"{path}: {error.strerror}{mend}") from error
+        raise MisconfigurationException(f"{path}: {error.strerror}") from error
     finally:
         with contextlib.suppress(OSError):
             scratch.unlink(missing_ok=True)
@@ -66,8 +61,6 @@ def claim(parent: Path) -> Path:
             return parent / f"version_{version}"
         except FileExistsError:  # another process was faster
             version += 1
-        except OSError as error:
-            raise MisconfigurationException(f"{parent}: {error.strerror}") from error
 
 
 def forget(folder: Path) -> None:
@@ -82,11 +75,8 @@ def forget(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run's folder, which the system frees if this process is killed.
-
-    Raises:
-        MisconfigurationException: Another process trains in the folder.
-    """
+    """Hold the lock of a run's folder, which the system frees if this process is killed; refuse a
+    folder in which another process trains."""
     lock = FileLock(folder / ".lock")
     try:
         with lock.acquire(timeout=0):
@@ -212,11 +202,7 @@ def natural_mode(monitor: str | None) -> Literal["min", "max"] | None:
 
 def check_monitors(settings: dict[str, Any]) -> None:
     """Refuse settings by which something is chosen on the test set, or the worst is taken for the
-    best: the mode of Lightning's callbacks is `min`, whatever the metric.
-
-    Raises:
-        MisconfigurationException: They are such settings.
-    """
+    best: the mode of Lightning's callbacks is `min`, whatever the metric."""
     values = flat(settings)
     for key, monitor in values.items():
         if not key.endswith(".monitor"):
@@ -236,7 +222,8 @@ def chosen(rows: list[Row], checkpoint: ModelCheckpoint) -> tuple[Row, Path] | N
     monitored, among the epochs whose checkpoint is there, saved when the metric was measured."""
     monitor = str(checkpoint.monitor)
     sign = -1 if checkpoint.mode == "max" else 1
-    for row in sorted((r for r in rows if monitor in r), key=lambda r: sign * r[monitor]):
+    measured = (row for row in rows if math.isfinite(row.get(monitor, math.nan)))
+    for row in sorted(measured, key=lambda row: sign * row[monitor]):
         # Rows of versions up to 0.2.0 have no step.
         step = row.get("val/step", row.get("step"))
         metrics: dict[str, Any] = {**row, "epoch": int(row["epoch"]), "step": step or 0}
@@ -262,11 +249,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[A
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Return a Lightning checkpoint as plain data, in terms of this version; no code of it runs.
-
-    Raises:
-        MisconfigurationException: No such file, or not a checkpoint.
-
-    """
+    Refuse a file that is none, or not there."""
     path = Path(path)
     if not path.is_file():
         others = sorted(p.name for p in path.parent.glob("*.ckpt"))

@@ -24,8 +24,7 @@ MENDS = {
     "Failed to find C compiler": "model.compile needs a C compiler: install gcc, or leave it off",
     "Cannot find a working triton": "model.compile needs triton: install it, or leave it off",
     "too old to be supported by the triton": "model.compile needs a newer GPU: leave it off",
-    "closed by peer": "another process of this run has ended: resume from its last checkpoint",
-    "reset by peer": "another process of this run has ended: resume from its last checkpoint",
+    " by peer": "another process of this run has ended: resume from its last checkpoint",
     "Early stopping conditioned on metric": "EarlyStopping's monitor is not logged: use val/loss "
     "or val/acc, with data.val_size above 0",
     "does not allow for gradient clipping": "trainer.gradient_clip_val with mixed precision needs "

@@ -50,37 +50,13 @@ from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
 import optimization  # noqa: F401  # so that short names of its classes are known
-from callbacks import (
-    Board,
-    History,
-    LayerTable,
-    PredictionsKeeper,
-    PredictionTable,
-    SaveSettings,
-)
+import runs
+from callbacks import Board, History, LayerTable, PredictionsKeeper, PredictionTable, SaveSettings
 from datamodule import CIFAR10DataModule
 from lightning_module import Diverged, ImageClassifier
 from memory import keep_freed_memory
 from overhead import NoProfiler
 from reports.card import RESULT, commit, model_card, with_result
-from runs import (
-    EpochCheckpoint,
-    WholeCheckpointIO,
-    check_monitors,
-    chosen,
-    claim,
-    differences,
-    flat,
-    forget,
-    last_of_newest_run,
-    locked,
-    newest,
-    read_checkpoint,
-    run_of,
-    settings_of,
-    versions,
-    write_whole,
-)
 from terminal import ShortParser, quieten, refused, short_errors
 
 # Types of arguments of torchvision's transforms and of Lightning's callbacks.
@@ -112,38 +88,42 @@ def _find_checkpoint(args: list[str]) -> Path | None:
     for flag in ("--ckpt_path", "--name", "--config", "--trainer.default_root_dir"):
         parser.add_argument(flag, dest=flag.strip("-"))
     found = vars(parser.parse_known_args(args[1:])[0])
-    name = found["name"] or Path(found["config"] or "default").stem
-    parent, path = Path(found["trainer.default_root_dir"] or "runs", name), found["ckpt_path"]
+    config, path = Path(found["config"] or "default"), found["ckpt_path"]
+    settings: dict[str, Any] = {}  # of a file that can't be read; the parser says why
+    with contextlib.suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
+        settings = runs.flat(yaml.safe_load(config.read_text(encoding="utf-8")))
+    root = found["trainer.default_root_dir"] or settings.get("trainer.default_root_dir") or "runs"
+    parent = Path(root, found["name"] or settings.get("name") or config.stem)
     if path is None:
         is_requeued = args[0] == "fit" and os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
-        runs = versions(parent).items() if is_requeued else ()
-        jobs = [folder for _, folder in sorted(runs) if (folder / ".job").exists()]
+        every = runs.versions(parent).items() if is_requeued else ()
+        jobs = [folder for _, folder in sorted(every) if (folder / ".job").exists()]
         jobs = [folder for folder in jobs if (folder / ".job").read_text() == _job(args)]
         saved = [file for folder in jobs if (file := folder / "checkpoints" / "last.ckpt").exists()]
         if not saved:
             return None
         path = str(saved[-1])
     if path == "last":
-        return last_of_newest_run(parent)
+        return runs.last_of_newest_run(parent)
     if path == "best":
-        return _best(last_of_newest_run(parent))
-    if args[0] == "fit" and Path(path).name == "last.ckpt":
-        read_checkpoint(path)  # which says what is wrong with it
-        return newest(Path(path).parent)[1]
+        return _best(runs.last_of_newest_run(parent))
+    if args[0] == "fit" and Path(path).parts[-2:] == ("checkpoints", "last.ckpt"):
+        runs.read_checkpoint(path)  # which says what is wrong with it
+        return runs.newest(Path(path).parent)[1]
     return Path(path)
 
 
 def _best(last: Path) -> Path:
     """Return the checkpoint of the epoch that validation chose, of a run by its last one."""
-    checkpoint = read_checkpoint(last)
+    checkpoint = runs.read_checkpoint(last)
     if "run" not in checkpoint:
         raise MisconfigurationException(f"--ckpt_path best: {last} does not say: name the file")
     rows = checkpoint["callbacks"]["History"]["rows"]
     by = checkpoint["run"]["chosen_by"]
     is_choice = by["monitor"] is not None
-    best = chosen(rows, EpochCheckpoint(dirpath=last.parent, **by)) if is_choice else None
+    best = runs.chosen(rows, runs.EpochCheckpoint(dirpath=last.parent, **by)) if is_choice else None
     if best is None:
-        raise MisconfigurationException(f"--ckpt_path best: {run_of(last)} chose no epoch")
+        raise MisconfigurationException(f"--ckpt_path best: {runs.run_of(last)} chose no epoch")
     return best[1]
 
 
@@ -177,12 +157,12 @@ class CLI(LightningCLI):
             )
         except BaseException:
             if self.claimed is not None:
-                forget(self.claimed)
+                runs.forget(self.claimed)
             raise
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Return Lightning's, without the arguments that have one right value here; the one that is
-        given alone, as the parser of each takes a while to build."""
+        """Return Lightning's, without the arguments that have one right value here; only the one
+        that is given, as each parser takes a while to build."""
         fixed = {"weights_only", "verbose", "return_predictions"}
         every = {name: skip | fixed for name, skip in LightningCLI.subcommands().items()}
         given = self.args[0] if self.args else ""
@@ -201,13 +181,9 @@ class CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run's name and its ModelCheckpoint; set the default network."""
-        parser.add_argument(
-            "--name",
-            type=str | None,
-            default=None,
-            help="The run's folder is runs/<name>/version_<n>/ (default: the config file's name).",
-        )
-        parser.add_class_arguments(EpochCheckpoint, "checkpoint", skip={"dirpath"})
+        text = "The run's folder is runs/<name>/version_<n>/ (default: the config file's name)."
+        parser.add_argument("--name", type=str | None, default=None, help=text)
+        parser.add_class_arguments(runs.EpochCheckpoint, "checkpoint", skip={"dirpath"})
         parser.set_defaults({"model.network": {"class_path": "networks.default_network"}})
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -217,7 +193,7 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the command line, behind the settings of the checkpoint that it names."""
-        self.checkpoint: dict[str, Any] | None = None
+        self.checkpoint: dict[str, Any] = {}  # that is read; empty if there is none
         if args and args[0] in self.subcommands():
             self.path = _find_checkpoint(args)
         elif any(arg in self.subcommands() for arg in args):
@@ -225,8 +201,8 @@ class CLI(LightningCLI):
                 f"name the subcommand first: {' or '.join(self.subcommands())}"
             )
         if self.path is not None:
-            self.checkpoint = read_checkpoint(self.path)
-            settings = settings_of(self.checkpoint)
+            self.checkpoint = runs.read_checkpoint(self.path)
+            settings = runs.settings_of(self.checkpoint)
             if args[0] != "fit":
                 precision = settings.get("trainer", {}).get("precision")
                 settings = {
@@ -246,11 +222,10 @@ class CLI(LightningCLI):
             is_named = any(arg.startswith("--ckpt_path") for arg in args)
             front = ["--config", text] if is_named else []  # a requeued job's command has them
             args = [args[0], *front, *args[1:], "--ckpt_path", str(self.path)]
-        flags = [i for i, arg in enumerate(self.args) if arg.startswith("--")]
-        files = [i for i, arg in enumerate(self.args) if arg.partition("=")[0] == "--config"]
-        others = set(flags) - set(files)
-        if files and others and min(others) < max(files):
-            print("note: a --config overrides the flags before it", file=sys.stderr)
+        flags = [arg.partition("=")[0] for arg in self.args if arg.startswith("--")]
+        last = max((i for i, flag in enumerate(flags) if flag == "--config"), default=0)
+        if set(flags[:last]) - {"--config", "--ckpt_path"}:
+            _note("a --config overrides the flags before it")
         try:
             self.config = parser.parse_args(args)
         except (UnicodeDecodeError, RecursionError) as error:
@@ -272,9 +247,9 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Complete the settings before they are used and saved."""
         config = self.config[self.subcommand]
-        if config.ckpt_path and self.checkpoint is None:
+        if config.ckpt_path and not self.checkpoint:
             raise MisconfigurationException("ckpt_path belongs on the command line: --ckpt_path")
-        if self.subcommand != "fit" and self.checkpoint is None:
+        if self.subcommand != "fit" and not self.checkpoint:
             raise MisconfigurationException(f"{self.subcommand} needs --ckpt_path CHECKPOINT")
         config.trainer.default_root_dir = config.trainer.default_root_dir or "runs"
         if not config.name:
@@ -285,7 +260,7 @@ class CLI(LightningCLI):
                 raise MisconfigurationException("there is no validation set: data.val_size is 0")
             if str(config.checkpoint.monitor).startswith("val/"):
                 config.checkpoint.monitor = None  # there is nothing to choose by
-        if self.checkpoint is not None:
+        if self.checkpoint:
             self._refuse_seen(config)
         self._dump_config()
         # jsonargparse says so even of a text, where a function would do too.
@@ -293,14 +268,13 @@ class CLI(LightningCLI):
         text = re.sub(r"Unable to serialize instance (\w+)$", r"\1", text, flags=re.M)
         self.config_dump = yaml.safe_load(text)
         if self.subcommand == "fit":
-            check_monitors(self.config_dump)
-        for key, value in flat(self.config_dump).items():
+            runs.check_monitors(self.config_dump)
+        for key, value in runs.flat(self.config_dump).items():
             if "Unable to serialize instance" in str(value):
                 raise MisconfigurationException(f"{key} can't be saved in config.yaml: {value}")
 
     def _refuse_seen(self, config: Any) -> None:
         """Refuse a validation set with images that the checkpoint was trained on."""
-        assert self.checkpoint is not None
         before, now = self.checkpoint.get("datamodule_hyper_parameters"), config.data
         if not now.val_size or not before or self.subcommand == "predict":
             return
@@ -349,8 +323,7 @@ class CLI(LightningCLI):
         skipped += () if saves else (Checkpoint,)
         given = _listed(options.callbacks)
         for finder in (c for c in given if isinstance(c, FINDERS) and self.checkpoint):
-            name = type(finder).__name__
-            print(f"note: a resumed run keeps its rate and batch size: no {name}", file=sys.stderr)
+            _note(f"a resumed run keeps its rate and batch size: no {type(finder).__name__}")
         callbacks = [c for c in given if not isinstance(c, skipped)]
         callbacks += [History(writes=not options.fast_dev_run), *self.more_callbacks]
         if has_bar and not any(isinstance(c, ProgressBar) for c in callbacks):
@@ -365,13 +338,10 @@ class CLI(LightningCLI):
         if saves and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
             callbacks += [config.checkpoint, *config.checkpoint.also_last()]
         elif saves:
-            print(
-                "note: the ModelCheckpoint in trainer.callbacks replaces checkpoint.*",
-                file=sys.stderr,
-            )
+            _note("the ModelCheckpoint in trainer.callbacks replaces checkpoint.*")
         plugins = _listed(options.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            plugins.append(WholeCheckpointIO())
+            plugins.append(runs.WholeCheckpointIO())
         try:
             return super().instantiate_trainer(
                 default_root_dir=self.run_folder,
@@ -391,18 +361,18 @@ class CLI(LightningCLI):
         config = self.config[self.subcommand]
         parent = Path(config.trainer.default_root_dir) / config.name
         is_first_rank = getattr(rank_zero_only, "rank", 0) == 0  # the others are told the folder
-        if self.checkpoint is not None and self.path is not None:
+        if self.path is not None:
             run = self.checkpoint.get("run")
             if self.subcommand != "fit" or (
                 run
                 and self.path.parent.name == "checkpoints"
                 and (run["name"], run["trainer"]["default_root_dir"])
                 == (config.name, config.trainer.default_root_dir)
-                and newest(self.path.parent)[0] <= self.checkpoint["global_step"]
+                and runs.newest(self.path.parent)[0] <= self.checkpoint["global_step"]
             ):
-                return run_of(self.path)
+                return runs.run_of(self.path)
         if is_first_rank and not config.trainer.fast_dev_run:
-            self.claimed = claim(parent)
+            self.claimed = runs.claim(parent)
             if "SLURM_JOB_ID" in os.environ:
                 (self.claimed / ".job").write_text(_job(self.args))
             if self.path:
@@ -414,24 +384,24 @@ class CLI(LightningCLI):
     def fit(self, **kwargs: Any) -> None:
         """Train; afterwards write weights and card, and say what can be done next."""
         max_epochs, code, done = self.config.fit.trainer.max_epochs, commit(), 0
-        if self.checkpoint is not None:
+        if self.checkpoint:
             progress = self.checkpoint["loops"]["fit_loop"]["epoch_progress"]
             done = progress["current"]["processed"]  # of one made inside an epoch, those before
         if max_epochs is not None and 0 <= max_epochs < done:
             raise MisconfigurationException(
                 f"{self.path} has done {done} epochs: raise --trainer.max_epochs {max_epochs}"
             )
-        if self.checkpoint is not None and done == max_epochs:
-            print(f"all {done} epochs are done: to train for longer, raise --trainer.max_epochs")
+        if self.checkpoint and done == max_epochs:
+            self.trainer.print(
+                f"all {done} epochs are done: to train for longer, raise --trainer.max_epochs"
+            )
             if (self.run_folder / "model.md").exists():
                 return
-        with locked(self.run_folder) if self._writes() else contextlib.nullcontext():
+        writes = self.trainer.is_global_zero and not self.config.fit.trainer.fast_dev_run
+        with runs.locked(self.run_folder) if writes else contextlib.nullcontext():
             self._fit(**kwargs)
-            if self._writes():
+            if writes:
                 self._finish(code)
-
-    def _writes(self) -> bool:
-        return self.trainer.is_global_zero and not self.config.fit.trainer.fast_dev_run
 
     def _fit(self, **kwargs: Any) -> None:
         try:
@@ -464,26 +434,23 @@ class CLI(LightningCLI):
     def _finish(self, code: str) -> None:
         weights = io.BytesIO()
         torch.save(self.model.network.state_dict(), weights)
-        write_whole(self.run_folder / "model.pth", weights.getvalue())
+        runs.write_whole(self.run_folder / "model.pth", weights.getvalue())
         history = next(c for c in self.trainer.callbacks if isinstance(c, History))  # type: ignore[attr-defined]
         saved = next(c for c in self.trainer.callbacks if isinstance(c, SaveSettings))  # type: ignore[attr-defined]
         run = {"commit": code, "images": saved.images, "parts": saved.parts}
-        row = history.best(self.trainer)
+        keeper: Any = self.trainer.checkpoint_callback
+        best = runs.chosen(history.rows, keeper) if isinstance(keeper, ModelCheckpoint) else None
+        row, (step, path) = None, runs.newest(self.run_folder / "checkpoints")
+        if best:
+            row, path = best
         card = model_card(self.run_folder, self.config_dump, run, self.trainer, history.rows, row)
         file = self.run_folder / "model.md"
-        earlier = file.read_text().partition(RESULT) if file.exists() else ("", "", "")
-        write_whole(file, f"{card}{earlier[1]}{earlier[2]}".encode())  # a result names its epoch
+        result = file.read_text().partition(RESULT)[1:] if file.exists() else ()  # names its epoch
+        runs.write_whole(file, "".join((card, *result)).encode())
         print()
-        last = self.run_folder / "checkpoints" / "last.ckpt"
-        keeper, path = self.trainer.checkpoint_callback, last if last.exists() else None
-        if isinstance(keeper, ModelCheckpoint):
-            if best := chosen(history.rows, keeper):
-                row, path = best
-                value = row[str(keeper.monitor)]
-                print(f"best  epoch {row['epoch']:.0f}, {keeper.monitor} {value:.4f}")
-            elif keeper.monitor is None and Path(keeper.best_model_path).parent == last.parent:
-                path = Path(keeper.best_model_path)  # the last one that it kept
-        if path:
+        if row:
+            print(f"best  epoch {row['epoch']:.0f}, {keeper.monitor} {row[keeper.monitor]:.4f}")
+        if row or step >= 0:
             print(f"test  python train.py test --ckpt_path {shlex.quote(str(path))}")
         root = self.config.fit.trainer.default_root_dir
         print(f"view  tensorboard --logdir {shlex.quote(str(root))}\nrun   {self.run_folder}")
@@ -499,7 +466,6 @@ class CLI(LightningCLI):
 
     def _trained_on(self) -> dict[str, str]:
         """Return what is known of the images of the checkpoint's run."""
-        assert self.checkpoint is not None
         is_verified = self.checkpoint.get("datamodule_hyper_parameters", {}).get("verify")
         known = dict.fromkeys(("train", "test"), "CIFAR-10") if is_verified else {}
         return self.checkpoint.get("run", {}).get("images") or known
@@ -514,7 +480,6 @@ class CLI(LightningCLI):
         from reports.evaluation import Evaluation  # slow to import
         from reports.figures import png
 
-        assert self.checkpoint is not None
         assert self.path is not None
         results = self._report()
         test, val = self.keeper.predictions(), None
@@ -530,8 +495,8 @@ class CLI(LightningCLI):
         if not self.trainer.is_global_zero:
             return
         evaluation, folder = Evaluation(test, val), self.run_folder
-        before, used = settings_of(self.checkpoint), self.config_dump
-        changed = differences(
+        before, used = runs.settings_of(self.checkpoint), self.config_dump
+        changed = runs.differences(
             {"model": before["model"], "precision": before.get("trainer", {}).get("precision")},
             {"model": used["model"], "precision": used["trainer"]["precision"]},
         )
@@ -551,7 +516,7 @@ class CLI(LightningCLI):
         files = {f"test{suffix}.json": json.dumps(values, indent=2).encode()}
         files |= {f"{name}.png": content for name, content in pictures.items()}
         for name, content in files.items():
-            write_whole(folder / name, content)
+            runs.write_whole(folder / name, content)
         if any(folder.glob("events.out.*")):
             with SummaryWriter(folder) as board:
                 for name, content in pictures.items():
@@ -563,12 +528,11 @@ class CLI(LightningCLI):
             which = f"epoch {results['epoch']} (`{self.path.name}`)"
             summary = evaluation.summary()
             text = with_result(card.read_text(), which, summary, now["test"], changed)
-            write_whole(card, text.encode())
+            runs.write_whole(card, text.encode())
         print(f"written to {folder}: {', '.join(files)}")
 
     def _report(self) -> dict[str, Any]:
         """Print the metrics of a validation or a test, and return them."""
-        assert self.checkpoint is not None
         assert self.path is not None
         metrics = self.trainer.callback_metrics
         values = {name: round(float(value), 6) for name, value in metrics.items()}
@@ -588,14 +552,20 @@ class CLI(LightningCLI):
             self.trainer.callbacks.append(self.table)  # type: ignore[attr-defined]
 
     def after_predict(self) -> None:
-        """Say so if some images were left out; of files that could not be read with an exit code
-        that is not 0."""
+        """Say if images were left out; exit with an error if files could not be read."""
+        if self.config.predict.trainer.fast_dev_run:
+            return
         data, skipped = self.datamodule, self.table.skipped
         total = len(data.pictures if self.config.predict.data.images else data.test_set)
         if (done := len(self.table.rows) + skipped) < total:
             print(f"the first {done} of {total} only: trainer.limit_predict_batches")
         if skipped:
             sys.exit(f"error: {skipped} of {total} files skipped")
+
+
+@rank_zero_only
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
 
 
 def _listed(value: Any) -> list[Any]:

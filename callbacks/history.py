@@ -20,11 +20,7 @@ STAGES, NAMES = ("train", "val", "test"), ("loss", "acc")
 
 class History(Callback):
     """Keeps the metrics of every epoch, in the checkpoint too: a resumed run has whole curves.
-
-    Args:
-        writes: Write `metrics.csv` and `curves.png` into the run's folder.
-
-    """
+    Writes `metrics.csv` and `curves.png` into the run's folder, if it `writes`."""
 
     takes_many_steps = True  # as one batch: it counts images
 
@@ -38,7 +34,7 @@ class History(Callback):
         self.evaluating = 0.0  # seconds of this epoch
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the rows for the checkpoint, with one for the validation of the present epoch."""
+        """Return the rows for the checkpoint, with one for the validation of the current epoch."""
         inside = [self.evaluated] if self.evaluated else []
         return {"rows": self.rows + inside, "is_inside": bool(inside)}
 
@@ -48,23 +44,16 @@ class History(Callback):
         if state_dict.get("is_inside"):
             self.evaluated = self.rows.pop()
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock, as Lightning calls no hook for the rest of an epoch."""
-        self.on_train_epoch_start(trainer, pl_module)
-
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock; report the epoch before, which by now is saved."""
         self._report(trainer)
         self.started = time.perf_counter()
         self.images, self.evaluating = 0, 0.0
 
+    on_train_start = on_train_epoch_start  # as no hook is called for the rest of a resumed epoch
+
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, *_: Any
     ) -> None:
         """Count images; stop the clock of training with an epoch's last batch, and say how long the
         compilation took with a run's first."""

@@ -98,47 +98,27 @@ class ConfusionMatrix(PredictionsKeeper):
 
 class PredictionTable(Callback):
     """Writes the two most probable classes of every image to a CSV file at the end, and shows those
-    of the first pictures.
-
-    Args:
-        path: The file.
-        files: The pictures' files, or None if the images have numbers only.
-
-    """
+    of the first pictures. `files` are the pictures' own, None if the images have numbers only."""
 
     def __init__(self, path: Path, files: list[Path] | None) -> None:
         self.path, self.files = path, files
         self.rows: list[list[str]] = []
         self.skipped = 0
-        self.due = 0  # the index of the next image
 
     def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int, *_: Any
     ) -> None:
-        """Keep the best of a batch: probabilities [B, 10]."""
-        best = outputs.topk(2)
-        for index, values, classes in zip(
-            batch.indices.tolist(), best.values.tolist(), best.indices.tolist(), strict=True
-        ):
-            self._skip_to(index)
+        """Keep the best of probabilities [B, 10]; name the files that could not be read."""
+        best, indices = outputs.topk(2), batch.indices.tolist()
+        columns = indices, best.values.tolist(), best.indices.tolist()
+        for index, (p, q), (first, second) in zip(*columns, strict=True):
             name = str(index) if self.files is None else _printable(self.files[index])
-            pairs = zip(classes, values, strict=True)
-            self.rows.append([name, *(w for c, v in pairs for w in (CLASSES[c], f"{v:.4f}"))])
-            self.due = index + 1
-        self._skip_to(BATCH_SIZE * (batch_idx + 1))
-
-    def _skip_to(self, index: int) -> None:
-        """Name the files before `index` that could not be read."""
-        for file in (self.files or [])[self.due : index]:
-            tqdm.write(f"skipped {_printable(file)}: {why_unreadable(file)}", file=sys.stderr)
-            self.skipped += 1
-        self.due = index
+            self.rows.append([name, CLASSES[first], f"{p:.4f}", CLASSES[second], f"{q:.4f}"])
+        start = BATCH_SIZE * batch_idx
+        for index, file in enumerate((self.files or [])[start : start + BATCH_SIZE], start):
+            if index not in indices:
+                tqdm.write(f"skipped {_printable(file)}: {why_unreadable(file)}", file=sys.stderr)
+                self.skipped += 1
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file, and show the first pictures."""

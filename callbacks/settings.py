@@ -13,28 +13,19 @@ CHOICE = ("monitor", "mode", "filename", "auto_insert_metric_name")  # of ModelC
 
 
 class SaveSettings(Callback):
-    """Saves the run's settings: in `config.yaml`, and in every checkpoint, with what they were in
-    earlier parts of a run that was resumed with others.
-
-    Args:
-        settings: The run's, as nested plain data.
-        resumed: The checkpoint that it resumes.
-
-    """
+    """Saves the run's settings, nested plain data: in `config.yaml`, and in every checkpoint, with
+    what they were in earlier parts of a run, of which `resumed` is a checkpoint, or empty."""
 
     takes_many_steps = True
 
-    def __init__(self, settings: dict[str, Any], resumed: dict[str, Any] | None) -> None:
+    def __init__(self, settings: dict[str, Any], resumed: dict[str, Any]) -> None:
         self.settings = settings
         self.images: dict[str, str] = {}
-        self.parts: list[dict[str, Any]] = [
-            {"from_epoch": 0, "config": "config.yaml", "changed": {}}
-        ]
         self.before = settings_of(resumed) if resumed else settings
-        if resumed:
-            self.parts = resumed.get("run", {}).get("parts", self.parts)
         self.changed = differences(self.before, settings)
-        self.earlier = resumed.get("run", {}) if resumed else {}
+        self.earlier: dict[str, Any] = resumed.get("run", {})
+        first = {"from_epoch": 0, "config": "config.yaml", "changed": {}}
+        self.parts: list[dict[str, Any]] = self.earlier.get("parts", [first])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Note which images and which code these are, and refuse to validate on images that may

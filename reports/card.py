@@ -25,16 +25,11 @@ RESULT = "\n## On the test set\n"
 
 def commit() -> str:
     """Return the git commit of this code, and whether it was changed since."""
-
-    def git(*words: str) -> str:
-        here = Path(__file__).parent
-        return subprocess.run(
-            ["git", *words], cwd=here, check=True, capture_output=True, text=True
-        ).stdout.strip()
-
+    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty= with changes"]
+    here = Path(__file__).parent
     try:
-        changed = " with changes" if git("status", "--porcelain", "--untracked-files=no") else ""
-        return git("rev-parse", "HEAD") + changed
+        git = subprocess.run(command, cwd=here, check=True, capture_output=True, text=True)
+        return git.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown: not in a git checkout"
 
@@ -47,18 +42,10 @@ def model_card(
     rows: list[Row],
     best: Row | None,
 ) -> str:
-    """Return the card of a run that has been trained, as Markdown.
-
-    Args:
-        folder: The run's.
-        settings: As in its `config.yaml`.
-        run: `commit`, the code's; `images`, what the training and the test images are; `parts`, in
-            which settings changed when the run was resumed.
-        trainer: What trained it.
-        rows: Its epochs.
-        best: The epoch that validation chose.
-
-    """
+    """Return the card of a run that has been trained, as Markdown, from the settings in its
+    `config.yaml`, its epochs and the one that validation chose. `run` has the `commit` of the code,
+    what the training and the test `images` are, and `parts`: in which settings changed when the run
+    was resumed."""
     model, data = settings["model"], settings["data"]
     device, parts, images = trainer.strategy.root_device, run["parts"], run["images"]
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()

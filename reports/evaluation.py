@@ -50,13 +50,8 @@ def confusion_of(predictions: Predictions) -> Tensor:
 
 
 class Evaluation:
-    """What is to be said of a model on a set of images.
-
-    Args:
-        test: What it says of the test set.
-        val: Of the validation set, on which the temperature is fitted; None if there is none.
-
-    """
+    """How good a model is, by its predictions of the test set, and of the validation set, if there
+    is one: on that the temperature is fitted."""
 
     def __init__(self, test: Predictions, val: Predictions | None = None) -> None:
         self.test = test
@@ -67,7 +62,7 @@ class Evaluation:
         self.low, self.high = proportion_confint(correct, len(labels), method="wilson")
         self.top2 = float(multiclass_accuracy(logits, labels, N, average="micro", top_k=2))
         self.precision, self.recall, self.f1 = (
-            metric(logits, labels, N, average="none")
+            metric(logits, labels, N, average="none").tolist()
             for metric in (multiclass_precision, multiclass_recall, multiclass_f1_score)
         )
         self.calibration = calibration(logits, labels)
@@ -77,7 +72,8 @@ class Evaluation:
 
     def values(self) -> dict[str, Any]:
         """Return all numbers as plain data; accuracies are fractions."""
-        per_class = zip(self.precision, self.recall, self.f1, self.confusion.sum(1), strict=True)
+        sizes = self.confusion.sum(1).tolist()
+        per_class = zip(self.precision, self.recall, self.f1, sizes, strict=True)
         found: dict[str, Any] = {
             "images": len(self.test.labels),
             "accuracy": {"value": self.accuracy, "low": self.low, "high": self.high},
@@ -118,7 +114,7 @@ class Evaluation:
         table.add_column("most often taken for")
         wrong = self.confusion - self.confusion.diagonal().diag()
         for i, name in enumerate(CLASSES):
-            numbers = [f"{float(v[i]):.1%}" for v in (self.precision, self.recall, self.f1)]
+            numbers = [f"{v[i]:.1%}" for v in (self.precision, self.recall, self.f1)]
             count, other = wrong[i].max(dim=0)
             taken = f"{CLASSES[other]} ({count} of {int(self.confusion[i].sum())})"
             table.add_row(name, *numbers, taken if count else "")
@@ -142,6 +138,4 @@ def _rounded(value: Any) -> Any:
     """Return plain data with six digits behind the point."""
     if isinstance(value, dict):
         return {key: _rounded(inner) for key, inner in value.items()}
-    if isinstance(value, Tensor):
-        value = value.item()
     return round(value, 6) if isinstance(value, float) else value

@@ -1,6 +1,7 @@
 """What chooses an epoch, a rate, a seed or a file chooses what it says."""
 
 import errno
+import math
 import os
 import re
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 from cifar10 import archive
 from datamodule import CIFAR10DataModule
 from lightning_module import ImageClassifier
+from runs import EpochCheckpoint, chosen
 from tests.conftest import BASE, QUIET, Run
 from tests.small import Flat
 from tests.test_train import RUN_0, rows
@@ -51,6 +53,18 @@ def test_early_stopping_by_accuracy_stops_when_it_falls(run: Run) -> None:
         f"{CALLBACK}.monitor", "val/acc", f"{CALLBACK}.mode", "max", f"{CALLBACK}.patience", "1",
         f"{CALLBACK}.min_delta", "1")  # fmt: skip
     assert len(rows(RUN_0)) == 2
+
+
+def test_an_epoch_without_a_number_is_never_the_best(tmp_path: Path) -> None:
+    measured = []
+    for i, value in enumerate((0.5, math.nan, 0.9)):
+        measured.append({"epoch": i, "step": i, "x/acc": value})
+        checkpoint = {"state_dict": {}, "epoch": i, "global_step": i}
+        checkpoint["pytorch-lightning_version"] = "2.6.6"
+        torch.save(checkpoint, tmp_path / f"epoch_{i:02d}.ckpt")
+    best = chosen(measured, EpochCheckpoint("x/acc", dirpath=tmp_path))
+    assert best is not None
+    assert best[0]["epoch"] == 2
 
 
 def test_the_newest_checkpoint_of_the_newest_run_is_the_last(run: Run) -> None:
@@ -152,6 +166,7 @@ def test_other_code_is_told_in_the_card(run: Run, monkeypatch: pytest.MonkeyPatc
 def test_a_part_of_the_images_is_said_to_be_one(run: Run) -> None:
     run(*FLAT, "--trainer.max_epochs", "1")
     assert "only" not in run("predict", "--ckpt_path", LAST)
+    assert "only" not in run("predict", "--ckpt_path", LAST, "--trainer.fast_dev_run", "true")
     run(*FLAT, "--trainer.max_epochs", "1", "--data.augment", "[]")
     out = run("predict", "--ckpt_path", LAST, "--trainer.limit_predict_batches", "0")
     assert "the first 0 of 200 only" in out

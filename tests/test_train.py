@@ -435,6 +435,8 @@ def test_last_and_best_mean_the_newest_run_of_the_recipe(run: Run, tmp_path: Pat
         assert json.loads((folder / "test.json").read_text())["checkpoint"] == name
     out = run("fit", *where, "--ckpt_path", "last", "--trainer.max_epochs", "4")
     assert f"run   {folder}" in out
+    out = run("fit", "--config", config, "--ckpt_path", "last", "--trainer.max_epochs", "5")
+    assert f"run   {folder}" in out  # by the name in the file
 
 
 def test_a_moved_run_goes_on_and_remembers_its_best_epoch(run: Run) -> None:
