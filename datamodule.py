@@ -39,10 +39,13 @@ class CIFAR10DataModule(LightningDataModule):
         val_size: Training images held out for validation.
         split_seed: The seed that picks them.
         augment: Steps that augment float images [B, 3, 32, 32] in [0, 1] in training, in order
-            (`cifar10.augment`); a `Normalize`, which would not run in evaluation, is refused.
+            (`cifar10.augment`).
         test_curve: Evaluate the test set after every epoch too, for drawing only.
         images: Pictures to `predict` in place of the test set: a file, a folder, a pattern such as
             'photos/*.jpg', or a list of such.
+
+    Raises:
+        MisconfigurationException: `augment` has a `Normalize`, which would not run in evaluation.
 
     """
 
@@ -99,10 +102,12 @@ class CIFAR10DataModule(LightningDataModule):
             self._load()
 
     def setup(self, stage: str = "fit") -> None:
-        """Put the images on the device of the model, and split them; refuse a `val_size` that
-        leaves no training image.
+        """Put the images on the device of the model, and split them.
 
         On the CPU they stay in the file that is mapped into memory; on a GPU they take 184 MB.
+
+        Raises:
+            MisconfigurationException: `val_size` leaves no training image, or there are no images.
         """
         self.device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         # Read once, as the model reseeds the same generator at every epoch. Broadcast, as

@@ -57,7 +57,7 @@ class ImageClassifier(RecordableModule):
     epoch: means over the images, accuracy as a fraction.
 
     Args:
-        network: Maps normalised float images [B, 3, 32, 32] to logits [B, 10]; others are refused.
+        network: Maps normalised float images [B, 3, 32, 32] to logits [B, 10].
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes the scheduler from the optimizer: one of `optimization`, which follows
             training progress, or one of PyTorch's.
@@ -79,6 +79,9 @@ class ImageClassifier(RecordableModule):
         log_steps: Log `train/loss_step` too, every `trainer.log_every_n_steps` steps.
         tta: Test-time augmentation of `validate`, `test` and `predict`: the views of an image whose
             logits are averaged (`average_over_views`). During `fit` there is none.
+
+    Raises:
+        MisconfigurationException: The network does not map [B, 3, 32, 32] to [B, 10].
 
     """
 
@@ -126,7 +129,11 @@ class ImageClassifier(RecordableModule):
         _check(network)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map float images [B, 3, 32, 32] in [0, 1] to logits [B, 10]; refuse whole numbers."""
+        """Map float images [B, 3, 32, 32] in [0, 1] to logits [B, 10].
+
+        Raises:
+            TypeError: Images of whole numbers.
+        """
         if not images.is_floating_point():
             raise TypeError("images are floats in [0, 1]: divide pixels by 255")
         return self.network(self.normalized(images))

@@ -58,13 +58,16 @@ class MuonSGD(Optimizer):
     """Muon for some parameters and SGD with Nesterov momentum for others, as one optimizer, as the
     two of `airbench94_muon.py` (github.com/KellerJordan/cifar10-airbench) together.
 
-    Every parameter belongs to the one group whose pattern fits its name: one that no group takes,
-    or two, is refused, as are a group that takes none and a vector for `muon`.
+    Every parameter belongs to the one group whose pattern fits its name.
 
     Args:
         params: Pairs of name and parameter, as `named_parameters()` gives them, or what has these
             pairs as `named`.
         groups: How they are updated, by a name for each group.
+
+    Raises:
+        MisconfigurationException: A parameter that no group takes, or two; a group that takes none;
+            a vector for `muon`.
 
     """
 
@@ -207,6 +210,9 @@ class WarmupCosine(Schedule):
     Args:
         optimizer: Whose rates.
         warmup: The share of the training in which the rate rises, in [0, 1).
+
+    Raises:
+        ValueError: `warmup` is not in [0, 1).
 
     """
 

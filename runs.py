@@ -54,10 +54,11 @@ def versions(parent: Path) -> dict[int, Path]:
 
 def claim(parent: Path) -> Path:
     """Create and return the next free `version_<n>` of a folder, for this process alone."""
+    parent.mkdir(parents=True, exist_ok=True)
     version = max(versions(parent), default=-1) + 1
     while True:
         try:
-            (parent / f"version_{version}").mkdir(parents=True)
+            (parent / f"version_{version}").mkdir()
             return parent / f"version_{version}"
         except FileExistsError:  # another process was faster
             version += 1
@@ -249,7 +250,10 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[A
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Return a Lightning checkpoint as plain data, in terms of this version; no code of it runs.
-    Refuse a file that is none, or not there."""
+
+    Raises:
+        MisconfigurationException: No such file, or not a checkpoint.
+    """
     path = Path(path)
     if not path.is_file():
         others = sorted(p.name for p in path.parent.glob("*.ckpt"))

@@ -57,7 +57,7 @@ class ShortParser(LightningArgumentParser):
         """Print the key and the innermost cause, or the keys near an unknown one; exit with 2."""
         key = message.partition('Parser key "')[2].partition('"')[0]
         words = message.removeprefix("unrecognized arguments: ")
-        if type(ex).__name__ == "NSKeyError":
+        if type(ex).__name__ == "NSKeyError" and "'" in message:
             parser = getattr(ex, "subcommand_parser", None) or self
             message = _unknown(message.split("'")[-2], parser)
         elif words == message and key and ex is not None:

@@ -75,6 +75,7 @@ def _drop_other_arguments(_parser: Any, before: Any, now: Any) -> None:
         before["init_args"] = type(before["init_args"])()
 
 
+assert hasattr(_typehints, "discard_init_args_on_class_path_change")  # a part that may go
 _typehints.discard_init_args_on_class_path_change = _drop_other_arguments
 
 
@@ -196,7 +197,7 @@ class CLI(LightningCLI):
         self.checkpoint: dict[str, Any] = {}  # that is read; empty if there is none
         if args and args[0] in self.subcommands():
             self.path = _find_checkpoint(args)
-        elif any(arg in self.subcommands() for arg in args):
+        elif not args or any(arg in self.subcommands() for arg in args):
             raise MisconfigurationException(
                 f"name the subcommand first: {' or '.join(self.subcommands())}"
             )
@@ -485,13 +486,13 @@ class CLI(LightningCLI):
         test, val = self.keeper.predictions(), None
         now = {part: self.datamodule.identity(part) for part in ("train", "test")}
         trained_on = self._trained_on()
+        if test is None or not test.logits.isfinite().all():
+            reason = "the network's outputs are NaN" if test else "no image was tested"
+            raise MisconfigurationException(f"{self.path}: {reason}")
         # Of other training images some may be among those that it was trained on.
         if self.config.test.data.val_size and now["train"] == trained_on.get("train"):
             self.trainer.validate(self.model, self.datamodule, verbose=False)
             val = self.keeper.predictions()
-        if test is None or not test.logits.isfinite().all():
-            reason = "the network's outputs are NaN" if test else "no image was tested"
-            raise MisconfigurationException(f"{self.path}: {reason}")
         if not self.trainer.is_global_zero:
             return
         evaluation, folder = Evaluation(test, val), self.run_folder

@@ -102,7 +102,7 @@ class History(Callback):
             speed["images_per_second"] = round(self.images_per_second)
             pl_module.log("train/images_per_second", self.images_per_second)
         when = {"epoch": trainer.current_epoch, "step": trainer.global_step}
-        self.rows.append(when | measured | when | speed)  # the validation may have another step
+        self.rows.append({**when, **measured, **when, **speed})  # validation had a step of its own
         self.is_new = True
         if folder := self._folder(trainer):
             text = io.StringIO()

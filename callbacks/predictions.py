@@ -121,14 +121,16 @@ class PredictionTable(Callback):
                 self.skipped += 1
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the file, and show the first pictures."""
+        """Write the file, unless nothing could be read, and show the first pictures."""
+        if not self.rows:
+            return
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         name = "image" if self.files is None else "file"
         writer.writerow([name, "class", "probability", "runner_up", "runner_up_probability"])
         writer.writerows(self.rows)
         write_whole(self.path, text.getvalue().encode())
-        if self.files is not None and self.rows:
+        if self.files is not None:
             table = Table(box=box.SIMPLE, header_style="bold", pad_edge=False)
             for header in ("file", "class", "probability", "runner-up", "probability"):
                 table.add_column(header, justify="right" if header[0] == "p" else "left")

@@ -13,6 +13,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
+import train
 from cifar10 import archive
 from datamodule import CIFAR10DataModule
 from lightning_module import ImageClassifier
@@ -277,3 +278,18 @@ def test_a_disk_that_fills_up_under_tensorboard_is_one_line(
 
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
     assert "events.out.tfevents': free some space" in fails(*FLAT)
+
+
+def test_without_a_subcommand_there_is_nothing_to_do() -> None:
+    with pytest.raises(SystemExit, match="name the subcommand first: fit or validate"):
+        train.main([])
+
+
+def test_predictions_stay_if_nothing_can_be_read(run: Run, tmp_path: Path) -> None:
+    run(*FLAT, "--trainer.max_epochs", "1", once=True)
+    run("predict", "--ckpt_path", LAST)
+    before = (RUN_0 / "predictions.csv").read_text()
+    (tmp_path / "notes.txt").write_text("no picture")
+    with pytest.raises(SystemExit, match="1 of 1 files skipped"):
+        run("predict", "--ckpt_path", LAST, "--data.images", tmp_path / "notes.txt")
+    assert (RUN_0 / "predictions.csv").read_text() == before
