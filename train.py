@@ -441,9 +441,10 @@ class CLI(LightningCLI):
         run = {"commit": code, "images": saved.images, "parts": saved.parts}
         keeper: Any = self.trainer.checkpoint_callback
         best = runs.chosen(history.rows, keeper) if isinstance(keeper, ModelCheckpoint) else None
-        row, (step, path) = None, runs.newest(self.run_folder / "checkpoints")
-        if best:
-            row, path = best
+        step, path = runs.newest(self.run_folder / "checkpoints")
+        if keeper and not keeper.monitor and Path(keeper.best_model_path).parent == path.parent:
+            path = Path(keeper.best_model_path)  # the last one that it kept
+        row, path = best or (None, path)
         card = model_card(self.run_folder, self.config_dump, run, self.trainer, history.rows, row)
         file = self.run_folder / "model.md"
         result = file.read_text().partition(RESULT)[1:] if file.exists() else ()  # names its epoch
