@@ -34,20 +34,10 @@ CompileMode = Literal[
     "off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
 ]
 INIT_IMAGES = 5000  # that a network's `init_from` sees
-NO_END = (
-    "a schedule needs an end: give trainer.max_epochs or max_steps, and "
-    "trainer.accumulate_grad_batches rather than GradientAccumulationScheduler"
-)
 
 
 class Diverged(MisconfigurationException):
     """The loss or a weight is NaN or infinite."""
-
-
-class Parameters(list[nn.Parameter]):
-    """Parameters to train, as every optimizer takes them, and for those that want names `named`."""
-
-    named: list[tuple[str, nn.Parameter]]
 
 
 class ImageClassifier(RecordableModule):
@@ -237,14 +227,18 @@ class ImageClassifier(RecordableModule):
         is_known = not self._has(GradientAccumulationScheduler)
         self.total_steps = total = self.steps_of_training() if is_known else math.inf
         given = make.keywords if isinstance(make, partial) else {}
+        no_end = ValueError(
+            "a schedule needs an end: give trainer.max_epochs or max_steps, and "
+            "trainer.accumulate_grad_batches rather than GradientAccumulationScheduler"
+        )
         with _refused("model.lr_scheduler"):
             if given.get("total_steps", 0) is None and given.get("epochs") is None:  # OneCycleLR's
                 if total == math.inf:
-                    raise ValueError(NO_END)
+                    raise no_end
                 make = partial(make, total_steps=total)  # type: ignore[call-arg]
             scheduler: Any = make(optimizer)
             if hasattr(scheduler, "set_progress") and total == math.inf:
-                raise ValueError(NO_END)
+                raise no_end
             if getattr(scheduler, "total_steps", total) < total < math.inf:
                 raise ValueError(
                     f"a schedule over {scheduler.total_steps} steps ends before the training, "
@@ -414,6 +408,12 @@ class ImageClassifier(RecordableModule):
     def example_input_array(self) -> Tensor:
         """Images [128, 3, 32, 32] for the summary's shapes, of the type of the weights."""
         return torch.zeros(128, 3, 32, 32, dtype=next(self.network.parameters()).dtype)
+
+
+class Parameters(list[nn.Parameter]):
+    """Parameters to train, as every optimizer takes them, and for those that want names `named`."""
+
+    named: list[tuple[str, nn.Parameter]]
 
 
 class Means(Metric):
