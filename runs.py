@@ -12,6 +12,8 @@ import math
 import os
 import platform
 import shutil
+import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +25,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-CODE = ("train.py", "lightning_module.py", "cuda_graph.py", "optimization.py", "datamodule.py")
 WHERE = {"name", "data.root", "trainer.default_root_dir", "ckpt_path"}  # not what is trained
 RUN_SETTINGS = ("seed_everything", "name", "trainer", "checkpoint")
 LARGE = 1e9  # bytes of checkpoints that are worth a word
@@ -89,13 +90,37 @@ def locked(folder: Path) -> Iterator[None]:
         raise MisconfigurationException(f"another process trains in {folder}") from None
 
 
-def code_version() -> str:
-    """Return what tells one version of the code that trains, and of PyTorch, from another."""
-    here = Path(__file__).parent
-    files = [here / name for name in CODE]
-    files += sorted(file for room in ("cifar10", "networks") for file in (here / room).glob("*.py"))
-    content = b"".join(file.read_bytes() for file in files) + torch.__version__.encode()
-    return hashlib.sha256(content).hexdigest()[:16]
+def code_version() -> dict[str, str]:
+    """Return the start of the SHA-256 of every file that this process has imported from this
+    project and from the user's own folders, by the name of its module."""
+    found = {}
+    for name, module in sorted(sys.modules.items()):
+        file = Path(getattr(module, "__file__", None) or "")
+        is_installed = {"site-packages", "dist-packages"} & set(file.parts)
+        is_pythons = file.is_relative_to(sysconfig.get_path("stdlib"))
+        if file.suffix == ".py" and file.is_file() and not is_installed and not is_pythons:
+            found[file.stem if name in ("__main__", "__mp_main__") else name] = file_version(file)
+    return found
+
+
+def file_version(file: Path) -> str:
+    """Return the start of a file's SHA-256."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+
+
+def package_versions(settings: dict[str, Any]) -> dict[str, str]:
+    """Return the versions of the packages that a run with these settings computes with."""
+    classes = [str(v) for key, v in flat(settings).items() if key.endswith("class_path")]
+    names = {"torch", "torchvision", "lightning", *(c.partition(".")[0] for c in classes)}
+    modules = {name: sys.modules[name] for name in sorted(names & sys.modules.keys())}
+    return {name: str(m.__version__) for name, m in modules.items() if hasattr(m, "__version__")}
+
+
+def machine(device: torch.device) -> str:
+    """Return the name of the GPU, or of the processor with the number of its cores in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} of {os.cpu_count()} cores, {processor()}"
 
 
 def processor() -> str:
@@ -279,6 +304,9 @@ def migrate(checkpoint: dict[str, Any]) -> dict[str, Any]:
     Up to 0.2.0 images were normalised by a step of `data.augment`, schedules had `total_steps`, and
     the mode of the monitor was said apart from it.
     """
+    run = checkpoint.get("run", {})
+    if isinstance(run.get("code"), str):  # of all files at once, up to 0.3.0
+        run["code"] = {"train": run["code"]}
     model = checkpoint.get("hyper_parameters", {})
     data = checkpoint.get("datamodule_hyper_parameters", {})
     if "normalize" in model or "network" not in model:
@@ -288,7 +316,6 @@ def migrate(checkpoint: dict[str, Any]) -> dict[str, Any]:
         scheduler.get("init_args", {}).pop("total_steps", None)
         if not scheduler.get("init_args"):  # as one without arguments has it now
             scheduler.pop("init_args", None)
-    run = checkpoint.get("run", {})
     run.get("checkpoint", {}).pop("mode", None)
     run["chosen_by"] = {"monitor": run.get("checkpoint", {}).get("monitor")}
     model["normalize"], steps = None, []

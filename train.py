@@ -21,7 +21,6 @@ import secrets
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ import yaml
 from jsonargparse import _typehints
 from jsonargparse.typing import register_type, restricted_number_type
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     Checkpoint,
@@ -136,8 +135,7 @@ def _job(args: list[str]) -> str:
 class CLI(LightningCLI):
     """LightningCLI with a folder for every run, and checkpoints that carry their settings."""
 
-    def __init__(self, args: list[str], callbacks: Sequence[Callback] = ()) -> None:
-        self.more_callbacks = callbacks  # besides those of the settings
+    def __init__(self, args: list[str]) -> None:
         self.args = args
         self.claimed: Path | None = None
         self.path: Path | None = None
@@ -326,7 +324,7 @@ class CLI(LightningCLI):
         for finder in (c for c in given if isinstance(c, FINDERS) and self.checkpoint):
             _note(f"a resumed run keeps its rate and batch size: no {type(finder).__name__}")
         callbacks = [c for c in given if not isinstance(c, skipped)]
-        callbacks += [History(writes=not options.fast_dev_run), *self.more_callbacks]
+        callbacks += [History(writes=not options.fast_dev_run)]
         if has_bar and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(TQDMProgressBar(refresh_rate=25, leave=False))
         if options.enable_model_summary is not False:
@@ -438,7 +436,7 @@ class CLI(LightningCLI):
         runs.write_whole(self.run_folder / "model.pth", weights.getvalue())
         history = next(c for c in self.trainer.callbacks if isinstance(c, History))  # type: ignore[attr-defined]
         saved = next(c for c in self.trainer.callbacks if isinstance(c, SaveSettings))  # type: ignore[attr-defined]
-        run = {"commit": code, "images": saved.images, "parts": saved.parts}
+        run = {"commit": code, "images": saved.made_by["images"], "parts": saved.parts}
         keeper: Any = self.trainer.checkpoint_callback
         best = runs.chosen(history.rows, keeper) if isinstance(keeper, ModelCheckpoint) else None
         step, path = runs.newest(self.run_folder / "checkpoints")

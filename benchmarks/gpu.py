@@ -29,7 +29,6 @@ from torch.profiler import profile
 import train
 from benchmarks import common
 from cifar10 import archive
-from terminal import quieten
 
 RUN = common.DATA + " --trainer.max_epochs {epochs} --trainer.default_root_dir {runs} --name {name}"
 BASE, FAST94, IMPROVED, RESNET18 = (
@@ -215,5 +214,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "fast94":
         fast94(*sys.argv[2:])
     else:
-        quieten()
-        train.CLI(["fit", *sys.argv[2:], "--trainer.max_epochs", "3"], [Trace()])
+        trace = "--trainer.callbacks+=benchmarks.gpu.Trace"
+        train.main(["fit", *sys.argv[2:], "--trainer.max_epochs", "3", trace])

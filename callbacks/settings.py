@@ -1,5 +1,6 @@
-"""The settings of a run, in `config.yaml` and in its checkpoints."""
+"""What a run was, in `config.yaml` and `run.json`, and in its checkpoints."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,20 +8,28 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from runs import RUN_SETTINGS, code_version, differences, settings_of, write_whole
+from runs import (
+    RUN_SETTINGS,
+    code_version,
+    differences,
+    machine,
+    package_versions,
+    settings_of,
+    write_whole,
+)
 
 CHOICE = ("monitor", "mode", "filename", "auto_insert_metric_name")  # of ModelCheckpoint
 
 
 class SaveSettings(Callback):
     """Saves the run's settings, nested plain data: in `config.yaml`, and in every checkpoint, with
-    what they were in earlier parts of a run, of which `resumed` is a checkpoint, or empty."""
+    what they were in earlier parts of a run, of which `resumed` is a checkpoint, or empty; and in
+    `run.json` with what code, packages, images and machine these parts were trained."""
 
     takes_many_steps = True
 
     def __init__(self, settings: dict[str, Any], resumed: dict[str, Any]) -> None:
         self.settings = settings
-        self.images: dict[str, str] = {}
         self.before = settings_of(resumed) if resumed else settings
         self.changed = differences(self.before, settings)
         self.earlier: dict[str, Any] = resumed.get("run", {})
@@ -31,12 +40,19 @@ class SaveSettings(Callback):
         """Note which images and which code these are, and refuse to validate on images that may
         have been trained on."""
         data = trainer.datamodule  # type: ignore[attr-defined]
-        self.images = {part: data.identity(part) for part in ("train", "test")}
-        self.code = code_version()
-        now = {"code": self.code, **{f"{k} images": v for k, v in self.images.items()}}
-        images = {f"{k} images": v for k, v in self.earlier.get("images", {}).items()}
-        before = {"code": self.earlier.get("code", self.code), **images}
-        self.changed |= {key: [v, now[key]] for key, v in before.items() if v != now[key]}
+        device = trainer.strategy.root_device
+        self.made_by: dict[str, Any] = {
+            "code": code_version(),
+            "versions": package_versions(self.settings),
+            "images": {part: data.identity(part) for part in ("train", "test")},
+            "device": device.type,
+            "machine": machine(device),
+        }
+        before, now = (
+            {f"{name} {kind}": v for kind in ("code", "images") for name, v in of[kind].items()}
+            for of in ({"code": {}, "images": {}, **self.earlier}, self.made_by)
+        )
+        self.changed |= {k: [v, now.get(k)] for k, v in before.items() if v != now.get(k)}
         if data.val_size and "train images" in self.changed:
             raise MisconfigurationException(
                 f"the checkpoint was trained on other images ({before['train images']}), perhaps "
@@ -58,8 +74,9 @@ class SaveSettings(Callback):
             Path(folder).mkdir(parents=True, exist_ok=True)
             if self.changed:  # the logger writes it once, and again if it is not there
                 (Path(folder) / "hparams.yaml").unlink(missing_ok=True)
-            for name, settings in files.items():
-                text = yaml.safe_dump(settings, sort_keys=False)
+            texts = {n: yaml.safe_dump(of, sort_keys=False) for n, of in files.items()}
+            texts["run.json"] = json.dumps({**self.made_by, "parts": self.parts}, indent=1)
+            for name, text in texts.items():
                 write_whole(Path(folder) / name, text.encode())
 
     def on_save_checkpoint(
@@ -69,8 +86,7 @@ class SaveSettings(Callback):
         checkpoint["run"] = {
             **{key: self.settings[key] for key in RUN_SETTINGS},
             "started_in": str(Path.cwd()),  # what relative paths start from
-            "code": self.code,
-            "images": self.images,
+            **self.made_by,
             "parts": self.parts,
             "chosen_by": {key: getattr(trainer.checkpoint_callback, key, None) for key in CHOICE},
         }

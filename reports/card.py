@@ -1,7 +1,6 @@
 """The model card: what a run was, so that it can be repeated, and what came of it."""
 
 import inspect
-import os
 import platform
 import shlex
 import subprocess
@@ -14,7 +13,7 @@ import torchvision
 from lightning.pytorch import Trainer
 
 from cifar10 import archive
-from runs import Row, processor
+from runs import Row, machine
 
 LIMITS = (  # settings of the trainer that the card names where they are not the defaults
     "max_steps", "max_time", "limit_val_batches", "overfit_batches", "val_check_interval",
@@ -48,8 +47,6 @@ def model_card(
     was resumed."""
     model, data = settings["model"], settings["data"]
     device, parts, images = trainer.strategy.root_device, run["parts"], run["images"]
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    cores = f"{torch.get_num_threads()} of {os.cpu_count()} cores, " if device.type == "cpu" else ""
     module: Any = trainer.lightning_module
     size = sum(p.numel() for p in module.network.parameters())
     some, every = trainer.num_training_batches, len(trainer.train_dataloader)  # type: ignore[arg-type]
@@ -89,7 +86,7 @@ def model_card(
         changes = ", ".join(f"{k} {now} (was {old})" for k, (old, now) in part["changed"].items())
         lines[f"Resumed ({i})"] = f"from epoch {part['from_epoch']} with {changes}"
     lines |= {
-        "Time": f"{sum(row['seconds'] for row in rows):.0f} s on {cores}{hardware}",
+        "Time": f"{sum(row['seconds'] for row in rows):.0f} s on {machine(device)}",
         "Versions": f"torch {torch.__version__}, torchvision {torchvision.__version__}, lightning "
         f"{lightning.__version__}, Python {platform.python_version()}, {platform.system()}",
         "Classes": ", ".join(archive.CLASSES) + "; it has no answer for anything else",

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 from scipy.optimize import minimize_scalar
-from statsmodels.stats.proportion import proportion_confint
+from scipy.stats import binomtest
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional.classification import (
@@ -59,7 +59,7 @@ class Evaluation:
         self.confusion = confusion_of(test)
         correct = int(self.confusion.diagonal().sum())
         self.accuracy = correct / len(labels)
-        self.low, self.high = proportion_confint(correct, len(labels), method="wilson")
+        self.low, self.high = binomtest(correct, len(labels)).proportion_ci(method="wilson")
         self.top2 = float(multiclass_accuracy(logits, labels, N, average="micro", top_k=2))
         self.precision, self.recall, self.f1 = (
             metric(logits, labels, N, average="none").tolist()

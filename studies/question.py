@@ -7,10 +7,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import optuna
-import yaml
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from optuna.distributions import (
@@ -22,11 +21,16 @@ from optuna.distributions import (
 from optuna.samplers import BruteForceSampler, GridSampler
 
 import train
+from studies.record import Plan, without_places
 
 Flags = dict[str, Any]
 
-# Flags that may differ from machine to machine within a study.
-ELSEWHERE = ("data.root", "data.sources", "data.download", "trainer.accelerator")
+# What a study decides itself, and by which of its own settings.
+OURS = {
+    "seed_everything": "seeds", "name": "--folder", "trainer.default_root_dir": "--folder",
+    "ckpt_path": "another study", "config": "config", "checkpoint.monitor": "choose",
+    "checkpoint.mode": "choose",
+}  # fmt: skip
 
 
 @dataclass
@@ -68,11 +72,13 @@ class Question:
             picks the settings.
         trials: How many settings to pick.
         seeds: Each setting is run once for each of them.
+        vary: `[seed]`: all runs have the recipe's split; `[seed, split]`: each seed has its own.
         choose: What names the best epoch, and the best setting: `val/acc` or `val/loss`.
         fixed: Flags for all runs, on top of the recipe.
         baseline: The name of a variant: compare the others with this one only, not each with each.
         sampler: Picks the settings of a search (default: TPE).
-        pruner: Stops runs that do worse than others at the same epoch.
+        pruner: Stops runs that do worse than others at the same epoch; of a search those of the
+            first seed.
 
     """
 
@@ -82,7 +88,8 @@ class Question:
     variants: dict[str, Flags] = field(default_factory=dict)
     search: dict[str, Range | list[bool | int | float | str]] = field(default_factory=dict)
     trials: PositiveInt = 20
-    seeds: list[NonNegativeInt] = field(default_factory=lambda: [0, 1, 2])
+    seeds: list[NonNegativeInt] = field(default_factory=lambda: list(range(6)))
+    vary: list[Literal["seed", "split"]] = field(default_factory=lambda: ["seed"])
     choose: str = "val/acc"
     fixed: Flags = field(default_factory=dict)
     baseline: str | None = None
@@ -118,7 +125,7 @@ class Question:
             if as_text(own or {}) == as_text(flags):
                 return name
         every = [*self.grid, *self.search]
-        return ",".join(f"{_short(flag, every)}={_text(value)}" for flag, value in flags.items())
+        return ",".join(f"{_short(flag, every)}={_text(flags[flag])}" for flag in every)
 
     def levels(self, settings: dict[str, Flags]) -> dict[str, dict[str, str]]:
         """Return for each setting its level of each factor: the flags of a grid are factors, the
@@ -149,13 +156,9 @@ class Question:
                 raise MisconfigurationException(f"search.{flag}: {error}") from error
         return found
 
-    def recipe(self) -> str:
-        """Return all that the runs have in common and that can change a result, as JSON."""
-        files = [self.config] if isinstance(self.config, str) else self.config
-        contents = [yaml.safe_load(Path(file).read_text()) for file in files]
-        fixed = {flag: value for flag, value in self.fixed.items() if flag not in ELSEWHERE}
-        parts = [contents, fixed, self.choose] + ([self.search] if self.search else [])
-        return json.dumps(parts, sort_keys=True, default=vars)
+    def files(self) -> list[str]:
+        """Return the files of the recipe."""
+        return [self.config] if isinstance(self.config, str) else self.config
 
     def folder_of(self, flags: Flags, seed: int) -> str:
         """Return the name of a run's folder, which no other run of the study has."""
@@ -167,7 +170,6 @@ class Question:
 
     def command(self, flags: Flags, seed: int, folder: Path, name: str) -> list[str]:
         """Return the command line of one run, without `python train.py`."""
-        files = [self.config] if isinstance(self.config, str) else self.config
         settings = {
             "name": name,
             "trainer.default_root_dir": str(folder),
@@ -176,8 +178,9 @@ class Question:
             **self.fixed,
             **flags,
             "seed_everything": seed,
+            **({"data.split_seed": seed} if "split" in self.vary else {}),
         }
-        configs = [word for file in files for word in ("--config", file)]
+        configs = [word for file in self.files() for word in ("--config", file)]
         return ["fit", *configs, *(f"--{key}={_text(value)}" for key, value in settings.items())]
 
 
@@ -201,11 +204,6 @@ def as_text(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-def run_key(flags: Flags, seed: int) -> tuple[str, int]:
-    """Return what two runs of one study must differ in."""
-    return as_text(flags), seed
-
-
 class DryRun(train.CLI):
     """Builds everything that a command line of `fit` names, and neither runs nor writes."""
 
@@ -217,12 +215,50 @@ class DryRun(train.CLI):
         """Do nothing."""
 
 
-def check(question: Question, settings: dict[str, Flags]) -> dict[str, int]:
-    """Refuse what could not run, and return the epochs of each setting by name.
+def planned(question: Question, flags: Flags) -> Plan:
+    """Return what the runs of a setting are, by the settings that their command line comes to.
 
     Raises:
-        MisconfigurationException: A question without settings, or with flags of its own in them.
+        MisconfigurationException: Something that the study decides itself, or that can't be run.
         SystemExit: A flag that `fit` does not have or a value that it refuses.
+    """
+    name = question.name_of(flags)
+    for flag in (*question.fixed, *flags):
+        if flag in OURS or (flag == "data.split_seed" and "split" in question.vary):
+            instead = OURS.get(flag, "vary")
+            raise MisconfigurationException(f"{flag} belongs to the study: use {instead}")
+        if flag in question.fixed and flag in flags:
+            raise MisconfigurationException(f"{flag} is fixed, and differs between settings")
+    try:
+        cli = DryRun(question.command(flags, question.seeds[0], Path("runs"), "check"))
+        data = cli.datamodule
+        if not data.verify:  # else they are CIFAR-10 or refused
+            data.prepare_data()
+            data.setup("validate")
+        images = {part: data.identity(part) for part in ("train", "test")}
+    except MisconfigurationException as error:
+        raise MisconfigurationException(f"setting {name}: {error}") from error
+    config = cli.config.fit
+    if config.data.val_size == 0:
+        raise MisconfigurationException(f"setting {name}: data.val_size 0 leaves no validation")
+    keeps = config.checkpoint.save_last and config.checkpoint.save_top_k != 0
+    ends = (config.checkpoint.monitor, config.trainer.default_root_dir, config.name)
+    if ends != (question.choose, "runs", "check") or not keeps:
+        raise MisconfigurationException(
+            f"setting {name}: what is kept of a run, and where, belongs to the study"
+        )
+    if not (config.trainer.max_epochs or 0) > 0:
+        raise MisconfigurationException(f"setting {name}: trainer.max_epochs must be a number")
+    device = cli.trainer.strategy.root_device.type
+    return Plan(without_places(cli.config_dump), images, device, config.trainer.max_epochs)
+
+
+def check(question: Question) -> dict[str, Plan]:
+    """Refuse what could not run, and return the plans of the settings by name; of a search, those
+    of its extremes.
+
+    Raises:
+        MisconfigurationException: A question without settings, or one that `planned` refuses.
     """
     kinds = [kind for kind in ("grid", "variants", "search") if getattr(question, kind)]
     if len(kinds) != 1:
@@ -230,6 +266,8 @@ def check(question: Question, settings: dict[str, Flags]) -> dict[str, int]:
         raise MisconfigurationException(f"a study has grid, variants or search: this has {said}")
     if not question.seeds or len(set(question.seeds)) < len(question.seeds):
         raise MisconfigurationException(f"seeds {question.seeds}: name each one once, at least one")
+    if "seed" not in question.vary:
+        raise MisconfigurationException("vary: [seed] or [seed, split]")
     if question.choose not in ("val/acc", "val/loss"):
         raise MisconfigurationException(
             f"choose is {question.choose}: choose by val/acc or val/loss, never by the test set"
@@ -245,33 +283,13 @@ def check(question: Question, settings: dict[str, Flags]) -> dict[str, int]:
         if values == []:
             raise MisconfigurationException(f"{kinds[0]}: a flag has no values")
     question.distributions()
-    if len(set(map(as_text, settings.values()))) < len(settings):
-        raise MisconfigurationException(f"{kinds[0]}: two settings are the same")
+    settings = question.settings()
+    plans: dict[str, Plan] = {}
+    for name, flags in (settings or question.extremes()).items():
+        plan = planned(question, flags)
+        if settings and (same := [other for other, its in plans.items() if its == plan]):
+            raise MisconfigurationException(f"{same[0]} and {name} are the same setting")
+        plans[name] = plan
     if len({question.folder_of(flags, 0) for flags in settings.values()}) < len(settings):
         raise MisconfigurationException(f"{kinds[0]}: two names differ only in spaces")
-    ours = {"seed_everything": "seeds", "name": "--folder", "trainer.default_root_dir": "--folder",
-            "ckpt_path": "another study", "config": "config", "checkpoint.monitor": "choose",
-            "checkpoint.mode": "choose"}  # fmt: skip
-    epochs = {}
-    for name, flags in settings.items():
-        for flag in (*question.fixed, *flags):
-            if flag in ours:
-                raise MisconfigurationException(f"{flag} belongs to the study: use {ours[flag]}")
-            if flag in question.fixed and flag in flags:
-                raise MisconfigurationException(f"{flag} is fixed, and differs between settings")
-        try:
-            cli = DryRun(question.command(flags, question.seeds[0], Path("runs"), "check"))
-        except MisconfigurationException as error:
-            raise MisconfigurationException(f"setting {name}: {error}") from error
-        config = cli.config.fit
-        if config.data.val_size == 0:
-            raise MisconfigurationException(f"setting {name}: data.val_size 0 leaves no validation")
-        ends = (config.checkpoint.monitor, config.trainer.default_root_dir, config.name)
-        if ends != (question.choose, "runs", "check") or config.checkpoint.save_top_k == 0:
-            raise MisconfigurationException(
-                f"setting {name}: what is kept of a run, and where, belongs to the study"
-            )
-        if not (config.trainer.max_epochs or 0) > 0:
-            raise MisconfigurationException(f"setting {name}: trainer.max_epochs must be a number")
-        epochs[name] = config.trainer.max_epochs
-    return epochs
+    return plans

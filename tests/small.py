@@ -86,3 +86,12 @@ class Meets(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         while len(list(Path("runs/question").glob("*/fit.log"))) < 2:
             wait()
+
+
+class Slow(Callback):
+    """Takes a second and a half for an epoch, so that a pruner sees each."""
+
+    takes_many_steps = True
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        time.sleep(1.5)

@@ -1,6 +1,7 @@
 """What chooses an epoch, a rate, a seed or a file chooses what it says."""
 
 import errno
+import json
 import math
 import os
 import re
@@ -157,10 +158,14 @@ def test_what_a_setting_leaves_out_is_told(
 
 def test_other_code_is_told_in_the_card(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     run(*FLAT)
-    monkeypatch.setattr("callbacks.settings.code_version", lambda: "other")
+    code = json.loads((RUN_0 / "run.json").read_text())["code"]
+    assert {"train", "networks.convnet", "tests.small"} <= code.keys(), "ours and the user's"
+    assert not {"torch", "os"} & code.keys()
+    changed = {**code, "tests.small": "other"}
+    monkeypatch.setattr("callbacks.settings.code_version", lambda: changed)
     run("fit", "--ckpt_path", LAST, "--trainer.max_epochs", "3")
     assert re.search(
-        r"from epoch 2 with .*code other \(was \w+\)", (RUN_0 / "model.md").read_text()
+        r"from epoch 2 with .*tests.small code other \(was \w+\)", (RUN_0 / "model.md").read_text()
     )
 
 

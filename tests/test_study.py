@@ -1,7 +1,6 @@
-"""Studies: many runs, one answer; stopped, shared, extended."""
+"""Studies: many runs, one answer; stopped, shared, extended, resumed elsewhere."""
 
 import contextlib
-import csv
 import io
 import json
 import os
@@ -16,19 +15,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 import torch
 import yaml
-from optuna.trial import TrialState
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
 from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 import study
-from studies.answer import Answer, Outcome
+from reports.card import LIMITS
+from studies.answer import Answer
 from studies.question import Question
-from studies.record import without_password
+from studies.queue import without_password
+from studies.statistics import corrected_p, smallest_p
+from studies.work import shares
 from tests.conftest import BASE, Run
 
 ROOT = Path(__file__).parents[1]
@@ -103,15 +108,20 @@ def runs(folder: Path = FOLDER) -> dict[str, Path]:
     return {path.parent.name: path for path in sorted(folder.glob("*/version_*"))}
 
 
-def table(folder: Path = FOLDER) -> list[dict[str, str]]:
-    """Return the table of the answer, without what is measured in seconds."""
-    with (folder / "answer.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+def table(folder: Path = FOLDER) -> dict[tuple[str, int], Any]:
+    """Return how each run ended, and its epochs without what is measured in seconds."""
+    lines = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["epochs"].pop("seconds", None)
+    return {(line["setting"], line["seed"]): (line["ended"], line["epochs"]) for line in lines}
 
 
-def record(storage: str = "sqlite:///runs/question/study.db") -> list[Any]:
-    return optuna.load_study(study_name="question", storage=storage).trials
+def trials(storage: str = "journal:runs/question/journal.log") -> list[FrozenTrial]:
+    """Return the trials of Optuna's record."""
+    is_journal = storage.startswith("journal:")
+    path = storage.removeprefix("journal:")
+    opened: Any = JournalStorage(JournalFileBackend(path)) if is_journal else storage
+    return optuna.load_study(study_name="question", storage=opened).trials
 
 
 def starts(folder: Path = FOLDER) -> int:
@@ -160,23 +170,30 @@ def test_a_study_runs_every_setting_with_every_seed_and_answers(
     for name in names:
         assert f"{name}: val/acc" in out
     assert "[4/4] " in out
+    assert re.search(r"^\[1/4\] .*; 3 left, about 1 min$", out, re.M)
 
-    # the table says what the runs' own files say
-    for row, lr in zip(table(), (0.002, 0.0001), strict=True):
-        chosen = []
-        for seed in (0, 1):
-            with (runs()[f"lr={lr},seed={seed}"] / "metrics.csv").open() as metrics:
-                epochs = [{k: float(v) for k, v in e.items()} for e in csv.DictReader(metrics)]
-            chosen.append(max(epochs, key=lambda epoch: epoch["val/acc"]))
-        for key in ("val/acc", "test/acc", "epoch"):
-            values = [epoch[key] for epoch in chosen]
-            assert float(row[key]) == pytest.approx(sum(values) / 2, abs=1e-6)
-    answer = (FOLDER / "answer.md").read_text()
-    assert "# Which one?" in answer
-    assert "python study.py question.yaml --jobs 2" in answer
+    # the answer says what the runs' own files say
+    text = (FOLDER / "answer.md").read_text()
+    for name in names:
+        epochs = rows(runs()[name])
+        chosen = max(epochs, key=lambda epoch: epoch["val/acc"])
+        setting, seed = name.split(",seed=")
+        cells = [f"{100 * chosen[key]:.2f}" for key in ("val/acc", "test/acc")]
+        assert f"| {setting} | {seed} | {' | '.join(cells)} | {chosen['epoch']:.0f} |" in text
+        assert table()[setting, int(seed)][1]["val/acc"] == [epoch["val/acc"] for epoch in epochs]
+    assert "# Which one?\n\n```\npython study.py question.yaml\n```" in text, "no word of --jobs"
+    assert "2 seeds can't show a significant difference: the smallest p" in text
+    assert "`trainer.max_epochs` 2" in text, "what was fixed"
     for name in ("summary.png", "curves.png"):
         assert (FOLDER / name).read_bytes().startswith(b"\x89PNG")
-        assert f"({name})" in answer
+        assert f"({name})" in text
+
+
+def rows(version: Path) -> list[dict[str, float]]:
+    """Return the epochs of a run by its `metrics.csv`."""
+    lines = (version / "metrics.csv").read_text().splitlines()
+    header = lines[0].split(",")
+    return [dict(zip(header, map(float, line.split(",")), strict=True)) for line in lines[1:]]
 
 
 def test_each_run_is_one_that_train_makes(after: Callable[..., Path], run: Run) -> None:
@@ -189,50 +206,92 @@ def test_each_run_is_one_that_train_makes(after: Callable[..., Path], run: Run) 
     alone = torch.load(Path("runs/alone/version_0") / last, weights_only=True)["state_dict"]
     ours = torch.load(runs()["lr=0.0001,seed=1"] / last, weights_only=True)["state_dict"]
     assert all(torch.allclose(alone[key], ours[key], atol=1e-4) for key in alone)
-    assert table_of_run(Path("runs/alone/version_0")) == table_of_run(runs()["lr=0.0001,seed=1"])
+    accuracies = [epoch["val/acc"] for epoch in rows(Path("runs/alone/version_0"))]
+    assert table()["lr=0.0001", 1][1]["val/acc"] == accuracies
 
 
-def table_of_run(version: Path) -> list[str]:
-    """Return the validation accuracies of a run."""
-    with (version / "metrics.csv").open() as metrics:
-        return [row["val/acc"] for row in csv.DictReader(metrics)]
-
-
-def test_adding_a_seed_runs_the_new_one_only(after: Callable[..., Path]) -> None:
+def test_adding_a_seed_runs_the_new_one_only_and_another_folder_takes_all(
+    after: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     before = {name: (path / "model.pth").stat().st_mtime_ns for name, path in runs().items()}
-    assert starts() == 4
-    study.main([str(after(TWO, grid=GRID, seeds=[0, 1, 2])), "--jobs", "2"])
+    file = after(TWO, grid=GRID, seeds=[0, 1, 2])
+    study.main([str(file), "--jobs", "2"])
     assert sorted(runs()) == [f"lr={lr},seed={s}" for lr in (0.0001, 0.002) for s in (0, 1, 2)]
     assert all((runs()[name] / "model.pth").stat().st_mtime_ns == t for name, t in before.items())
     assert starts() == 6
-    assert [row["seeds"] for row in table()] == ["3", "3"]
+    assert len(table()) == 6
+    answer = (FOLDER / "answer.md").read_text()
+    capsys.readouterr()
+
+    # elsewhere, from the record alone
+    record = FOLDER.rename("kept") / "runs.jsonl"
+    study.main([str(file), "--jobs", "2", "--from", str(record)])
+    assert "kept/runs.jsonl: 6 runs taken\n" in capsys.readouterr().out
+    assert runs() == {}
+    assert (FOLDER / "answer.md").read_text() == answer
+    assert (FOLDER / "runs.jsonl").read_text() == record.read_text()
+    study.main([str(file), "--from", str(record)])
+    assert "0 runs taken" in capsys.readouterr().out, "once"
 
 
-def test_a_run_that_another_study_has_done_is_taken_from_there(
+def test_a_record_by_other_code_is_taken_only_if_asked_and_the_answer_says_so(
     after: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # one of the runs there was stopped before its last epoch: it is none to take
-    stopped = runs()["lr=0.002,seed=1"]
-    for name in ("epoch_01.ckpt", "last.ckpt"):
-        (stopped / "checkpoints" / name).unlink()
-    shutil.copy(stopped / "checkpoints" / "epoch_00.ckpt", stopped / "checkpoints" / "last.ckpt")
-    after(TWO, grid=GRID, seeds=[0, 1]).rename("other.yaml")
-    study.main(["other.yaml", "--jobs", "2"])
-    other = Path("runs/other")
-    assert starts(other) == 1
-    assert table(other) == table()
-    assert capsys.readouterr().out.count("taken from the study question") == 3
-    assert "3 taken from the study question" in (other / "answer.md").read_text()
-    assert (runs(other)["lr=0.002,seed=0"] / "checkpoints" / "epoch_01.ckpt").exists()
+    file = after(TWO, grid=GRID, seeds=[0, 1])
+    lines = [json.loads(line) for line in (FOLDER / "runs.jsonl").read_text().splitlines()]
+    for line in lines[:1]:
+        line["code"]["tests.small"] = "older"
+    Path("record.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shutil.rmtree(FOLDER)
+    take = [str(file), "--jobs", "0", "--from", "record.jsonl"]
+    study.main(take)
+    said = capsys.readouterr().out
+    assert "record.jsonl: 3 runs taken\n1 runs are by other code (tests.small) and are left" in said
+    assert len(table()) == 3
+    assert "Not all runs" not in (FOLDER / "answer.md").read_text()
+    study.main([*take, "--any_code", "true"])
+    assert "1 runs taken" in capsys.readouterr().out
+    answer = (FOLDER / "answer.md").read_text()
+    assert "**Not all runs are by the same code**: it differs in tests.small." in answer
+    assert len(table()) == 4
+    study.main([str(file), "--jobs", "0"])
+    assert len(table()) == 3, "in the same folder too"
 
-    # nor one that other code has trained
-    for path in [*runs().values(), *runs(other).values()]:
-        checkpoint = torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)
-        checkpoint["run"]["code"] = "older"
-        torch.save(checkpoint, path / "checkpoints" / "last.ckpt")
-    after(TWO, grid={"model.optimizer.lr": [0.002]}).rename("third.yaml")
-    study.main(["third.yaml", "--jobs", "2"])
-    assert starts(Path("runs/third")) == 1
+    # nor is one of other settings, images or packages
+    for part, key, value in (
+        ("versions", "torch", "1.0"),
+        ("images", "train", "CIFAR-10"),
+        ("settings", "seed_everything", 7),
+    ):
+        other = json.loads(json.dumps(lines[1]))
+        other[part][key] = value
+        Path("record.jsonl").write_text(json.dumps(other))
+        shutil.rmtree(FOLDER)
+        with pytest.raises(SystemExit, match="no run has ended yet"):
+            study.main(take)
+    Path("record.jsonl").write_text('{"seed": 0}\n')
+    with pytest.raises(SystemExit, match=r"--from record.jsonl is no runs.jsonl"):
+        study.main(take)
+
+
+def test_a_run_resumed_by_hand_with_another_rate_is_not_taken_for_the_run_of_one(
+    after: Callable[..., Path], run: Run
+) -> None:
+    file = after(TWO, grid=GRID, seeds=[0, 1])
+    before = table()
+    resumed = runs()["lr=0.002,seed=1"]
+    first = resumed / "checkpoints" / "epoch_00.ckpt"
+    for other in ("epoch_01.ckpt", "last.ckpt"):
+        (resumed / "checkpoints" / other).unlink()
+    run("fit", "--ckpt_path", first, "--model.optimizer.lr", "0.0001")
+    assert rows(resumed)[1]["train/loss"] != before["lr=0.002", 1][1]["train/loss"][1]
+    (FOLDER / "journal.log").unlink()
+    study.main([str(file), "--jobs", "2"])
+    assert table() == before
+    assert starts() == 5, "the other three are there"
+    assert [path.name for path in FOLDER.glob("lr=0.002,seed=1/version_*")] == [
+        "version_0", "version_1",
+    ]  # fmt: skip
 
 
 def test_a_password_is_not_written_down() -> None:
@@ -244,9 +303,8 @@ def test_a_password_is_not_written_down() -> None:
 def test_hparams_of_tensorboard_show_what_differs(after: Callable[..., Path]) -> None:
     events = EventAccumulator(str(runs()["lr=0.0001,seed=1"])).Reload()
     chosen = {key: events.Scalars(f"chosen/{key}")[-1].value for key in ("val/acc", "epoch")}
-    with (runs()["lr=0.0001,seed=1"] / "metrics.csv").open() as metrics:
-        best = max(csv.DictReader(metrics), key=lambda epoch: float(epoch["val/acc"]))
-    assert chosen == pytest.approx({key: float(best[key]) for key in chosen}, abs=1e-6)
+    best = max(rows(runs()["lr=0.0001,seed=1"]), key=lambda epoch: epoch["val/acc"])
+    assert chosen == pytest.approx({key: best[key] for key in chosen}, abs=1e-6)
     content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     start = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info
     assert start.hparams["model.optimizer.lr"].number_value == 0.0001
@@ -260,15 +318,14 @@ def test_a_run_that_diverges_is_reported_and_stops_nothing(
     study.main([str(file), "--jobs", "2"])
     out = capsys.readouterr().out
     assert re.search(r"lr=1000,seed=0: diverged: train/loss \S+ in epoch 1", out)
-    assert "lr=1e+30,seed=0: diverged: train/loss is NaN or infinite" in out
+    assert re.search(r"lr=1e\+30,seed=0: diverged in epoch 0, step \d+: .* is NaN or inf", out)
     assert "lr=0.002,seed=0: val/acc" in out
-    wild, wildest, sane = table()
-    for row in (wild, wildest):
-        assert (row["seeds"], row["ended"], row["val/acc"]) == ("0", "1 diverged", "")
-    assert (sane["seeds"], sane["ended"]) == ("1", "")
+    ended = {setting: how for (setting, _), (how, _) in table().items()}
+    assert ended.pop("lr=0.002") == ""
+    assert all(how.startswith("diverged") for how in ended.values())
     text = (FOLDER / "answer.md").read_text()
-    assert "the setting lr=1000 diverged in 1 of 1 runs" in text
-    assert "| nan |" not in text
+    assert "lr=1000: 1 diverged." in text
+    assert "| 1000 | 0 (1 diverged) | - |" in text
 
 
 def test_a_run_that_fails_stops_nothing_and_is_tried_again(
@@ -277,25 +334,22 @@ def test_a_run_that_fails_stops_nothing_and_is_tried_again(
     variants = {
         "fails": {"model.network": {"class_path": "tests.small.Fails"}},
         "dies [red]": {"model.network": {"class_path": "tests.small.Dies"}},
-        "works": {"model.network": "tests.small.Small"},
     }
     file = ask(variants=variants)
     Path("fail").touch()
-    with pytest.raises(SystemExit, match="2 failed"):
+    with pytest.raises(SystemExit, match="no run has ended yet"):
         study.main([str(file), "--jobs", "2"])
     out = capsys.readouterr().out
-    assert "fails,seed=0: failed: RuntimeError: out of luck" in out
-    assert re.search(r"dies\S+,seed=0: failed: its process ended with exit code -9", out)
-    assert "works,seed=0: val/acc" in out
+    assert "fails,seed=0: failed: RuntimeError: out of luck, see runs/question/fails" in out
+    assert re.search(r"dies\S+,seed=0: failed: exit code -9", out)
     Path("fail").unlink()
     with pytest.raises(SystemExit, match="1 failed"):
         study.main([str(file), "--jobs", "2"])
-    out = capsys.readouterr().out
-    assert "works,seed=0" not in out.split("Which one?")[0]
-    assert "dies [red]" in out, "names are no markup"
-    assert [row["seeds"] for row in table()] == ["1", "0", "1"]
+    assert [setting for setting, _ in table()] == ["fails"]
+    assert "dies [red]" in capsys.readouterr().out, "names are no markup"
 
 
+@pytest.mark.slow
 def test_a_search_picks_settings_prunes_and_gives_each_all_seeds(
     ask: Callable[..., Path],
 ) -> None:
@@ -308,24 +362,32 @@ def test_a_search_picks_settings_prunes_and_gives_each_all_seeds(
         "init_args": {"lower": 0.3, "n_warmup_steps": 1},
     }
     sampler = {"class_path": "optuna.samplers.RandomSampler", "init_args": {"seed": 0}}
+    waits = {"trainer.callbacks": [{"class_path": "tests.small.Slow"}]}
     asked = {"search": search, "trials": 3, "seeds": [0, 1], "sampler": sampler, "pruner": pruner}
-    study.main([str(ask(CONVNET | {"trainer.max_epochs": 3}, **asked)), "--jobs", "2"])
-    trials = record()
-    picked = [trial for trial in trials if "picked" in trial.user_attrs]
-    assert len(picked) == 3
-    assert all(1e-6 <= trial.params["model.optimizer.lr"] <= 1e-2 for trial in picked)
-    for trial in picked:
-        again = [t.user_attrs["seed"] for t in trials if t.params == trial.params]
+    file = ask(CONVNET | waits | {"trainer.max_epochs": 4}, **asked)
+    study.main([str(file), "--jobs", "2"])
+    done = [trial for trial in trials() if "record" in trial.user_attrs]
+    first = [trial for trial in done if trial.user_attrs["seed"] == 0]
+    assert len(first) == 3
+    assert all(1e-6 <= trial.params["model.optimizer.lr"] <= 1e-2 for trial in first)
+    for trial in first:
+        again = [t.user_attrs["seed"] for t in done if t.params == trial.params]
         assert again == ([0] if trial.state == TrialState.PRUNED else [0, 1])
-        rows = trial.user_attrs["rows"]
-        late = [row["val/acc"] for row in rows if row["epoch"] >= 1]
-        assert (trial.state == TrialState.PRUNED) == (min(late) < 0.3)
-        assert trial.state == TrialState.PRUNED or len(rows) == 3
-    assert {trial.state for trial in picked} == {TrialState.PRUNED, TrialState.COMPLETE}
-    assert [row["seeds"] for row in table()] == sorted(row["seeds"] for row in table())[::-1]
+        epochs = trial.user_attrs["record"]["epochs"]
+        assert (trial.state == TrialState.PRUNED) == (min(epochs["val/acc"][1:]) < 0.3)
+        assert trial.state == TrialState.PRUNED or len(epochs["epoch"]) == 4
+    assert {trial.state for trial in first} == {TrialState.PRUNED, TrialState.COMPLETE}
+
+    # in another folder its settings are known
+    before = table()
+    record = FOLDER.rename("kept") / "runs.jsonl"
+    study.main([str(file), "--jobs", "2", "--from", str(record)])
+    assert table() == before
+    assert runs() == {}
 
 
-def test_a_search_goes_on_with_what_it_picked_and_ends_when_all_is_picked(
+@pytest.mark.slow
+def test_a_search_resumes_with_what_it_picked_and_ends_when_all_is_picked(
     ask: Callable[..., Path],
 ) -> None:
     search = {"data.batch_size": [100, 200]}
@@ -336,9 +398,64 @@ def test_a_search_goes_on_with_what_it_picked_and_ends_when_all_is_picked(
         study.main([str(file), "--jobs", "2"])
     Path("fail").unlink()
     study.main([str(file), "--jobs", "2"])
-    assert sorted(row["setting"] for row in table()) == ["batch_size=100", "batch_size=200"]
-    done = [trial for trial in record() if trial.state == TrialState.COMPLETE]
-    assert len(done) == 2
+    assert sorted(setting for setting, _ in table()) == ["batch_size=100", "batch_size=200"]
+    assert len([trial for trial in trials() if trial.state == TrialState.COMPLETE]) == 2
+
+
+@pytest.mark.slow
+def test_what_a_result_depends_on_tells_settings_apart(
+    ask: Callable[..., Path], arrays: Path, tmp_path: Path
+) -> None:
+    """Images, networks of one's own, and their code."""
+    shutil.copytree(arrays, tmp_path / "noisy")
+    labels = tmp_path / "noisy" / "cifar-10-arrays" / "train_labels.npy"
+    np.save(labels, np.random.default_rng(0).permutation(np.load(labels)))
+    network = "from tests.small import Small\n\n\nclass Mine(Small):\n    pass\n"
+    Path("mynet.py").write_text(network)
+    grid = {
+        "data.root": [str(arrays), "noisy"],
+        "model.network": ["mynet.Mine", "tests.small.Flat"],
+    }
+    file = ask(grid=grid)
+    study.main([str(file), "--jobs", "2"])
+    losses = [str(epochs["train/loss"]) for _, epochs in table().values()]
+    assert len(set(losses)) == 4
+    codes = [json.loads(line)["code"] for line in (FOLDER / "runs.jsonl").read_text().splitlines()]
+    assert ["mynet" in code for code in codes] == [True, False, True, False]
+    assert all("tests.small" in code for code in codes)
+
+    # code that has changed starts its runs anew, and only these
+    Path("mynet.py").write_text(network.replace("pass", "changed = True"))
+    said = command(file, "--jobs", "2").communicate()[0]
+    assert "2 runs are by other code (mynet) and start anew" in said
+    assert starts() == 4 + 2, "mynet's"
+    Path("mynet.py").write_text(network)
+    said = command(file, "--jobs", "2").communicate()[0]
+    assert starts() == 6, "those of before are there"
+
+
+@pytest.mark.slow
+def test_each_seed_can_have_a_split_of_its_own(ask: Callable[..., Path]) -> None:
+    study.main([str(ask(variants={"one": {}}, seeds=[0, 3], vary=["seed", "split"]))])
+    splits = [yaml.safe_load((path / "config.yaml").read_text())["data"]["split_seed"]
+              for path in runs().values()]  # fmt: skip
+    assert splits == [0, 3]
+    assert "Each seed has its own split" in (FOLDER / "answer.md").read_text()
+
+
+def test_every_published_answer_follows_from_its_record(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    records = sorted((ROOT / "docs" / "studies").glob("*/runs.jsonl"))
+    assert records
+    for record in records:
+        name = record.parent.name
+        study.main([f"configs/studies/{name}.yaml", "--from", str(record), "--any_code", "true",
+                    "--jobs", "0"])  # fmt: skip
+        made = (tmp_path / "runs" / name / "answer.md").read_text()
+        assert made == (record.parent / "answer.md").read_text(), name
 
 
 # ----------------------------------------------------------------------- stopped, shared, resumed
@@ -356,8 +473,7 @@ def killed_after_an_epoch(file: Path, epoch: int, whole: bool) -> None:
         assert process.poll() is None
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL) if whole else process.kill()
-    process.communicate()
-    assert not (FOLDER / "answer.csv").exists()
+    assert not (FOLDER / "answer.md").exists()
     assert not any((path / "model.pth").exists() for path in runs().values()), "killed too late"
 
 
@@ -372,46 +488,52 @@ def test_killed_in_an_epoch_and_started_again_it_answers_the_same(
     )
     killed_after_an_epoch(file, epoch=1, whole=True)
     killed_after_an_epoch(file, epoch=3, whole=False)
-    Path("wait_in").unlink()
+    Path("wait_in").unlink()  # the runs that live on end; the study waits for that
     study.main([str(file), "--jobs", "2"])
     broken = table()
     logs = [log.read_text() for log in FOLDER.glob("*/fit.log")]
-    assert starts() >= 4
     assert all(log.count("\n    0 ") == 1 for log in logs), "no run began from its start again"
+    assert all(log.count("\n    5 ") == 1 for log in logs), "nor was one done twice"
     shutil.rmtree("runs")
     study.main([str(file), "--jobs", "2"])
     assert table() == broken
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_it_leaves_its_runs_to_the_next(
-    ask: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ask: Callable[..., Path], number: signal.Signals
 ) -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    file = ask(TWO, variants={"one": {}})
-    with monkeypatch.context() as patch:
-        patch.setattr("study.Runner._stops", interrupt)
-        with pytest.raises(SystemExit) as stopped:
-            study.main([str(file), "--jobs", "2"])
-    assert stopped.value.code == 130
-    assert capsys.readouterr().err == "stopped; the same command resumes\n"
-    assert [trial.state for trial in record()] == [TrialState.FAIL]
+    waits = {"trainer.callbacks": [{"class_path": "tests.small.Waits"}]}
+    file = ask(CONVNET | waits | TWO, variants={"one": {}})
+    Path("wait_in").write_text("1")
+    process = command(file)
+    while not Path("waits").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+    process.communicate()
+    assert process.returncode == 128 + number
+    assert [trial.state for trial in trials()] == [TrialState.FAIL]
+    Path("wait_in").unlink()
     study.main([str(file), "--jobs", "2"])
-    assert [row["seeds"] for row in table()] == ["1"]
+    assert len(table()["one", 0][1]["epoch"]) == 2
+    assert (FOLDER / "one,seed=0" / "fit.log").read_text().count("\n    0 ") == 1
 
 
-def test_other_settings_in_the_same_folder_are_another_run(ask: Callable[..., Path]) -> None:
-    study.main([str(ask(variants={"one": {}})), "--jobs", "2"])
-    first = table()
-    file = ask(TWO, variants={"one": {}})
-    study.main([str(file), "--jobs", "2", "--storage", "sqlite:///second.db"])
-    assert [path.name for path in sorted(FOLDER.glob("*/version_*"))] == ["version_0", "version_1"]
-    assert table_of_run(FOLDER / "one,seed=0" / "version_0") == [first[0]["val/acc"]]
-    assert len(table_of_run(FOLDER / "one,seed=0" / "version_1")) == 2
+def test_other_settings_in_the_same_folder_are_another_run(
+    after: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = after({"trainer.max_epochs": 1}, grid={"model.optimizer.lr": [0.002, "2e-3"]})
+    study.main([str(file)])
+    said = capsys.readouterr().out
+    assert "[1/1] lr=0.002,seed=0" in said, "it is one setting"
+    assert "There is one setting only" in said
+    assert len(list((FOLDER / "lr=0.002,seed=0").glob("version_*"))) == 2
+    assert [len(epochs["epoch"]) for _, epochs in table().values()] == [1]
 
 
-def shared(ask: Callable[..., Path], storage: str) -> None:
+def shared(ask: Callable[..., Path], storage: str) -> Path:
     """Start one study twice at once, and assert that every run was done, once."""
     meets = {"trainer.callbacks": [{"class_path": "tests.small.Meets"}]}
     fixed = CONVNET | meets | {"trainer.max_epochs": 4}
@@ -419,18 +541,38 @@ def shared(ask: Callable[..., Path], storage: str) -> None:
     both = [command(file, "--storage", storage, core=core) for core in range(2)]
     outs = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
-    trials = [t for t in record(storage) if t.state == TrialState.COMPLETE]
-    keys = [(json.dumps(t.user_attrs["flags"]), t.user_attrs["seed"]) for t in trials]
+    done = [t for t in trials(storage) if t.state == TrialState.COMPLETE]
+    keys = [(json.dumps(t.user_attrs["flags"]), t.user_attrs["seed"]) for t in done]
     assert len(keys) == len(set(keys)) == 4
     assert starts() == 4
-    assert len({trial.user_attrs["worker"] for trial in trials}) == 2, "both took part"
+    assert len({trial.user_attrs["worker"] for trial in done}) == 2, "both took part"
     answers = [out[out.index("Which one?") :] for out in outs]
     assert answers[0] == answers[1]
+    return file
 
 
 @pytest.mark.slow
-def test_two_processes_share_a_study_in_sqlite(ask: Callable[..., Path]) -> None:
-    shared(ask, "sqlite:///shared.db")
+def test_two_processes_share_a_study_in_a_journal(ask: Callable[..., Path]) -> None:
+    shared(ask, "journal:shared.log")
+
+
+@pytest.mark.slow
+def test_the_run_of_a_killed_worker_is_finished_by_the_other(ask: Callable[..., Path]) -> None:
+    waits = {"trainer.callbacks": [{"class_path": "tests.small.Waits"}]}
+    file = ask(CONVNET | waits | TWO, grid={"data.batch_size": [100, 200]})
+    Path("wait_in").write_text("1")
+    both = [command(file, core=core) for core in range(2)]
+    deadline = time.monotonic() + 120
+    while len(list(FOLDER.glob("*/version_0/metrics.csv"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(both[0].pid, signal.SIGKILL)
+    Path("wait_in").unlink()
+    both[1].communicate()
+    assert both[1].returncode == 0
+    assert [len(epochs["epoch"]) for _, epochs in table().values()] == [2, 2]
+    logs = [log.read_text() for log in FOLDER.glob("*/fit.log")]
+    assert all(log.count("\n    0 ") == 1 for log in logs), "from its last checkpoint"
+    assert starts() == 3
 
 
 @pytest.fixture(scope="session")
@@ -465,34 +607,6 @@ def test_two_processes_share_a_study_in_postgresql(ask: Callable[..., Path], pos
     shared(ask, postgres)
 
 
-def test_a_journal_on_a_shared_disk_is_a_storage(ask: Callable[..., Path]) -> None:
-    file = ask(grid={"data.batch_size": [100]})
-    study.main([str(file), "--jobs", "2", "--storage", "journal:journal.log"])
-    before = table()
-    study.main([str(file), "--jobs", "2", "--storage", "journal:journal.log"])
-    assert table() == before
-    assert starts() == 1
-
-
-def test_a_worker_elsewhere_keeps_its_run_until_it_falls_silent(
-    ask: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = ask(grid={"data.batch_size": [100]})
-    FOLDER.mkdir(parents=True)
-    storage = "sqlite:///runs/question/study.db"
-    elsewhere = optuna.create_study(study_name="question", storage=storage, direction="maximize")
-    elsewhere.enqueue_trial({}, {"flags": {"data.batch_size": 100}, "seed": 0})
-    elsewhere.ask().set_user_attr("worker", "elsewhere.1")
-    monkeypatch.setattr("studies.record.SILENCE", 3.0)
-    began = time.time()
-    study.main([str(file), "--jobs", "2"])
-    out = capsys.readouterr().out
-    assert out.index("waits for the runs of others") < out.index("batch_size=100,seed=0: val/acc")
-    states = [trial.state for trial in record()]
-    assert states == [TrialState.FAIL, TrialState.COMPLETE]
-    assert record()[1].datetime_start.timestamp() > began + 3, "not before it was silent for long"
-
-
 # ----------------------------------------------------------------- refused before anything runs
 
 
@@ -511,9 +625,14 @@ def test_a_worker_elsewhere_keeps_its_run_until_it_falls_silent(
         ({"grid": {"trainer.max_epochs": [1]}, "sedes": [1]}, "sedes: did you mean seeds"),
         ({"grid": {"trainer.max_epochs": [1]}, "seeds": [1, 1]}, "seeds"),
         ({"grid": {"data.augment": []}}, "no values"),
-        ({"variants": {"a": {}, "b": {}}}, "two settings are the same"),
+        ({"variants": {"a": {}, "b": {}}}, "a and b are the same setting"),
+        ({"grid": {"data.split_seed": [0, 1]}, "vary": ["seed", "split"]}, "use vary"),
+        ({"variants": {"a": {}}, "vary": ["split"]}, "vary"),
         ({"variants": {"a": {}}, "baseline": "c"}, "baseline c is no variant: name one of a"),
-        ({"variants": {"a b": {}, "a_b": {"seed": 1}}}, "two names differ only in spaces"),
+        (
+            {"variants": {"a b": {}, "a_b": {"data.batch_size": 50}}},
+            "two names differ only in spaces",
+        ),
         ({"grid": {"data.batch_size": [1]}, "baseline": "batch_size=1"}, "has none"),
         ({"search": {"data.batch_size": []}}, "no values"),
         ({"search": {"data.batch_size": {"low": 1, "high": 9, "step": 0.5}}}, "step 0.5"),
@@ -542,29 +661,25 @@ def test_wrong_calls_are_refused_in_one_line(
     assert "nowhere.yaml" in fails(capsys, "nowhere.yaml")
     assert "name the file" in fails(capsys)
     assert "jobs" in fails(capsys, file, "--jobs", "-1")
+    assert "--from nowhere.jsonl: No such file" in fails(capsys, file, "--from", "nowhere.jsonl")
+    assert "base.yaml is not a study: it asks no question" in fails(capsys, BASE)
 
 
 def test_a_storage_that_cannot_be_opened_is_refused_in_one_line(
     ask: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = ask(grid={"data.batch_size": [100]})
-    for url in ("nonsense://x", "sqlite:////nowhere/at/all.db", "no url at all"):
+    for url in ("nonsense://x", "sqlite:///a.db", "journal:nowhere/a.log", "no url at all"):
         with pytest.raises(SystemExit, match=f"^error: storage {url}: ") as stopped:
             study.main([str(file), "--storage", url])
         assert "\n" not in str(stopped.value.code)
-
-
-def test_a_changed_recipe_is_not_mixed_with_the_old_one(after: Callable[..., Path]) -> None:
-    with pytest.raises(SystemExit, match="begun with another recipe"):
-        study.main([str(after({"trainer.max_epochs": 3}, grid=GRID))])
-    assert starts() == 4
 
 
 def test_the_answer_so_far_runs_nothing_and_leaves_nothing(after: Callable[..., Path]) -> None:
     file = after(TWO, grid=GRID, seeds=[0])
     study.main(["--jobs", "0", str(file)])
     assert starts() == 4
-    assert [row["seeds"] for row in table()] == ["1", "1"]
+    assert list(table()) == [("lr=0.002", 0), ("lr=0.0001", 0)]
     with pytest.raises(SystemExit, match="no run has ended yet"):
         study.main([str(file), "--folder", "runs/b", "--jobs", "0"])
     assert not Path("runs/b").exists()
@@ -613,52 +728,48 @@ def test_each_job_has_its_share_of_cores_or_gpus(
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert study.shares(jobs) == expected
+    assert shares(jobs) == expected
 
 
 # -------------------------------------------------------------------------------- statistics
-
-
-def outcomes(values: dict[str, list[float]], **ended: str) -> list[Outcome]:
-    """Return runs of three epochs, of which the second is the best."""
-    return [
-        Outcome(
-            setting,
-            seed,
-            [
-                {"epoch": epoch, "train/loss": 1.0, "train/acc": 0.5, "val/loss": 2.0 - value,
-                 "val/acc": value - abs(epoch - 1) / 10, "test/loss": 2.0, "test/acc": value / 2,
-                 "seconds": 2.0}
-                for epoch in range(3)
-            ],
-            ended.get(f"{setting}_{seed}", ""),
-        )
-        for setting, of_seed in values.items()
-        for seed, value in enumerate(of_seed)
-    ]  # fmt: skip
 
 
 def answer(
     values: dict[str, list[float]],
     levels: dict[str, dict[str, str]] | None = None,
     ended: dict[str, str] | None = None,
-    baseline: str | None = None,
-    is_search: bool = False,
+    epochs: int = 3,
+    **asked: Any,
 ) -> Answer:
-    settings = levels or {setting: {"": setting} for setting in values}
-    runs_ = outcomes(values, **(ended or {}))
-    return Answer("Q?", "c", "val/acc", settings, runs_, baseline, is_search)
+    """Return the answer to runs of three epochs, of which the second is the best."""
+    records = []
+    for setting, of_seed in values.items():
+        for seed, value in enumerate(of_seed):
+            count = epochs if setting == next(iter(values)) else 3
+            columns: dict[str, list[float]] = {
+                "epoch": list(range(count)), "train/loss": [1.0] * count,
+                "val/loss": [2.0 - value] * count,
+                "val/acc": [value - abs(epoch - 1) / 10 for epoch in range(count)],
+                "test/acc": [value / 2] * count, "seconds": [2.0] * count,
+            }  # fmt: skip
+            trainer = dict.fromkeys(LIMITS) | {"limit_train_batches": None}
+            settings = {"trainer": trainer, "data": {"split_seed": 0, "val_size": 200}}
+            made_by = {"code": {}, "versions": {}, "machine": "a machine", "settings": settings}
+            why = (ended or {}).get(f"{setting}_{seed}", "")
+            record = {"seed": seed, "ended": why, "epochs": columns, **made_by}
+            records.append((setting, record))
+    question = Question("Q?", "base.yaml", **asked)
+    return Answer(question, "c", levels or {name: {"": name} for name in values}, records)
 
 
 def test_means_have_the_interval_of_student_t() -> None:
     a = [0.5, 0.53, 0.58]
-    (row,) = answer({"a": a}).by_setting()
     low, high = stats.t.interval(0.95, 2, loc=sum(a) / 3, scale=stats.sem(a))
-    assert (row["val/acc"].low, row["val/acc"].high) == pytest.approx((low, high))
-    assert row["test/acc"].value == pytest.approx(sum(a) / 6)
-    assert (row["epoch"].value, row["seconds"].value) == (1, 6)
-    (alone,) = answer({"a": [0.5]}).columns()[2][1]
-    assert alone == "50.00"
+    columns = answer({"a": a}).columns()
+    assert columns["val/acc, %"] == [f"{100 * sum(a) / 3:.2f} ± {50 * (high - low):.2f}"]
+    assert columns["test/acc, %"] == [f"{50 * sum(a) / 3:.2f} ± {25 * (high - low):.2f}"]
+    assert (columns["best epoch"], columns["seconds"]) == (["1.0 ± 0.0"], ["6 ± 0"])
+    assert answer({"a": [0.5]}).columns()["val/acc, %"] == ["50.00"]
 
 
 def test_folders_of_runs_have_names_of_their_own() -> None:
@@ -672,107 +783,147 @@ def test_folders_of_runs_have_names_of_their_own() -> None:
     )
 
 
-def test_differences_are_paired_and_corrected_after_holm() -> None:
-    values = {"a": [0.50, 0.60, 0.70], "b": [0.53, 0.64, 0.73], "c": [0.52, 0.58, 0.73]}
-    raw = {
-        (x, y): stats.ttest_rel(values[y], values[x]).pvalue
-        for x, y in (("a", "b"), ("a", "c"), ("b", "c"))
-    }
-    ordered = sorted(raw, key=lambda pair: raw[pair])
-    holm, highest = {}, 0.0
-    for rank, pair in enumerate(ordered):
-        highest = max(highest, min(1.0, (3 - rank) * raw[pair]))
-        holm[pair] = highest
-    found = {(d.one, d.other): d for d in answer(values).differences}
-    assert {pair: d.p for pair, d in found.items()} == pytest.approx(holm)
-    assert found["a", "b"].mean.value == pytest.approx((0.03 + 0.04 + 0.03) / 3)
-    assert raw["a", "b"] < 0.05
-    assert found["a", "b"].is_significant == (holm["a", "b"] < 0.05)
+@pytest.mark.parametrize("seeds", range(3, 9))
+def test_p_of_one_comparison_is_that_of_scipy(seeds: int) -> None:
+    rng = np.random.default_rng(seeds)
+    for shift in (0.0, 0.5, 3.0):
+        gains = rng.normal(shift, 1, seeds)
+        reference = stats.permutation_test(
+            (gains,), np.mean, permutation_type="samples", alternative="two-sided"
+        )
+        assert corrected_p(gains[:, None])[0] == pytest.approx(reference.pvalue)
+    assert corrected_p(np.ones((seeds, 1)))[0] == smallest_p(seeds)
+    assert corrected_p(np.zeros((seeds, 1)))[0] == 1
 
 
-def test_the_sentence_says_what_the_data_decide() -> None:
-    clear = {"a": [0.50, 0.60, 0.70], "b": [0.601, 0.70, 0.80], "c": [0.599, 0.701, 0.802]}
-    sentence = answer(clear).conclusion()
-    assert sentence.startswith(
-        "The setting c has the best mean val/acc, 70.07 %, significantly better than a"
+def test_six_seeds_suffice_however_many_comparisons_there_are() -> None:
+    noise = np.random.default_rng(0).normal(size=(6, 16))
+    noise[:, 3] += 100
+    gains = np.stack([noise[:, j] - noise[:, i] for i in range(16) for j in range(i)], axis=1)
+    p = corrected_p(gains)
+    assert p.min() == smallest_p(6) == 1 / 32
+    assert (p < 0.05).sum() == 15, "the one that differs, from all others"
+    lacks_a_seed = gains.copy()
+    lacks_a_seed[0, 0] = np.nan
+    assert corrected_p(lacks_a_seed)[0] >= smallest_p(5)
+
+
+@pytest.mark.parametrize("shift", [0.0, 2.0, 30.0])
+@pytest.mark.parametrize("seeds", [6, 8])
+def test_at_most_one_study_in_twenty_finds_a_difference_that_is_not_there(
+    shift: float, seeds: int
+) -> None:
+    rng, studies, false, found = np.random.default_rng(1), 600, 0, 0
+    pairs = [(i, j) for j in range(5) for i in range(j)]
+    for _ in range(studies):
+        values = rng.normal(size=(seeds, 5)) * [1, 1, 2, 0.5, 1] + rng.normal(size=(seeds, 1))
+        values[:, 4] += shift  # one that differs, or none
+        p = corrected_p(np.stack([values[:, j] - values[:, i] for i, j in pairs], axis=1))
+        is_real = np.array([4 in pair and shift > 0 for pair in pairs])
+        false += (p[~is_real] < 0.05).any()
+        found += (p[is_real] < 0.05).any()
+    assert false <= 0.05 * studies
+    assert found == (studies if shift == 30 else found)
+
+
+def test_the_difference_that_would_be_found_is_found_in_four_studies_of_five() -> None:
+    rng, names = np.random.default_rng(2), list("abcd")
+    spread = 0.01 / np.sqrt(2)
+    size, found, studies = [], 0, 60
+    for _ in range(studies):
+        values = 0.6 + rng.normal(0, spread, (4, 6))
+        one = answer(dict(zip(names, values.tolist(), strict=True)))
+        said = re.search(r"true difference of (\d+\.\d) points", "\n".join(one.conclusion()))
+        assert said
+        size.append(float(said[1]) / 100)
+    mean = float(np.mean(size))  # each by the spread of its own six seeds
+    for _ in range(300):
+        values = rng.normal(0, spread, (4, 6))
+        values[3] += mean
+        gains = [values[j] - values[i] for j in range(4) for i in range(j)]
+        found += corrected_p(np.stack(gains, axis=1))[3] < 0.05  # of a and d
+    assert 0.7 < found / 300 < 0.9
+
+
+def test_the_verdict_says_what_the_table_says() -> None:
+    clear = {"a": [0.50, 0.60, 0.70, 0.5, 0.6, 0.7], "b": [0.601, 0.70, 0.80, 0.6, 0.7, 0.8],
+             "c": [0.599, 0.701, 0.802, 0.6, 0.7, 0.81]}  # fmt: skip
+    found = answer(clear)
+    assert found.conclusion()[0] == (
+        "Best: c (70.20 %); significantly worse: a (-10.20 ± 0.42); no significant difference: "
+        "b (-0.18 ± 0.44)."
     )
-    assert "between it and b the data do not decide" in sentence
-    noise = {"a": [0.5, 0.6, 0.7], "b": [0.6, 0.5, 0.71]}
-    assert answer(noise).conclusion().startswith("The data do not decide: b has the best")
-    few = {"a": [0.5, 0.5], "b": [0.6, 0.7]}
-    assert answer(few).differences == []
-    assert answer(few).conclusion().startswith("Too few runs to compare: it takes 3 seeds")
-    same = {"a": [0.5, 0.6, 0.7], "b": [0.6, 0.7, 0.8]}  # no spread says nothing of chance
-    assert "do not decide" in answer(same).conclusion()
-    equal = {"a": [0.5, 0.6, 0.7], "b": [0.5, 0.6, 0.7]}
-    assert answer(equal).conclusion() == "All have the same mean val/acc, 60.00 %."
-    with_base = answer(clear, baseline="a")
+    assert found.compared_columns()["significant"] == ["better", "better", "no"]
+    few = answer({"a": [0.5, 0.5, 0.5], "b": [0.6, 0.7, 0.6]}).conclusion()
+    assert few[0] == "Best: b (63.33 %); no significant difference: a (-13.33 ± 14.34)."
+    assert few[1] == (
+        "3 seeds can't show a significant difference: the smallest p that they can reach is 0.25; "
+        "it takes 6 seeds."
+    )
+    assert answer({"a": [0.5], "b": [0.6]}).conclusion() == ["Too few runs to compare."]
+    with_base = answer(clear, variants={"a": {}, "b": {}, "c": {}}, baseline="a")
     assert {(d.one, d.other) for d in with_base.differences} == {("a", "b"), ("a", "c")}
-    assert with_base.conclusion().startswith("Significantly better than a: b (+10.03")
+    assert with_base.conclusion()[0] == (
+        "Compared with a; significantly better: b (+10.02 ± 0.04), c (+10.20 ± 0.42)."
+    )
 
 
 def test_a_diverged_run_is_in_no_mean_and_in_no_pair_and_its_setting_does_not_lead() -> None:
     values = {"a": [0.5, 0.6, 0.7, 0.6], "b": [0.61, 0.7, 0.82, 0.1], "c": [0.4, 0.51, 0.6, 0.5]}
     found = answer(values, ended={"b_3": "diverged: at once"})
-    assert {(d.one, d.other): d.pairs for d in found.differences} == {
+    assert {(d.one, d.other): len(d.gains) for d in found.differences} == {
         ("a", "b"): 3, ("a", "c"): 4, ("b", "c"): 3,
     }  # fmt: skip
-    row = found.by_setting()[1]
-    assert (row["seeds"], row["ended"]) == (3, "1 diverged")
-    assert row["val/acc"].value == pytest.approx(0.71)
-    sentence = found.conclusion()
-    assert sentence.startswith("The setting a has the best mean val/acc")
-    assert "b left out: too few whole runs" in sentence
-    assert "the setting b diverged in 1 of 4 runs" in sentence
+    assert found.columns()["runs"][1] == "3 (1 diverged)"
+    assert found.columns()["val/acc, %"][1].startswith("71.00 ± ")
+    assert found.conclusion()[0].startswith("Best: a (60.00 %)")
+    assert "b: 1 diverged." in found.conclusion()
+
+
+def test_settings_that_lost_different_seeds_are_ranked_by_the_seeds_of_both() -> None:
+    # b is better in every pair, but lost a seed that is good for all
+    values = {"a": [0.50, 0.51, 0.52, 0.90, 0.50], "b": [0.53, 0.54, 0.55, 0.93, 0.53]}
+    found = answer(values, ended={"a_0": "diverged", "b_3": "diverged"})
+    means = [float(cell.split(" ")[0]) for cell in found.columns()["val/acc, %"]]
+    assert means[0] > means[1]
+    assert found.conclusion()[0].startswith("Best: b (")
+    assert found.differences[0].mean.value == pytest.approx(0.03)
 
 
 def test_the_best_of_more_epochs_is_not_taken_at_its_word() -> None:
     values = {"a": [0.5, 0.6, 0.7], "b": [0.61, 0.7, 0.82]}
-    found = answer(values)
-    assert "more epochs" not in found.conclusion()
-    (difference,) = found.differences
-    assert difference.test.value == pytest.approx((0.11 + 0.1 + 0.12) / 6)
-    for run in found.outcomes[:3]:
-        run.rows.append({**run.rows[0], "epoch": 3})
-    assert "some have more epochs" in found.conclusion()
-
-
-def test_a_variant_that_lost_runs_is_left_out_of_the_sentence() -> None:
-    values = {"a": [0.5, 0.6, 0.7, 0.6], "b": [0.61, 0.7, 0.82, 0.7], "c": [0.7, 0.8, 0.91, 0.1]}
-    sentence = answer(values, baseline="a", ended={"c_3": "diverged: at once"}).conclusion()
-    assert sentence.startswith("Significantly better than a: b (+")
-    assert "c left out: too few whole runs" in sentence
+    assert "more epochs" not in str(answer(values).conclusion())
+    assert "Some runs have more epochs" in str(answer(values, epochs=5).conclusion())
 
 
 def test_a_search_says_that_the_best_looks_better_than_it_is() -> None:
     values = {"a": [0.5, 0.6, 0.7], "b": [0.61], "c": [0.52, 0.63, 0.72]}
-    found = answer(values, is_search=True)
+    found = answer(values, search={"x": [1]})
     assert found.ranked() == ["c", "a", "b"], "b has too few runs to lead"
-    assert "the best of 3 settings looks better by val/acc than it is" in found.conclusion()
+    assert "The best of 3 settings looks better by val/acc" in found.conclusion()[-1]
 
 
 def test_factors_of_a_grid_are_compared_over_the_levels_of_the_others() -> None:
     levels = {f"{x}{y}": {"x": x, "y": y} for x in "pq" for y in "rs"}
-    values = {
-        "pr": [0.50, 0.60, 0.55], "ps": [0.52, 0.59, 0.56],
-        "qr": [0.60, 0.71, 0.66], "qs": [0.63, 0.69, 0.67],
-    }  # fmt: skip
+    rng = np.random.default_rng(0)
+    values = {name: (0.6 + rng.normal(0, 0.01, 6)).tolist() for name in levels}
+    for name in ("qr", "qs"):
+        values[name] = [value + 0.1 for value in values[name]]
     by_x, by_y = answer(values, levels).differences
-    p = [(a + b) / 2 for a, b in zip(values["pr"], values["ps"], strict=True)]
-    q = [(a + b) / 2 for a, b in zip(values["qr"], values["qs"], strict=True)]
+    gains = [
+        (values["qr"][i] + values["qs"][i] - values["pr"][i] - values["ps"][i]) / 2
+        for i in range(6)
+    ]
     assert (by_x.factor, by_x.one, by_x.other) == ("x", "p", "q")
-    assert by_x.p == pytest.approx(2 * stats.ttest_rel(q, p).pvalue)
-    assert by_x.is_significant
-    assert not by_y.is_significant
-    sentence = answer(values, levels).conclusion()
-    assert sentence.startswith("For x, q has the best mean val/acc")
-    assert "for y, the data do not decide: s" in sentence
+    assert list(by_x.gains.values()) == pytest.approx(gains)
+    assert by_x.p < 0.05 < by_y.p
+    lines = answer(values, levels).conclusion()
+    assert lines[0].startswith("x: best: q (")
+    assert "significantly worse: p (-" in lines[0]
+    assert re.match(r"y: best: [rs] .*; no significant difference: [rs] ", lines[2])
 
 
 def test_a_loss_chooses_the_lowest() -> None:
-    runs_ = outcomes({"a": [0.5, 0.6, 0.6], "b": [0.7, 0.81, 0.8]})
-    found = Answer("Q?", "c", "val/loss", {"a": {"": "a"}, "b": {"": "b"}}, runs_)
-    assert [row["val/loss"].value for row in found.by_setting()] == pytest.approx(
-        [4.3 / 3, 3.69 / 3]
-    )
-    assert found.conclusion().startswith("The setting b has the best mean val/loss, 1.2300")
+    found = answer({"a": [0.5, 0.6, 0.6], "b": [0.7, 0.81, 0.8]}, choose="val/loss")
+    assert [cell[:6] for cell in found.columns()["val/loss"]] == ["1.4333", "1.2300"]
+    assert found.conclusion()[0].startswith("Best: b (1.2300); no significant difference: a (+0.2")

@@ -99,7 +99,7 @@ def test_fit_leaves_a_whole_run_and_says_how_to_go_on(run: Run) -> None:
     out = run("fit", "--config", BASE, *CONVNET, "--trainer.max_epochs", "3")
     assert sorted(p.name for p in RUN_0.iterdir() if not p.name.startswith("events")) == [
         "checkpoints", "config.yaml", "curves.png", "hparams.yaml", "metrics.csv", "model.md",
-        "model.pth",
+        "model.pth", "run.json",
     ]  # fmt: skip
     names = sorted(p.name for p in (RUN_0 / "checkpoints").iterdir())
     assert names == ["epoch_00.ckpt", "epoch_01.ckpt", "epoch_02.ckpt", "last.ckpt"]
