@@ -14,6 +14,7 @@ and the record of all runs, `runs.jsonl`, by which another machine can resume th
 
 import contextlib
 import dataclasses
+import itertools
 import shlex
 import sys
 from pathlib import Path
@@ -31,7 +32,7 @@ from studies.record import read_records
 from studies.work import Work
 from terminal import ShortParser, quieten, short_errors
 
-HOW = ("jobs", "storage", "folder", "from", "any_code")  # flags that no result depends on
+HOW = {"--jobs", "--storage", "--folder", "--from", "--any_code"}  # no result depends on these
 
 
 def main(args: list[str] | None = None) -> None:
@@ -40,10 +41,10 @@ def main(args: list[str] | None = None) -> None:
     if "" not in sys.path:
         sys.path.append("")  # the current folder, for classes of the user's own
     with short_errors():
-        _main(sys.argv[1:] if args is None else args)
+        _main(_by_flag(sys.argv[1:] if args is None else args))
 
 
-def _main(args: list[str]) -> None:
+def _main(args: list[list[str]]) -> None:
     parser = ShortParser(prog="study.py", description="Answer a question by many runs.")
     parser.add_argument("--file", action=ActionConfigFile, help="the question (or as first word)")
     parser.add_class_arguments(Question)
@@ -57,11 +58,10 @@ def _main(args: list[str]) -> None:
     )
     parser.add_argument("--any_code", type=bool, default=False, help="also those by other code")
     given = parser.parse_args(_with_file(args))
-    settings = parser.instantiate_classes(given).as_dict()
-    # Flags are words to pass on, though some of them name classes.
-    settings |= {key: given.as_dict()[key] for key in ("grid", "variants", "fixed")}
-    names = [field.name for field in dataclasses.fields(Question)]
-    question = Question(**{name: settings[name] for name in names})
+    # The flags to pass on stay words, though some of them name classes.
+    asked = parser.instantiate_classes(given).as_dict()
+    asked |= {key: given.as_dict()[key] for key in ("grid", "variants", "fixed")}
+    question = Question(**{field.name: asked[field.name] for field in dataclasses.fields(Question)})
     folder = Path(given.folder or Path("runs", Path(str(given.file[-1])).stem))
     files = [given["from"]] if isinstance(given["from"], str) else given["from"]
     records = {file: read_records(Path(file)) for file in files}
@@ -75,7 +75,7 @@ def _main(args: list[str]) -> None:
             print(f"{file}: {queue.take_over(runs)} runs taken")
         queue.runs()
         if queue.left_out:
-            names = sorted({name for changed in queue.left_out.values() for name in changed})
+            names = sorted(set[str]().union(*queue.left_out.values()))
             which = f"{len(queue.left_out)} runs are by other code ({', '.join(names[:4])})"
             then = "start anew" if given.jobs else "are left out"
             print(f"{which} and {then}: --any_code true counts them too")
@@ -89,37 +89,39 @@ def _main(args: list[str]) -> None:
         ) from error
     if not done:
         raise nothing
-    command = shlex.join(["python", "study.py", *_that_ask(args)])
-    answer = Answer(question, command, question.levels(settings), done)
-    terminal = Console(highlight=False)
+    from studies.figures import write_figures  # Matplotlib is slow to import
+
+    words = itertools.chain(*(a for a in args if a[0].partition("=")[0].rstrip("+") not in HOW))
+    command = shlex.join(["python", "study.py", *words])
+    levels = {name: question.levels_of(flags) for name, flags in settings.items()}
+    answer, terminal = Answer(question, command, levels, done), Console(highlight=False)
+    write_figures(answer, folder)
     answer.write(folder, terminal if terminal.is_terminal else Console(width=120, highlight=False))
     if queue.failed:
         sys.exit(f"error: {len(queue.failed)} failed, see above: the same command tries again")
 
 
-def _with_file(args: list[str]) -> list[str]:
-    """Put the study's file first and its flag before it: flags override it."""
-    for i, word in enumerate(args):
-        is_file = not i or (Path(word).suffix in (".yaml", ".yml") and args[i - 1][:1] != "-")
-        if is_file and not word.startswith("-"):
-            with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # the parser says why
-                if "question" not in (yaml.safe_load(Path(word).read_text()) or {}):
-                    raise MisconfigurationException(f"{word} is not a study: it asks no question")
-            return ["--file", word, *args[:i], *args[i + 1 :]]
-    if not {"--file", "--help", "-h"} & {word.partition("=")[0] for word in args}:
-        raise MisconfigurationException("name the file of a study: python study.py FILE")
-    return args
-
-
-def _that_ask(args: list[str]) -> list[str]:
-    """Return the words of a command line that say what is asked, not how it is done."""
-    words, is_value = [], False
+def _by_flag(args: list[str]) -> list[list[str]]:
+    """Return the words of a command line, each flag with its value."""
+    found: list[list[str]] = []
     for word in args:
-        flag, _, value = word.removeprefix("--").partition("=")
-        is_how = word.startswith("--") and flag.rstrip("+") in HOW
-        if not (is_how or is_value):
-            words.append(word)
-        is_value = is_how and not value
+        if found and len(found[-1]) == 1 and found[-1][0][:1] == "-" and "=" not in found[-1][0]:
+            found[-1].append(word)
+        else:
+            found.append([word])
+    return found
+
+
+def _with_file(args: list[list[str]]) -> list[str]:
+    """Return a command line with the study's file first and its flag before it: flags override."""
+    words = list(itertools.chain(*sorted(args, key=lambda words: words[0].startswith("-"))))
+    if words and not words[0].startswith("-"):
+        with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # the parser says why
+            if "question" not in (yaml.safe_load(Path(words[0]).read_text()) or {}):
+                raise MisconfigurationException(f"{words[0]} is not a study: it asks no question")
+        return ["--file", *words]
+    if not {"--file", "--help", "-h"} & {word.partition("=")[0] for word in words}:
+        raise MisconfigurationException("name the file of a study: python study.py FILE")
     return words
 
 

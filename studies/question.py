@@ -12,12 +12,7 @@ from typing import Any, Literal
 import optuna
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
+from optuna import distributions
 from optuna.samplers import BruteForceSampler, GridSampler
 
 import train
@@ -50,13 +45,13 @@ class Range:
     log: bool = False
     step: int | float | None = None
 
-    def distribution(self) -> BaseDistribution:
+    def distribution(self) -> distributions.BaseDistribution:
         """Return the range as Optuna takes it."""
-        if isinstance(self.low, int) and isinstance(self.high, int):
-            if isinstance(self.step, float):
-                raise ValueError(f"step {self.step} between whole numbers")
-            return IntDistribution(self.low, self.high, self.log, self.step or 1)
-        return FloatDistribution(self.low, self.high, self.log, self.step)
+        if not (isinstance(self.low, int) and isinstance(self.high, int)):
+            return distributions.FloatDistribution(self.low, self.high, self.log, self.step)
+        if isinstance(self.step, float):
+            raise ValueError(f"step {self.step} between whole numbers")
+        return distributions.IntDistribution(self.low, self.high, self.log, self.step or 1)
 
 
 @dataclass
@@ -98,22 +93,18 @@ class Question:
 
     def settings(self) -> dict[str, Flags]:
         """Return the settings of a grid or of variants, by name, in order."""
-        if self.variants:
-            return {name: flags or {} for name, flags in self.variants.items()}
         combinations = itertools.product(*self.grid.values()) if self.grid else []
-        return self.named(dict(zip(self.grid, values, strict=True)) for values in combinations)
+        named = self.named(dict(zip(self.grid, values, strict=True)) for values in combinations)
+        return self.variants or named
 
     def extremes(self) -> dict[str, Flags]:
         """Return settings that have every choice of a search and both ends of every range."""
         ends = {
-            flag: space if isinstance(space, list) else [space.low, space.high]
+            flag: [space.low, space.high] if isinstance(space, Range) else space
             for flag, space in self.search.items()
         }
-        count = max((len(values) for values in ends.values()), default=0)
-        return self.named(
-            {flag: values[min(i, len(values) - 1)] for flag, values in ends.items()}
-            for i in range(count)
-        )
+        count = max(map(len, ends.values()), default=0)
+        return self.named({f: of[i % len(of)] for f, of in ends.items()} for i in range(count))
 
     def named(self, settings: Iterable[Flags]) -> dict[str, Flags]:
         """Return settings by name."""
@@ -121,36 +112,34 @@ class Question:
 
     def name_of(self, flags: Flags) -> str:
         """Return the name of a setting: its variant's, or what its flags say."""
-        for name, own in self.variants.items():
-            if as_text(own or {}) == as_text(flags):
-                return name
-        every = [*self.grid, *self.search]
-        return ",".join(f"{_short(flag, every)}={_text(flags[flag])}" for flag in every)
+        levels = self.levels_of(flags)
+        return ",".join(
+            f"{factor}={level}" if factor else level for factor, level in levels.items()
+        )
 
-    def levels(self, settings: dict[str, Flags]) -> dict[str, dict[str, str]]:
-        """Return for each setting its level of each factor: the flags of a grid are factors, the
+    def levels_of(self, flags: Flags) -> dict[str, str]:
+        """Return the level of each factor that a setting has: the flags of a grid are factors, the
         variants or the settings of a search are levels of one factor that has no name."""
-        if not self.grid:
-            return {name: {"": name} for name in settings}
-        flags = list(self.grid)
-        return {
-            name: {_short(flag, flags): _text(value) for flag, value in setting.items()}
-            for name, setting in settings.items()
-        }
+        if self.variants:
+            names = [name for name, own in self.variants.items() if _json(own) == _json(flags)]
+            return {"": names[0] if names else ""}  # none for what this study doesn't ask any more
+        every = [*self.grid, *self.search]
+        levels = {_short(flag, every): _text(flags.get(flag)) for flag in every}
+        return levels if self.grid else {"": ",".join(map("=".join, levels.items()))}
 
-    def distributions(self) -> dict[str, BaseDistribution]:
+    def distributions(self) -> dict[str, distributions.BaseDistribution]:
         """Return what is searched as Optuna takes it.
 
         Raises:
             MisconfigurationException: A range without numbers in it.
         """
-        found: dict[str, BaseDistribution] = {}
+        found: dict[str, distributions.BaseDistribution] = {}
         for flag, space in self.search.items():
             try:
                 found[flag] = (
-                    CategoricalDistribution(space)
-                    if isinstance(space, list)
-                    else space.distribution()
+                    space.distribution()
+                    if isinstance(space, Range)
+                    else distributions.CategoricalDistribution(space)
                 )
             except ValueError as error:
                 raise MisconfigurationException(f"search.{flag}: {error}") from error
@@ -165,13 +154,13 @@ class Question:
         setting = self.name_of(flags).replace(" ", "_")
         name = re.sub(r"[^\w.,=+-]+", "_", setting)
         if name != setting or len(name) > 100:  # others may come to the same
-            name = f"{name[:80]}-{hashlib.sha256(as_text(flags).encode()).hexdigest()[:8]}"
+            name = f"{name[:80]}-{hashlib.sha256(_json(flags).encode()).hexdigest()[:8]}"
         return f"{name},seed={seed}"
 
-    def command(self, flags: Flags, seed: int, folder: Path, name: str) -> list[str]:
-        """Return the command line of one run, without `python train.py`."""
+    def command(self, flags: Flags, seed: int, folder: Path) -> list[str]:
+        """Return the command line of one run of a study, without `python train.py`."""
         settings = {
-            "name": name,
+            "name": self.folder_of(flags, seed),
             "trainer.default_root_dir": str(folder),
             "checkpoint.monitor": self.choose,
             "data.test_curve": True,  # to look at; `choose` cannot name it
@@ -184,6 +173,11 @@ class Question:
         return ["fit", *configs, *(f"--{key}={_text(value)}" for key, value in settings.items())]
 
 
+def _json(value: Any) -> str:
+    """Return plain data as JSON, equal for equal data."""
+    return json.dumps(value, sort_keys=True)
+
+
 def _text(value: Any) -> str:
     """Return a value as a user would type it."""
     return value if isinstance(value, str) else json.dumps(value)
@@ -192,16 +186,9 @@ def _text(value: Any) -> str:
 def _short(flag: str, flags: list[str]) -> str:
     """Return as much of the end of a flag as tells it from the others."""
     parts = flag.split(".")
-    for count in range(1, len(parts)):
-        end = ".".join(parts[-count:])
-        if sum(f".{other}".endswith(f".{end}") for other in flags) == 1:
-            return end
-    return flag
-
-
-def as_text(value: Any) -> str:
-    """Return plain data as JSON, equal for equal data."""
-    return json.dumps(value, sort_keys=True)
+    ends = [".".join(parts[-count:]) for count in range(1, len(parts))]
+    only = [end for end in ends if sum(f".{f}".endswith(f".{end}") for f in flags) == 1]
+    return [*only, flag][0]
 
 
 class DryRun(train.CLI):
@@ -222,35 +209,33 @@ def planned(question: Question, flags: Flags) -> Plan:
         MisconfigurationException: Something that the study decides itself, or that can't be run.
         SystemExit: A flag that `fit` does not have or a value that it refuses.
     """
-    name = question.name_of(flags)
+    ours = OURS | ({"data.split_seed": "vary"} if "split" in question.vary else {})
     for flag in (*question.fixed, *flags):
-        if flag in OURS or (flag == "data.split_seed" and "split" in question.vary):
-            instead = OURS.get(flag, "vary")
-            raise MisconfigurationException(f"{flag} belongs to the study: use {instead}")
+        if flag in ours:
+            raise MisconfigurationException(f"{flag} belongs to the study: use {ours[flag]}")
         if flag in question.fixed and flag in flags:
             raise MisconfigurationException(f"{flag} is fixed, and differs between settings")
+    setting, seed = f"setting {question.name_of(flags)}", question.seeds[0]
     try:
-        cli = DryRun(question.command(flags, question.seeds[0], Path("runs"), "check"))
+        cli = DryRun(question.command(flags, seed, Path("runs")))
         data = cli.datamodule
         if not data.verify:  # else they are CIFAR-10 or refused
             data.prepare_data()
             data.setup("validate")
         images = {part: data.identity(part) for part in ("train", "test")}
     except MisconfigurationException as error:
-        raise MisconfigurationException(f"setting {name}: {error}") from error
+        raise MisconfigurationException(f"{setting}: {error}") from error
     config = cli.config.fit
-    if config.data.val_size == 0:
-        raise MisconfigurationException(f"setting {name}: data.val_size 0 leaves no validation")
-    keeps = config.checkpoint.save_last and config.checkpoint.save_top_k != 0
-    ends = (config.checkpoint.monitor, config.trainer.default_root_dir, config.name)
-    if ends != (question.choose, "runs", "check") or not keeps:
-        raise MisconfigurationException(
-            f"setting {name}: what is kept of a run, and where, belongs to the study"
-        )
-    if not (config.trainer.max_epochs or 0) > 0:
-        raise MisconfigurationException(f"setting {name}: trainer.max_epochs must be a number")
+    is_kept = config.checkpoint.save_last and config.checkpoint.save_top_k != 0
+    kept = (config.checkpoint.monitor, config.trainer.default_root_dir, config.name)
+    _refuse({
+        f"{setting}: data.val_size 0 leaves no validation": config.data.val_size == 0,
+        f"{setting}: what is kept of a run, and where, belongs to the study": not is_kept
+        or kept != (question.choose, "runs", question.folder_of(flags, seed)),
+        f"{setting}: trainer.max_epochs must be a number": (config.trainer.max_epochs or 0) <= 0,
+    })  # fmt: skip
     device = cli.trainer.strategy.root_device.type
-    return Plan(without_places(cli.config_dump), images, device, config.trainer.max_epochs)
+    return Plan(without_places(cli.config_dump), images, device)
 
 
 def check(question: Question) -> dict[str, Plan]:
@@ -261,35 +246,35 @@ def check(question: Question) -> dict[str, Plan]:
         MisconfigurationException: A question without settings, or one that `planned` refuses.
     """
     kinds = [kind for kind in ("grid", "variants", "search") if getattr(question, kind)]
-    if len(kinds) != 1:
-        said = " and ".join(kinds) or "none"
-        raise MisconfigurationException(f"a study has grid, variants or search: this has {said}")
-    if not question.seeds or len(set(question.seeds)) < len(question.seeds):
-        raise MisconfigurationException(f"seeds {question.seeds}: name each one once, at least one")
-    if "seed" not in question.vary:
-        raise MisconfigurationException("vary: [seed] or [seed, split]")
-    if question.choose not in ("val/acc", "val/loss"):
-        raise MisconfigurationException(
-            f"choose is {question.choose}: choose by val/acc or val/loss, never by the test set"
-        )
-    if question.baseline is not None and question.baseline not in question.variants:
-        names = ", ".join(question.variants) or "variants, of which this study has none"
-        raise MisconfigurationException(
-            f"baseline {question.baseline} is no variant: name one of {names}"
-        )
-    if isinstance(question.sampler, GridSampler | BruteForceSampler):
-        raise MisconfigurationException("sampler: to run every combination, use grid")
-    for values in (*question.grid.values(), *question.search.values()):
-        if values == []:
-            raise MisconfigurationException(f"{kinds[0]}: a flag has no values")
+    kind, seeds, baseline = " and ".join(kinds) or "none", question.seeds, question.baseline
+    settings, values = question.settings(), (*question.grid.values(), *question.search.values())
+    variants = ", ".join(question.variants) or "variants, of which this study has none"
+    folders = {name.replace(" ", "_") for name in settings}
+    _refuse({
+        f"a study has grid, variants or search: this has {kind}": len(kinds) != 1,
+        f"seeds {seeds}: name each one once, at least one": len({*seeds}) < max(len(seeds), 1),
+        "vary: [seed] or [seed, split]": "seed" not in question.vary,
+        f"choose is {question.choose}: choose by val/acc or val/loss, never by the test set":
+            question.choose not in ("val/acc", "val/loss"),
+        f"baseline {baseline} is no variant: name one of {variants}":
+            baseline not in (None, *question.variants),
+        "sampler: to run every combination, use grid":
+            isinstance(question.sampler, GridSampler | BruteForceSampler),
+        f"{kind}: a flag has no values": [] in values,
+        f"{kind}: two names differ only in spaces": len(folders) < len(settings),
+    })  # fmt: skip
     question.distributions()
-    settings = question.settings()
     plans: dict[str, Plan] = {}
     for name, flags in (settings or question.extremes()).items():
         plan = planned(question, flags)
         if settings and (same := [other for other, its in plans.items() if its == plan]):
             raise MisconfigurationException(f"{same[0]} and {name} are the same setting")
         plans[name] = plan
-    if len({question.folder_of(flags, 0) for flags in settings.values()}) < len(settings):
-        raise MisconfigurationException(f"{kinds[0]}: two names differ only in spaces")
     return plans
+
+
+def _refuse(mistakes: dict[str, bool]) -> None:
+    """Refuse what is wrong, by the first message that is true."""
+    for message, is_true in mistakes.items():
+        if is_true:
+            raise MisconfigurationException(message)

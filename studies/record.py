@@ -7,12 +7,11 @@ device, the packages, and every file of this project and of the user's that the 
 import copy
 import csv
 import functools
-import importlib.metadata
 import importlib.util
 import json
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,10 @@ from runs import Row, code_version, differences, file_version, package_versions
 
 Record = dict[str, Any]
 
+KEYS = {  # of every record
+    "seed", "flags", "ended", "settings", "images", "device", "machine", "parts", "code",
+    "versions", "epochs",
+}  # fmt: skip
 GUESSING = math.log(10)  # the loss of a network that gives each class the same probability
 PLACES = (  # where things lie and what is kept, on which no result depends
     "name", "ckpt_path", "config", "checkpoint", "trainer.default_root_dir", "trainer.accelerator",
@@ -32,27 +35,25 @@ PLACES = (  # where things lie and what is kept, on which no result depends
 
 @dataclass
 class Plan:
-    """What the runs of one setting are, but for their seed.
+    """What the runs of one setting are.
 
     Args:
         settings: Those that a result depends on, nested as in `config.yaml`.
         images: What the training and the test images are.
         device: `cpu` or `cuda`: the trainer's accelerator.
-        epochs: How many a whole run has.
 
     """
 
     settings: dict[str, Any]
     images: dict[str, str]
     device: str
-    epochs: int
 
     def of(self, seed: int, has_own_split: bool) -> "Plan":
         """Return the plan of the run with a seed."""
-        settings = copy.deepcopy(self.settings) | {"seed_everything": seed}
+        settings = {**self.settings, "seed_everything": seed}
         if has_own_split:
-            settings["data"]["split_seed"] = seed
-        return Plan(settings, self.images, self.device, self.epochs)
+            settings["data"] = {**settings["data"], "split_seed": seed}
+        return replace(self, settings=settings)
 
     def is_of(self, record: Record) -> bool:
         """Return whether a run had these settings, from its first epoch to its last."""
@@ -71,31 +72,23 @@ def without_places(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def other_code(record: Record) -> list[str]:
-    """Return the modules and packages that are not what they were for a run."""
+    """Return the modules and packages that are not what they were for a run of a known plan."""
     changed = [name for name, version in record["code"].items() if _module(name) != version]
-    return changed + [n for n, version in record["versions"].items() if _package(n) != version]
+    for name, version in record["versions"].items():
+        if str(getattr(sys.modules.get(name), "__version__", "")) != version:
+            changed.append(name)
+    return changed
 
 
 @functools.cache
 def _module(name: str) -> str:
     """Return the version of a module's file, as it is now; nothing if there is none."""
-    file = getattr(sys.modules.get(name), "__file__", None)
     try:
-        spec = None if file else importlib.util.find_spec(name)
-    except ImportError:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
         spec = None
-    file = file or (spec.origin if spec else None)
-    return file_version(Path(file)) if file and Path(file).is_file() else ""
-
-
-def _package(name: str) -> str:
-    """Return the version of a package; nothing if there is none."""
-    if name in sys.modules:
-        return str(getattr(sys.modules[name], "__version__", ""))
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
+    file = Path(spec.origin or "") if spec else Path()
+    return file_version(file) if file.is_file() else ""
 
 
 def read_run(version: Path) -> Record:
@@ -130,15 +123,6 @@ def finished(
     return {"flags": flags, "ended": ended, **record}
 
 
-def described(record: Record, choose: str) -> str:
-    """Say in a few words what came of a whole run."""
-    best = best_of(record, choose) or {}
-    value = f"{best[choose]:.2%}" if choose.endswith("acc") else f"{best[choose]:.4f}"
-    test = f", test/acc {best['test/acc']:.2%}" if "test/acc" in best else ""
-    seconds = sum(row["seconds"] for row in rows_of(record))
-    return f"{choose} {value} in epoch {best['epoch']:.0f}{test}, {seconds:.0f} s"
-
-
 def rows_of(record: Record) -> list[Row]:
     """Return the epochs of a run."""
     columns = record["epochs"]
@@ -161,10 +145,11 @@ def read_records(file: Path) -> list[Record]:
     """
     try:
         records = [json.loads(line) for line in file.read_text().splitlines()]
-        for record in records:
-            rows_of(record), Plan({}, {}, "", 0).is_of(record), record["ended"], record["code"]
+        whole = all(record.keys() >= KEYS for record in records)
     except OSError as error:
         raise MisconfigurationException(f"--from {file}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise MisconfigurationException(f"--from {file} is no runs.jsonl of a study") from error
+    except (ValueError, AttributeError):
+        whole = False
+    if not whole:
+        raise MisconfigurationException(f"--from {file} is no runs.jsonl of a study")
     return records

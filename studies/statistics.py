@@ -1,11 +1,11 @@
 """Exact tests for few seeds: sign flips of paired differences, corrected for many comparisons."""
 
-import itertools
 import math
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+
+Floats = NDArray[np.float64]
 
 ALPHA = 0.05  # a difference is significant if its corrected p is below
 POWER = 0.8  # how often a difference of the size that is named would be found
@@ -17,21 +17,7 @@ def smallest_p(seeds: int) -> float:
     return 2.0 ** (1 - seeds)
 
 
-def seeds_needed() -> int:
-    """Return how many seeds it takes before a difference can be significant."""
-    return next(n for n in itertools.count(1) if smallest_p(n) < ALPHA)
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """Return the 95 % interval of a mean by Student's t; NaN for fewer than two values."""
-    if len(values) < 2:
-        return math.nan, math.nan
-    mean, error = np.mean(values), stats.sem(values)
-    half = error * stats.t.ppf(0.975, len(values) - 1)
-    return float(mean - half), float(mean + half)
-
-
-def corrected_p(differences: NDArray[np.float64]) -> NDArray[np.float64]:
+def corrected_p(differences: Floats) -> Floats:
     """Return the p of each of k comparisons, corrected for all k.
 
     If a setting changes nothing, the difference of a seed's two runs is as likely as its negative.
@@ -44,50 +30,43 @@ def corrected_p(differences: NDArray[np.float64]) -> NDArray[np.float64]:
         differences: Float64 [seeds, k], two-sided; NaN where a comparison lacks a seed.
 
     """
+    seeds = len(differences)
+    if seeds <= EXACT:  # of a way and its negative only one: the last seed is never flipped
+        flipped = np.arange(2 ** (seeds - 1))[:, None] >> np.arange(seeds) & 1
+    else:
+        drawn = np.random.default_rng(0).integers(0, 2, (2 ** (EXACT - 1), seeds - 1))
+        flipped = np.pad(drawn, ((1, 0), (1, 0)))
     known = ~np.isnan(differences)
     values = np.where(known, differences, 0.0)
     scale = np.sqrt(known.sum(axis=0) * (values**2).sum(axis=0))
-    found = np.abs(_flips(len(values)) @ values) / np.where(scale > 0, scale, 1.0)
-    order = np.argsort(-found[0], kind="stable")  # the first flip changes no sign
+    found = np.abs((1.0 - 2.0 * flipped) @ values) / np.where(scale > 0, scale, 1.0)
+    order = np.argsort(-found[0], kind="stable")  # the first way flips nothing
     others = np.maximum.accumulate(found[:, order[::-1]], axis=1)[:, ::-1]  # of it and all below
     p = np.maximum.accumulate((others >= found[0, order] - 1e-9).mean(axis=0))
     return p[np.argsort(order)]
 
 
-def _flips(seeds: int) -> NDArray[np.float64]:
-    """Return all ways to flip signs as rows of ±1, of a way and its negative only one."""
-    rest = max(seeds - 1, 0)
-    if seeds <= EXACT:
-        signs = np.array(list(itertools.product((1.0, -1.0), repeat=rest)))
-    else:
-        drawn = np.random.default_rng(0).integers(0, 2, (2 ** (EXACT - 1), rest))
-        signs = np.concatenate([np.zeros((1, rest)), drawn]) * -2.0 + 1.0
-    return np.concatenate([np.ones((len(signs), 1)), signs], axis=1)
-
-
 def detectable(seeds: int, pairs: list[tuple[int, int]]) -> float:
-    """Return the true difference, in standard deviations of a paired difference, that is found
-    significant in four studies of five, where one level differs from all others; NaN if the seeds
-    are too few for any. By simulation of normally distributed values.
+    """Return the true difference that is found significant in four studies of five where one level
+    differs from all others, in standard deviations of a paired difference; NaN if the seeds are too
+    few for any. By simulation of normally distributed values.
 
     Args:
         seeds: How many each level has.
-        pairs: The comparisons, as pairs of numbers of levels.
+        pairs: The comparisons, as pairs of numbers of levels; the level that differs is the second
+            of the first pair.
 
     """
     if smallest_p(seeds) >= ALPHA:
         return math.nan
-    one, other = (np.array(side) for side in zip(*pairs, strict=True))
-    shifted = other[0]
-    noise = np.random.default_rng(0).normal(size=(400, min(seeds, 12), other.max() + 1))
+    one, other = np.array(pairs).T
+    simulated = min(seeds, 12)
+    noise = np.random.default_rng(0).normal(size=(400, simulated, np.max(pairs) + 1))
     noise = (noise[..., other] - noise[..., one]) / math.sqrt(2)
-    sign = (other == shifted).astype(float) - (one == shifted)
-
-    def power(shift: float) -> float:
-        return float(np.mean([corrected_p(d + shift * sign)[0] < ALPHA for d in noise]))
-
+    sign = (other == other[0]).astype(float) - (one == other[0])
     low, high = 0.0, 8.0
     for _ in range(9):
         middle = (low + high) / 2
-        low, high = (low, middle) if power(middle) >= POWER else (middle, high)
-    return high * math.sqrt(min(seeds, 12) / seeds)
+        found = [corrected_p(sample + middle * sign)[0] < ALPHA for sample in noise]
+        low, high = (low, middle) if np.mean(found) >= POWER else (middle, high)
+    return high * math.sqrt(simulated / seeds)

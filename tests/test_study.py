@@ -742,7 +742,7 @@ def answer(
     **asked: Any,
 ) -> Answer:
     """Return the answer to runs of three epochs, of which the second is the best."""
-    records = []
+    records = {}
     for setting, of_seed in values.items():
         for seed, value in enumerate(of_seed):
             count = epochs if setting == next(iter(values)) else 3
@@ -757,7 +757,7 @@ def answer(
             made_by = {"code": {}, "versions": {}, "machine": "a machine", "settings": settings}
             why = (ended or {}).get(f"{setting}_{seed}", "")
             record = {"seed": seed, "ended": why, "epochs": columns, **made_by}
-            records.append((setting, record))
+            records[setting, seed] = record
     question = Question("Q?", "base.yaml", **asked)
     return Answer(question, "c", levels or {name: {"": name} for name in values}, records)
 
@@ -864,14 +864,14 @@ def test_the_verdict_says_what_the_table_says() -> None:
     with_base = answer(clear, variants={"a": {}, "b": {}, "c": {}}, baseline="a")
     assert {(d.one, d.other) for d in with_base.differences} == {("a", "b"), ("a", "c")}
     assert with_base.conclusion()[0] == (
-        "Compared with a; significantly better: b (+10.02 ± 0.04), c (+10.20 ± 0.42)."
+        "Baseline: a (60.00 %); significantly better: b (+10.02 ± 0.04), c (+10.20 ± 0.42)."
     )
 
 
 def test_a_diverged_run_is_in_no_mean_and_in_no_pair_and_its_setting_does_not_lead() -> None:
     values = {"a": [0.5, 0.6, 0.7, 0.6], "b": [0.61, 0.7, 0.82, 0.1], "c": [0.4, 0.51, 0.6, 0.5]}
     found = answer(values, ended={"b_3": "diverged: at once"})
-    assert {(d.one, d.other): len(d.gains) for d in found.differences} == {
+    assert {(d.one, d.other): d.count for d in found.differences} == {
         ("a", "b"): 3, ("a", "c"): 4, ("b", "c"): 3,
     }  # fmt: skip
     assert found.columns()["runs"][1] == "3 (1 diverged)"
@@ -915,7 +915,7 @@ def test_factors_of_a_grid_are_compared_over_the_levels_of_the_others() -> None:
         for i in range(6)
     ]
     assert (by_x.factor, by_x.one, by_x.other) == ("x", "p", "q")
-    assert list(by_x.gains.values()) == pytest.approx(gains)
+    assert by_x.gains == pytest.approx(gains)
     assert by_x.p < 0.05 < by_y.p
     lines = answer(values, levels).conclusion()
     assert lines[0].startswith("x: best: q (")
