@@ -46,17 +46,14 @@ def main(args: list[str] | None = None) -> None:
 
 def _main(args: list[list[str]]) -> None:
     parser = ShortParser(prog="study.py", description="Answer a question by many runs.")
-    parser.add_argument("--file", action=ActionConfigFile, help="the question (or as first word)")
+    add = parser.add_argument
+    add("--file", action=ActionConfigFile, help="the question (or as first word)")
     parser.add_class_arguments(Question)
-    parser.add_argument(
-        "--jobs", type=NonNegativeInt, default=1, help="runs at a time; 0: the answer so far"
-    )
-    parser.add_argument("--storage", type=str | None, help="journal:FILE or a database's URL")
-    parser.add_argument("--folder", type=str | None, help="default: runs/<name of the file>")
-    parser.add_argument(
-        "--from", type=str | list[str], default=[], help="take runs that a runs.jsonl has as done"
-    )
-    parser.add_argument("--any_code", type=bool, default=False, help="also those by other code")
+    add("--jobs", type=NonNegativeInt, default=1, help="runs at a time; 0: the answer so far")
+    add("--storage", type=str | None, help="journal:FILE or a database's URL")
+    add("--folder", type=str | None, help="default: runs/<name of the file>")
+    add("--from", type=str | list[str], default=[], help="take runs that a runs.jsonl has as done")
+    add("--any_code", type=bool, default=False, help="also those by other code")
     given = parser.parse_args(_with_file(args))
     # The flags to pass on stay words, though some of them name classes.
     asked = parser.instantiate_classes(given).as_dict()
@@ -74,19 +71,17 @@ def _main(args: list[list[str]]) -> None:
         for file, runs in records.items():
             print(f"{file}: {queue.take_over(runs)} runs taken")
         queue.runs()
-        if queue.left_out:
-            names = sorted(set[str]().union(*queue.left_out.values()))
-            which = f"{len(queue.left_out)} runs are by other code ({', '.join(names[:4])})"
+        if other := queue.left_out:
+            names = ", ".join(sorted(set[str]().union(*other.values()))[:4])
             then = "start anew" if given.jobs else "are left out"
-            print(f"{which} and {then}: --any_code true counts them too")
+            print(f"{len(other)} runs are by other code ({names}) and {then}: "
+                  "--any_code true counts them too")  # fmt: skip
         if given.jobs:
-            Work(queue, folder).do_all(given.jobs)
+            Work(queue).do_all(given.jobs)
         settings, done = queue.settings(), queue.records()
     except STORAGE_ERRORS as error:
-        reason = without_password(str(error).splitlines()[0])
-        raise MisconfigurationException(
-            f"the storage failed ({reason}): the same command resumes"
-        ) from error
+        reason = f"the storage failed ({without_password(str(error).splitlines()[0])})"
+        raise MisconfigurationException(f"{reason}: the same command resumes") from error
     if not done:
         raise nothing
     from studies.figures import write_figures  # Matplotlib is slow to import

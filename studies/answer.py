@@ -12,10 +12,8 @@ from pathlib import Path
 import numpy as np
 from lightning.pytorch import Trainer
 from numpy.typing import ArrayLike
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from rich.markdown import Markdown
 from scipy import stats
 
 from reports.card import LIMITS
@@ -36,10 +34,11 @@ Columns = dict[str, list[str]]  # of a table: header and cells
 
 @dataclass
 class Mean:
-    """A mean over seeds, and half its 95 % interval by Student's t: NaN for a single seed."""
+    """A mean over seeds, half its 95 % interval by Student's t, NaN for one seed, and how many."""
 
     value: float
     half: float = math.nan
+    count: int = 1
 
     @classmethod
     def of(cls, values: ArrayLike) -> "Mean":
@@ -48,7 +47,7 @@ class Mean:
         known, half = array[~np.isnan(array)], math.nan
         if len(known) > 1:
             half = float(stats.sem(known) * stats.t.ppf(0.975, len(known) - 1))
-        return cls(float(known.mean()) if len(known) else math.nan, half)
+        return cls(float(known.mean()) if len(known) else math.nan, half, len(known))
 
     def text(self, format_: str, scale: int = 1) -> str:
         """Return `mean ± half the interval`."""
@@ -90,49 +89,37 @@ class Difference:
         """Return the same comparison, as difference of the other level to this one."""
         if level == self.one:
             return self
-        gains, tested = -self.gains, -self.tested
-        return replace(self, one=self.other, other=self.one, gains=gains, tested=tested)
-
-    @property
-    def count(self) -> int:
-        """The number of seeds that have both levels."""
-        return int(np.isfinite(self.gains).sum())
+        return replace(self, one=level, other=self.one, gains=-self.gains, tested=-self.tested)
 
     @property
     def mean(self) -> Mean:
-        """The mean over seeds."""
+        """The mean over the seeds that have both levels."""
         return Mean.of(self.gains)
 
 
+@dataclass
 class Answer:
-    """The answer to a question by the runs that are on record.
+    """The answer to a question that a command asked: `settings` has for each setting by name the
+    level of each factor by name, `records` the finished runs by setting and seed."""
 
-    Args:
-        question: What was asked.
-        command: The command that was given.
-        settings: For each setting by name the level of each factor, by name.
-        records: The finished runs by the name of their setting and their seed.
+    question: Question
+    command: str
+    settings: dict[str, dict[str, str]]
+    records: dict[tuple[str, int], Record]
 
-    """
-
-    def __init__(
-        self,
-        question: Question,
-        command: str,
-        settings: dict[str, dict[str, str]],
-        records: dict[tuple[str, int], Record],
-    ) -> None:
-        self.question, self.command, self.settings = question, command, settings
-        self.choose = question.choose
+    def __post_init__(self) -> None:
+        settings, records = self.settings, self.records
+        self.choose = self.question.choose
         self.is_percent = self.choose.endswith("acc")
         self.sign = 1 if self.is_percent else -1  # of better
         self.seeds = sorted({seed for _, seed in records})
         self.runs = [Run(name, record, self.choose) for (name, _), record in records.items()]
         self.whole = {name: [run for run in self.runs if run.setting == name
                              and not run.record["ended"]] for name in settings}  # fmt: skip
-        self.codes = {run.code: run.record for run in self.runs}
-        names = next(iter(settings.values()))
-        self.factors = [f for f in names if len({levels[f] for levels in settings.values()}) > 1]
+        self.names = list(next(iter(settings.values())))  # of factors
+        self.factors = [
+            f for f in self.names if len({levels[f] for levels in settings.values()}) > 1
+        ]
         self.differences = self._compared()
 
     def ended(self, setting: str) -> str:
@@ -144,16 +131,14 @@ class Answer:
     def ranked(self) -> list[str]:
         """Return the settings in the order of the question; if they are very many or picked by a
         search, those with most whole runs first, of these the best."""
-        if len(self.settings) <= SHOWN and not self.question.search:
-            return list(self.settings)
 
         def rank(setting: str) -> tuple[int, float]:
             mean = Mean.of(self.values(setting, self.choose)).value
             return len(self.whole[setting]), self.sign * mean
 
-        return sorted(self.settings, key=rank, reverse=True)
-
-    # ------------------------------------------------------------------------------ statistics
+        if len(self.settings) > SHOWN or self.question.search:
+            return sorted(self.settings, key=rank, reverse=True)
+        return list(self.settings)
 
     def values(self, setting: str, key: str) -> Floats:
         """Return a number of each whole run of a setting, float64 [seeds], NaN where it lacks."""
@@ -176,7 +161,7 @@ class Answer:
             for one, other in itertools.combinations(chosen, 2):
                 gains, tested = chosen[other] - chosen[one], test[other] - test[one]
                 difference = Difference(factor, one, other, gains, tested)
-                if difference.count > 1 and baseline in (None, one, other):
+                if difference.mean.count > 1 and baseline in (None, one, other):
                     found.append(difference.against(baseline or one))
         if found:
             p = corrected_p(np.stack([difference.gains for difference in found], axis=1))
@@ -217,25 +202,20 @@ class Answer:
             lines.append(f"{factor}: {line}." if factor else f"{line[:1].upper()}{line[1:]}.")
             if size := self._detectable(factor):
                 lines.append(size)
-        pairs = max((d.count for d in self.differences), default=0)
-        if pairs and smallest_p(pairs) >= ALPHA:
-            enough = next(n for n in itertools.count() if smallest_p(n) < ALPHA)
-            lines.append(
-                f"{pairs} seeds can't show a significant difference: the smallest p that they can "
-                f"reach is {smallest_p(pairs):.2g}; it takes {enough} seeds."
-            )
-        if len({len(run.rows) for runs in self.whole.values() for run in runs}) > 1:
-            lines.append(
-                "Some runs have more epochs, of which the best is higher by chance too: their "
-                "test/acc tells more."
-            )
-        if self.question.search:
-            return [
-                *lines,
-                f"The best of {len(self.settings)} settings looks better by {self.choose} than it "
-                "is: new seeds would tell.",
-            ]
-        return lines + [f"{name}: {why}." for name in self.settings if (why := self.ended(name))]
+        pairs = max((d.mean.count for d in self.differences), default=0)
+        enough = next(seeds for seeds in itertools.count() if smallest_p(seeds) < ALPHA)
+        lengths = {len(run.rows) for runs in self.whole.values() for run in runs}
+        remarks = {
+            f"{pairs} seeds can't show a significant difference: the smallest p that they can "
+            f"reach is {smallest_p(pairs):.2g}; it takes {enough} seeds.": 0 < pairs < enough,
+            "Some runs have more epochs, of which the best is higher by chance too: their "
+            "test/acc tells more.": len(lengths) > 1,
+            f"The best of {len(self.settings)} settings looks better by {self.choose} than it "
+            "is: new seeds would tell.": bool(self.question.search),
+        }
+        ended = {} if self.question.search else {name: self.ended(name) for name in self.settings}
+        lines += [remark for remark, holds in remarks.items() if holds]
+        return lines + [f"{name}: {why}." for name, why in ended.items() if why]
 
     def _detectable(self, factor: str) -> str:
         """Say which difference of a factor's levels such a study finds with a power of 80 %, by the
@@ -245,7 +225,7 @@ class Answer:
         ends = [((d.factor, d.one), (d.factor, d.other)) for d in every]
         names = list(dict.fromkeys(itertools.chain(*ends)))
         pairs = [(names.index(one), names.index(other)) for one, other in ends]
-        size = detectable(min((d.count for d in ours), default=0), pairs)
+        size = detectable(min((d.mean.count for d in ours), default=0), pairs)
         if math.isnan(size):
             return ""
         size *= np.sqrt(np.mean([np.nanvar(d.gains, ddof=1) for d in ours]))
@@ -258,13 +238,10 @@ class Answer:
             return mean.text(f"{sign}.4f")
         return mean.text(f"{sign}.2f", 100) + ("" if sign else " %")
 
-    # --------------------------------------------------------------------------------- tables
-
     def columns(self) -> Columns:
         """Return the table of settings."""
         order = self.ranked()
-        names = next(iter(self.settings.values()))
-        table = {f or "setting": [self.settings[s][f] for s in order] for f in names}
+        table = {f or "setting": [self.settings[s][f] for s in order] for f in self.names}
         table["runs"] = [_joined(str(len(self.whole[s])), self.ended(s)) for s in order]
         return table | self._numbers([self.whole[s] for s in order], ".1f")
 
@@ -292,7 +269,7 @@ class Answer:
         unit = ", points" if self.is_percent else ""
         return {
             "compared": [_joined(f"{d.other} - {d.one}", d.factor) for d in shown],
-            "n": [str(d.count) for d in shown],
+            "n": [str(d.mean.count) for d in shown],
             f"difference in {self.choose}{unit}": [self._text(d.mean, "+") for d in shown],
             "in test/acc, points": [Mean.of(d.tested).text("+.2f", 100) for d in shown],
             "p": [f"{d.p:.3f}" for d in shown],
@@ -305,65 +282,56 @@ class Answer:
             "seed": [str(run.record["seed"]) for run in self.runs],
             **self._numbers([[run] for run in self.runs], ".0f"),
         }
-        if len(self.codes) > 1:
-            table["code"] = [str(list(self.codes).index(run.code) + 1) for run in self.runs]
+        if len({run.code for run in self.runs}) > 1:
+            table["code"] = [run.code for run in self.runs]
         return table | {"": [run.record["ended"] for run in self.runs]}
 
     def _what_was_run(self) -> str:
         """Say what is not in the tables: recipe, flags, limits, split, machines, code."""
         question, settings = self.question, self.runs[0].record["settings"]
         given, defaults = settings["trainer"], inspect.signature(Trainer.__init__).parameters
-        recipe = [
-            *(f"`{file}`" for file in question.files()),
-            *(f"`{key}` {json.dumps(value)}" for key, value in question.fixed.items()),
-            *(f"{key} {given[key]}" for key in LIMITS if given[key] != defaults[key].default),
-        ]
+        recipe = [f"`{file}`" for file in question.files()]
+        recipe += [f"`{key}` {json.dumps(value)}" for key, value in question.fixed.items()]
+        recipe += [f"{key} {given[key]}" for key in LIMITS if given[key] != defaults[key].default]
         split = f"One split (`data.split_seed` {settings['data']['split_seed']})"
-        if "split" in question.vary:
-            split = "Each seed has its own split"
-        machines = Counter(r.record["machine"] for r in self.runs if r.record["machine"])
-        parts = [
-            f"Recipe: {', '.join(recipe)}",
-            f"{split}, {settings['data']['val_size']:,} images for validation",
-            "; ".join(f"{count} runs on {name}" for name, count in sorted(machines.items())),
-        ]
-        for number, (code, record) in enumerate(self.codes.items(), 1):
-            packages = ", ".join(
-                f"{name} {version}" for name, version in record["versions"].items()
-            )
-            which = f"{number}: " if len(self.codes) > 1 else ""
-            parts.append(f"Code {which}{code}, {packages}")
-        made_by = [record["code"] | record["versions"] for record in self.codes.values()]
-        names = sorted(set[str]().union(*made_by))
-        if other := [name for name in names if len({part.get(name) for part in made_by}) > 1]:
-            differ = f"**Not all runs are by the same code**: it differs in {', '.join(other)}"
-            parts.append(differ)
-        return ". ".join(filter(None, parts)) + "."
+        split = "Each seed has its own split" if "split" in question.vary else split
+        text = f"Recipe: {', '.join(recipe)}. {split}, {settings['data']['val_size']:,} images for "
+        made_by = Counter(
+            (run.record["machine"] or "-", run.code, *map(" ".join, run.record["versions"].items()))
+            for run in self.runs
+        )
+        runs = [f"{count} on {', '.join(of)}" for of, count in made_by.items()]
+        text += f"validation. Runs: {'; '.join(runs)}."
+        parts = [run.record["code"] | run.record["versions"] for run in self.runs]
+        names = sorted(set[str]().union(*parts))
+        if other := [name for name in names if len({part.get(name) for part in parts}) > 1]:
+            text += f" **Not all runs are by the same code**: it differs in {', '.join(other)}."
+        return text
 
     def markdown(self) -> str:
         """Return the whole answer."""
         first, *others = self.conclusion()
-        count = len(self.differences)
+        count, parts = len(self.differences), []
+        if count:
+            said = (
+                "Paired over n seeds. p by all flips of the signs of these differences, corrected "
+                f"for {count} comparison{'s' * (count > 1)} by their maximum; significant means p "
+                f"< {ALPHA}. The intervals are not corrected."
+            )
+            if len(self.factors) > 1:
+                said += " A factor's levels are compared over all levels of the others."
+            parts = [_markdown(self.compared_columns()), said]
         parts = [
             f"# {self.question.question}",
             f"```\n{self.command}\n```",
-            "\n\n".join([f"**{first}**", *others]),
+            f"**{first}**",
+            *others,
             _markdown(self.columns()),
             "± is half the 95 % interval of the mean over seeds (Student's t). The best epoch is "
             f"that of the best {self.choose}; the test set was evaluated there, and chose nothing. "
             "Epochs count from 0. A run that diverged, was pruned or had no validation is in no "
             "mean.",
-        ]
-        if count:
-            parts += [
-                _markdown(self.compared_columns()),
-                f"Paired over n seeds. p by all flips of the signs of these differences, corrected "
-                f"for {count} comparison{'s' * (count > 1)} by their maximum; significant means p "
-                f"< {ALPHA}. The intervals are not corrected."
-                + " A factor's levels are compared over all levels of the others."
-                * (len(self.factors) > 1),
-            ]
-        parts += [
+            *parts,
             self._what_was_run(),
             "![Each run, mean and interval of each setting](summary.png)",
             "![Curves, mean and range over seeds](curves.png)",
@@ -376,19 +344,10 @@ class Answer:
         """Print the answer, and write it to a folder: `answer.md` and `runs.jsonl`."""
         lines = [json.dumps({"setting": run.setting, **run.record}) + "\n" for run in self.runs]
         write_whole(folder / "runs.jsonl", "".join(lines).encode())
-        write_whole(folder / "answer.md", self.markdown().encode())
-        console.print(f"\n{self.question.question}", style="bold", markup=False)
-        for columns in (self.columns(), self.compared_columns()):
-            table = Table(box=box.SIMPLE, header_style="bold", pad_edge=False)
-            for number, header in enumerate(columns):
-                table.add_column(header, justify="right" if number else "left", no_wrap=not number)
-            for row in zip(*columns.values(), strict=True):
-                table.add_row(*map(Text, row))
-            if table.rows:
-                console.print(table)
-        console.print(*self.conclusion(), sep="\n", markup=False)
-        paths = f"\nanswer  {folder / 'answer.md'}\nview    tensorboard --logdir {folder}"
-        console.print(paths, markup=False)
+        text = self.markdown()
+        write_whole(folder / "answer.md", text.encode())
+        console.print(Markdown(text.partition("\n![")[0]))  # without figures and single runs
+        print(f"\nanswer  {folder / 'answer.md'}\nview    tensorboard --logdir {folder}")
 
 
 def _joined(text: str, note: str) -> str:
@@ -397,6 +356,7 @@ def _joined(text: str, note: str) -> str:
 
 def _markdown(columns: Columns) -> str:
     """Return a table in Markdown."""
-    rows = [list(columns), ["---"] * len(columns), *zip(*columns.values(), strict=True)]
+    line = ["---", *["---:"] * (len(columns) - 1)]  # numbers to the right
+    rows = [list(columns), line, *zip(*columns.values(), strict=True)]
     cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)

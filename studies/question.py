@@ -30,20 +30,12 @@ OURS = {
 
 @dataclass
 class Range:
-    """Numbers to search, whole ones if both ends are.
-
-    Args:
-        low: The lowest.
-        high: The highest.
-        log: Search by order of magnitude.
-        step: Only these steps from the lowest.
-
-    """
+    """Numbers to search, whole ones if both ends are."""
 
     low: int | float
     high: int | float
-    log: bool = False
-    step: int | float | None = None
+    log: bool = False  # search by order of magnitude
+    step: int | float | None = None  # only these steps from the lowest
 
     def distribution(self) -> distributions.BaseDistribution:
         """Return the range as Optuna takes it."""
@@ -112,10 +104,7 @@ class Question:
 
     def name_of(self, flags: Flags) -> str:
         """Return the name of a setting: its variant's, or what its flags say."""
-        levels = self.levels_of(flags)
-        return ",".join(
-            f"{factor}={level}" if factor else level for factor, level in levels.items()
-        )
+        return ",".join("=".join(filter(None, of)) for of in self.levels_of(flags).items())
 
     def levels_of(self, flags: Flags) -> dict[str, str]:
         """Return the level of each factor that a setting has: the flags of a grid are factors, the

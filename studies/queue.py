@@ -11,6 +11,8 @@ import re
 import threading
 import uuid
 import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import optuna
@@ -62,36 +64,27 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
         raise MisconfigurationException(without_password(f"storage {url}: {reason}")) from error
 
 
+@dataclass
 class Queue:
-    """The runs that a question asks for: those that are done, under way, and missing.
+    """The runs that a question asks for: those that are done, under way, and missing."""
 
-    Args:
-        question: Says what runs there are.
-        plans: Those of its settings by name, as `check` returns them.
-        folder: The study's.
-        storage: As `open_storage` takes it.
-        any_code: Whether runs by other code count too.
+    question: Question
+    plans: dict[str, Plan]  # of its settings by name, as `check` returns them
+    folder: Path  # of the study
+    url: str | None  # of the storage, as `open_storage` takes it; None: a journal in the folder
+    any_code: bool  # whether runs by other code count too
 
-    """
-
-    def __init__(
-        self,
-        question: Question,
-        plans: dict[str, Plan],
-        folder: Path,
-        storage: str | None,
-        any_code: bool,
-    ) -> None:
+    def __post_init__(self) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         warnings.filterwarnings("ignore", r"Heartbeat of storage is supposed to be used with")
-        self.question, self.plans, self.any_code = question, plans, any_code
+        question, folder, self.workers = self.question, self.folder, self.folder / ".workers"
         self.space = question.distributions()
-        (folder / ".workers").mkdir(parents=True, exist_ok=True)
+        self.workers.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):  # two that make the tables at once get in each other's way
             self.study = optuna.create_study(
                 study_name=folder.name,
-                storage=open_storage(storage or f"journal:{folder / 'journal.log'}"),
+                storage=open_storage(self.url or f"journal:{folder / 'journal.log'}"),
                 direction="maximize" if question.choose.endswith("acc") else "minimize",
                 # Its default ignores the settings that other workers are trying.
                 sampler=question.sampler or optuna.samplers.TPESampler(constant_liar=True),
@@ -102,20 +95,16 @@ class Queue:
         self.left_out: dict[Key, list[str]] = {}  # as other code did them: what of it is other
         self.doubles = 0
         self.lock = threading.RLock()
-        self.workers, self.name = folder / ".workers", uuid.uuid4().hex
+        self.name = uuid.uuid4().hex
         self.at_work = FileLock(self.workers / self.name)  # free when this worker is dead
 
-    # ------------------------------------------------------------------------- what there is
-
-    def settings(self) -> dict[str, Flags]:
-        """Return the settings that are known by now, by name."""
+    def settings(self, more: Iterable[Flags] = ()) -> dict[str, Flags]:
+        """Return the settings that are known by now, by name; of a search also those among more
+        that it can have picked."""
         if not self.space:
             return self.question.settings()
-        found = [trial.user_attrs.get("flags", {}) for trial in self.study.get_trials(False)]
-        return self._picked(found)
-
-    def _picked(self, flags: list[Flags]) -> dict[str, Flags]:
-        """Return the settings among flags that this search can have picked, by name."""
+        known = [trial.user_attrs.get("flags", {}) for trial in self.study.get_trials(False)]
+        flags = itertools.chain(known, more)
         return self.question.named(f for f in flags if f.keys() == self.space.keys())
 
     def key_of(self, trial: FrozenTrial | optuna.Trial) -> Key:
@@ -135,9 +124,9 @@ class Queue:
         """Return all runs that the question asks for by now, each with the trial that counts: all
         settings of one seed first. A setting of a search gets its other seeds when its first run
         was whole."""
+        settings, first = self.settings(), self.question.seeds[0]
         trials = self.study.get_trials(deepcopy=False)
         whole = {self.key_of(trial) for trial in trials if trial.state == TrialState.COMPLETE}
-        settings, first = self.settings(), self.question.seeds[0]
         found: dict[Key, FrozenTrial | None] = {
             (name, seed): None
             for seed, name in itertools.product(self.question.seeds, settings)
@@ -176,8 +165,8 @@ class Queue:
     def take_over(self, records: list[Record]) -> int:
         """Put runs that were done elsewhere on record, as far as the question asks for them and
         they are not done here; return how many."""
-        picked = self._picked([record["flags"] for record in records])
-        settings, done, taken = picked if self.space else self.settings(), self.records(), 0
+        settings, done = self.settings(r["flags"] for r in records), self.records()
+        taken = 0
         for (name, flags), seed in itertools.product(settings.items(), self.question.seeds):
             same = [record for record in records if self._counts(record, flags, seed)]
             if not same or (name, seed) in done:
@@ -194,8 +183,6 @@ class Queue:
             self.study.add_trial(trial)
             taken += 1
         return taken
-
-    # ---------------------------------------------------------------------------- taking runs
 
     def take(self) -> optuna.Trial | None:
         """Return a trial that from now on is this worker's; None if there is none to be had now."""
@@ -232,10 +219,6 @@ class Queue:
         """Return whether the search is to pick more settings."""
         is_open = bool(self.space) and self.doubles < DOUBLES
         return is_open and len(self.settings()) < self.question.trials
-
-    def are_others_at_work(self) -> bool:
-        """Return whether runs are under way, which others may leave to this worker if they die."""
-        return any(trial and trial.state == TrialState.RUNNING for trial in self.runs().values())
 
     def _free_the_dead(self) -> None:
         """Free the runs of workers that have ended without a word."""

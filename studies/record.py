@@ -35,18 +35,11 @@ PLACES = (  # where things lie and what is kept, on which no result depends
 
 @dataclass
 class Plan:
-    """What the runs of one setting are.
+    """What the runs of one setting are."""
 
-    Args:
-        settings: Those that a result depends on, nested as in `config.yaml`.
-        images: What the training and the test images are.
-        device: `cpu` or `cuda`: the trainer's accelerator.
-
-    """
-
-    settings: dict[str, Any]
-    images: dict[str, str]
-    device: str
+    settings: dict[str, Any]  # that a result depends on, nested as in `config.yaml`
+    images: dict[str, str]  # what the training and the test images are
+    device: str  # `cpu` or `cuda`: the trainer's accelerator
 
     def of(self, seed: int, has_own_split: bool) -> "Plan":
         """Return the plan of the run with a seed."""

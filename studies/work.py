@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,16 @@ def shares(jobs: int) -> list[tuple[str | None, int]]:
     return [(gpus[i % len(gpus)], max(1, cores // jobs)) for i in range(jobs)]
 
 
+@dataclass
 class Work:
-    """Does the runs of a queue in a folder, several at a time."""
+    """Does the runs of a queue, several at a time."""
 
-    def __init__(self, queue: Queue, folder: Path) -> None:
-        self.queue, self.folder, self.question = queue, folder, queue.question
-        self.stopped = 0  # the signal that stopped it
-        self.started, self.before = time.monotonic(), len(queue.records())
+    queue: Queue
+    stopped: int = 0  # the signal that stopped it
+
+    def __post_init__(self) -> None:
+        self.question, self.folder = self.queue.question, self.queue.folder
+        self.started, self.before = time.monotonic(), len(self.queue.records())
 
     def do_all(self, jobs: int) -> None:
         """Do every run that is missing; others may do some of them at the same time.
@@ -67,27 +71,25 @@ class Work:
 
     def _do_some(self, gpu: str | None, threads: int) -> None:
         """Do runs until none is left, with a share of this machine."""
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         if gpu is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = gpu
+            env["CUDA_VISIBLE_DEVICES"] = gpu
         study = self.queue.study
         try:
             while not self.stopped:
                 if trial := self.queue.take():
                     with get_heartbeat_thread(trial._trial_id, study._storage):
-                        state, value = self._do(trial, environment)
+                        state, value = self._do(trial, env)
                     study.tell(trial, value, state, skip_if_finished=True)
-                elif self.queue.are_others_at_work():
-                    time.sleep(0.5)
+                elif any(t and t.state == TrialState.RUNNING for t in self.queue.runs().values()):
+                    time.sleep(0.5)  # others may leave theirs to this worker, if they die
                 else:
                     return
         except BaseException:
             self._stop(signal.SIGTERM)  # the others too
             raise
 
-    def _do(
-        self, trial: optuna.Trial, environment: dict[str, str]
-    ) -> tuple[TrialState, float | None]:
+    def _do(self, trial: optuna.Trial, env: dict[str, str]) -> tuple[TrialState, float | None]:
         """Do a run from its last checkpoint, or from its start; return how it ended."""
         name, seed = self.queue.key_of(trial)
         flags, choose = self.queue.settings()[name], self.question.choose
@@ -105,7 +107,7 @@ class Work:
             if step >= 0:
                 here = [word for word in command if word.startswith(ELSEWHERE)]
                 command = ["fit", f"--ckpt_path={checkpoint}", *here]
-            code, ended, last = self._train(trial, command, parent, plan, environment)
+            code, ended, last = self._train(trial, command, parent, plan, env)
             kept = _kept(parent, plan)
         if self.stopped:
             return TrialState.FAIL, None
@@ -127,12 +129,7 @@ class Work:
         return TrialState.COMPLETE, best[choose]
 
     def _train(
-        self,
-        trial: optuna.Trial,
-        command: list[str],
-        parent: Path,
-        plan: Plan,
-        environment: dict[str, str],
+        self, trial: optuna.Trial, command: list[str], parent: Path, plan: Plan, env: dict[str, str]
     ) -> tuple[int, str, str]:
         """Run `train.py` to its end; return its exit code, why it ended early, if it diverged or
         was pruned, and the last line that it printed."""
@@ -144,7 +141,7 @@ class Work:
             before = output.tell()
             process = subprocess.Popen(
                 [sys.executable, str(TRAIN), *command],
-                env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
             )  # fmt: skip
         while process.poll() is None:
             if self.stopped:

@@ -871,7 +871,7 @@ def test_the_verdict_says_what_the_table_says() -> None:
 def test_a_diverged_run_is_in_no_mean_and_in_no_pair_and_its_setting_does_not_lead() -> None:
     values = {"a": [0.5, 0.6, 0.7, 0.6], "b": [0.61, 0.7, 0.82, 0.1], "c": [0.4, 0.51, 0.6, 0.5]}
     found = answer(values, ended={"b_3": "diverged: at once"})
-    assert {(d.one, d.other): d.count for d in found.differences} == {
+    assert {(d.one, d.other): d.mean.count for d in found.differences} == {
         ("a", "b"): 3, ("a", "c"): 4, ("b", "c"): 3,
     }  # fmt: skip
     assert found.columns()["runs"][1] == "3 (1 diverged)"
