@@ -23,7 +23,6 @@ import yaml
 from jsonargparse import ActionConfigFile
 from jsonargparse.typing import NonNegativeInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from rich.console import Console
 
 from studies.answer import Answer
 from studies.question import Question, check
@@ -89,9 +88,9 @@ def _main(args: list[list[str]]) -> None:
     words = itertools.chain(*(a for a in args if a[0].partition("=")[0].rstrip("+") not in HOW))
     command = shlex.join(["python", "study.py", *words])
     levels = {name: question.levels_of(flags) for name, flags in settings.items()}
-    answer, terminal = Answer(question, command, levels, done), Console(highlight=False)
+    answer = Answer(question, command, levels, done)
+    answer.write(folder)
     write_figures(answer, folder)
-    answer.write(folder, terminal if terminal.is_terminal else Console(width=120, highlight=False))
     if queue.failed:
         sys.exit(f"error: {len(queue.failed)} failed, see above: the same command tries again")
 

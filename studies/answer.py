@@ -5,6 +5,7 @@ import inspect
 import itertools
 import json
 import math
+import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,18 +59,19 @@ class Mean:
 
 
 class Run:
-    """A finished run: the name of its setting, its record, its epochs, what tells its code and
-    packages from others, and its numbers: the metrics of its best epoch, the epoch with the lowest
-    val/loss, and the seconds of all epochs."""
+    """A finished run: the name of its setting, its record, its epochs, what tells its code from
+    others, and its numbers: the metrics of its best epoch, the epoch with the lowest val/loss, and
+    the seconds of all epochs."""
 
     def __init__(self, setting: str, record: Record, choose: str) -> None:
         self.setting, self.record, self.rows = setting, record, rows_of(record)
-        made_by = json.dumps([record["code"], record["versions"]], sort_keys=True)
-        self.code = hashlib.sha256(made_by.encode()).hexdigest()[:8]
+        code = json.dumps([record["code"], record["versions"]], sort_keys=True)
+        self.code = hashlib.sha256(code.encode()).hexdigest()[:8]
+        packages = map(" ".join, record["versions"].items())
+        self.made_by = ", ".join([record["machine"] or "-", f"code {self.code}", *packages])
         lowest = best_of(record, "val/loss") or {"epoch": math.nan}
-        seconds = sum(row["seconds"] for row in self.rows)
         self.numbers = {**(best_of(record, choose) or {}), "lowest": lowest["epoch"]}
-        self.numbers["seconds"] = seconds
+        self.numbers["seconds"] = sum(row["seconds"] for row in self.rows)
 
 
 @dataclass
@@ -296,11 +298,8 @@ class Answer:
         split = f"One split (`data.split_seed` {settings['data']['split_seed']})"
         split = "Each seed has its own split" if "split" in question.vary else split
         text = f"Recipe: {', '.join(recipe)}. {split}, {settings['data']['val_size']:,} images for "
-        made_by = Counter(
-            (run.record["machine"] or "-", run.code, *map(" ".join, run.record["versions"].items()))
-            for run in self.runs
-        )
-        runs = [f"{count} on {', '.join(of)}" for of, count in made_by.items()]
+        made_by = Counter(run.made_by for run in self.runs)
+        runs = [f"{count} on {machine_and_code}" for machine_and_code, count in made_by.items()]
         text += f"validation. Runs: {'; '.join(runs)}."
         parts = [run.record["code"] | run.record["versions"] for run in self.runs]
         names = sorted(set[str]().union(*parts))
@@ -318,9 +317,8 @@ class Answer:
                 f"for {count} comparison{'s' * (count > 1)} by their maximum; significant means p "
                 f"< {ALPHA}. The intervals are not corrected."
             )
-            if len(self.factors) > 1:
-                said += " A factor's levels are compared over all levels of the others."
-            parts = [_markdown(self.compared_columns()), said]
+            of_grid = " A factor's levels are compared over all levels of the others."
+            parts = [_markdown(self.compared_columns()), said + of_grid * (len(self.factors) > 1)]
         parts = [
             f"# {self.question.question}",
             f"```\n{self.command}\n```",
@@ -340,12 +338,13 @@ class Answer:
         ]
         return "\n\n".join(parts) + "\n"
 
-    def write(self, folder: Path, console: Console) -> None:
+    def write(self, folder: Path) -> None:
         """Print the answer, and write it to a folder: `answer.md` and `runs.jsonl`."""
         lines = [json.dumps({"setting": run.setting, **run.record}) + "\n" for run in self.runs]
         write_whole(folder / "runs.jsonl", "".join(lines).encode())
         text = self.markdown()
         write_whole(folder / "answer.md", text.encode())
+        console = Console(width=None if sys.stdout.isatty() else 120)
         console.print(Markdown(text.partition("\n![")[0]))  # without figures and single runs
         print(f"\nanswer  {folder / 'answer.md'}\nview    tensorboard --logdir {folder}")
 

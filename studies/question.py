@@ -37,14 +37,6 @@ class Range:
     log: bool = False  # search by order of magnitude
     step: int | float | None = None  # only these steps from the lowest
 
-    def distribution(self) -> distributions.BaseDistribution:
-        """Return the range as Optuna takes it."""
-        if not (isinstance(self.low, int) and isinstance(self.high, int)):
-            return distributions.FloatDistribution(self.low, self.high, self.log, self.step)
-        if isinstance(self.step, float):
-            raise ValueError(f"step {self.step} between whole numbers")
-        return distributions.IntDistribution(self.low, self.high, self.log, self.step or 1)
-
 
 @dataclass
 class Question:
@@ -125,11 +117,7 @@ class Question:
         found: dict[str, distributions.BaseDistribution] = {}
         for flag, space in self.search.items():
             try:
-                found[flag] = (
-                    space.distribution()
-                    if isinstance(space, Range)
-                    else distributions.CategoricalDistribution(space)
-                )
+                found[flag] = _distribution(space)
             except ValueError as error:
                 raise MisconfigurationException(f"search.{flag}: {error}") from error
         return found
@@ -160,6 +148,16 @@ class Question:
         }
         configs = [word for file in self.files() for word in ("--config", file)]
         return ["fit", *configs, *(f"--{key}={_text(value)}" for key, value in settings.items())]
+
+
+def _distribution(space: Range | list[Any]) -> distributions.BaseDistribution:
+    if isinstance(space, list):
+        return distributions.CategoricalDistribution(space)
+    if not (isinstance(space.low, int) and isinstance(space.high, int)):
+        return distributions.FloatDistribution(space.low, space.high, space.log, space.step)
+    if isinstance(space.step, float):
+        raise ValueError(f"step {space.step} between whole numbers")
+    return distributions.IntDistribution(space.low, space.high, space.log, space.step or 1)
 
 
 def _json(value: Any) -> str:

@@ -66,11 +66,12 @@ def without_places(settings: dict[str, Any]) -> dict[str, Any]:
 
 def other_code(record: Record) -> list[str]:
     """Return the modules and packages that are not what they were for a run of a known plan."""
-    changed = [name for name, version in record["code"].items() if _module(name) != version]
-    for name, version in record["versions"].items():
-        if str(getattr(sys.modules.get(name), "__version__", "")) != version:
-            changed.append(name)
-    return changed
+    then, now = (
+        record["code"] | record["versions"],
+        {name: _module(name) for name in record["code"]},
+    )
+    now |= {n: str(getattr(sys.modules.get(n), "__version__", "")) for n in record["versions"]}
+    return [name for name in then if now[name] != then[name]]
 
 
 @functools.cache
@@ -138,11 +139,10 @@ def read_records(file: Path) -> list[Record]:
     """
     try:
         records = [json.loads(line) for line in file.read_text().splitlines()]
-        whole = all(record.keys() >= KEYS for record in records)
+        if not all(record.keys() >= KEYS for record in records):
+            raise ValueError
     except OSError as error:
         raise MisconfigurationException(f"--from {file}: {error.strerror}") from error
-    except (ValueError, AttributeError):
-        whole = False
-    if not whole:
-        raise MisconfigurationException(f"--from {file} is no runs.jsonl of a study")
+    except (ValueError, AttributeError) as error:
+        raise MisconfigurationException(f"--from {file} is no runs.jsonl of a study") from error
     return records

@@ -170,7 +170,7 @@ def test_a_study_runs_every_setting_with_every_seed_and_answers(
     for name in names:
         assert f"{name}: val/acc" in out
     assert "[4/4] " in out
-    assert re.search(r"^\[1/4\] .*; 3 left, about 1 min$", out, re.M)
+    assert re.search(r"^\[1/4\] .*; 3 left, about [1-9]\d* min$", out, re.M)
 
     # the answer says what the runs' own files say
     text = (FOLDER / "answer.md").read_text()
@@ -681,7 +681,7 @@ def test_the_answer_so_far_runs_nothing_and_leaves_nothing(after: Callable[..., 
     assert starts() == 4
     assert list(table()) == [("lr=0.002", 0), ("lr=0.0001", 0)]
     with pytest.raises(SystemExit, match="no run has ended yet"):
-        study.main([str(file), "--folder", "runs/b", "--jobs", "0"])
+        study.main(["--folder=runs/b", "--jobs", "0", str(file)])
     assert not Path("runs/b").exists()
 
 
@@ -878,6 +878,10 @@ def test_a_diverged_run_is_in_no_mean_and_in_no_pair_and_its_setting_does_not_le
     assert found.columns()["val/acc, %"][1].startswith("71.00 ± ")
     assert found.conclusion()[0].startswith("Best: a (60.00 %)")
     assert "b: 1 diverged." in found.conclusion()
+    found = answer({"a": values["a"], "b": values["b"]}, ended={"b_3": "diverged: at once"})
+    assert (
+        found.conclusion()[0] == "Best: a (60.00 %); no significant difference: b (+11.00 ± 2.48)."
+    )
 
 
 def test_settings_that_lost_different_seeds_are_ranked_by_the_seeds_of_both() -> None:
