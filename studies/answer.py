@@ -265,9 +265,8 @@ class Answer:
 
     def compared_columns(self) -> Columns:
         """Return the table of comparisons; of very many those that come closest."""
-        shown = self.differences
-        if len(shown) > SHOWN:
-            shown = sorted(shown, key=lambda d: d.p)[:SHOWN]
+        is_long = len(self.differences) > SHOWN
+        shown = sorted(self.differences, key=lambda d: d.p if is_long else 0)[:SHOWN]
         unit = ", points" if self.is_percent else ""
         return {
             "compared": [_joined(f"{d.other} - {d.one}", d.factor) for d in shown],

@@ -5,6 +5,7 @@ the end its `record`. Of several trials for one run the first counts, so two wor
 the same one at once do no harm.
 """
 
+import contextlib
 import datetime
 import itertools
 import re
@@ -152,10 +153,9 @@ class Queue:
 
     def records(self) -> dict[Key, Record]:
         """Return the records of the runs that are done, setting by setting."""
-        keys, runs = itertools.product(self.settings(), sorted(self.question.seeds)), self.runs()
-        trials = {key: trial for key in keys if (trial := runs.get(key))}
-        found = {key: trial.user_attrs.get("record") for key, trial in trials.items()}
-        return {key: record for key, record in found.items() if record}
+        found = {key: trial.user_attrs.get("record") for key, trial in self.runs().items() if trial}
+        order = itertools.product(self.settings(), sorted(self.question.seeds))
+        return {key: record for key in order if (record := found.get(key))}
 
     def total(self) -> int:
         """Return how many runs there will be in all, at most."""
@@ -173,15 +173,16 @@ class Queue:
                 continue
             record = same[0] | {"flags": flags}
             best = best_of(record, self.question.choose)
-            trial = optuna.create_trial(
-                state=TrialState.PRUNED if record["ended"] else TrialState.COMPLETE,
-                value=best[self.question.choose] if best else None,
-                params=flags if self.space else {},
-                distributions=self.space,
-                user_attrs={"flags": flags, "seed": seed, "record": record},
-            )
-            self.study.add_trial(trial)
-            taken += 1
+            with contextlib.suppress(ValueError):  # outside of the ranges of this question
+                trial = optuna.create_trial(
+                    state=TrialState.PRUNED if record["ended"] else TrialState.COMPLETE,
+                    value=best[self.question.choose] if best else None,
+                    params=flags if self.space else {},
+                    distributions=self.space,
+                    user_attrs={"flags": flags, "seed": seed, "record": record},
+                )
+                self.study.add_trial(trial)
+                taken += 1
         return taken
 
     def take(self) -> optuna.Trial | None:
