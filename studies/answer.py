@@ -119,9 +119,7 @@ class Answer:
         self.whole = {name: [run for run in self.runs if run.setting == name
                              and not run.record["ended"]] for name in settings}  # fmt: skip
         self.names = list(next(iter(settings.values())))  # of factors
-        self.factors = [
-            f for f in self.names if len({levels[f] for levels in settings.values()}) > 1
-        ]
+        self.factors = [f for f in self.names if len({of[f] for of in settings.values()}) > 1]
         self.differences = self._compared()
 
     def ended(self, setting: str) -> str:

@@ -68,9 +68,8 @@ def other_code(record: Record) -> list[str]:
     """Return the modules and packages that are not what they were for a run of a known plan."""
     now = {name: _module(name) for name in record["code"]}
     now |= {n: str(getattr(sys.modules.get(n), "__version__", "")) for n in record["versions"]}
-    return [
-        n for n, version in {**record["code"], **record["versions"]}.items() if now[n] != version
-    ]
+    then = record["code"] | record["versions"]
+    return [name for name in then if now[name] != then[name]]
 
 
 @functools.cache
