@@ -9,12 +9,13 @@
 Every run is one of `python train.py fit`, in runs/<study>/<setting>,seed=<seed>/version_0/. The
 same command resumes a study that was stopped, in whatever way; started again while it runs, here or
 on another machine, it takes its share. The answer lies in runs/<study>/: `answer.md`, two figures,
-and the record of all runs, `runs.jsonl`, by which another machine can resume the study.
+and the record of its runs, `runs.jsonl`, by which another machine can resume the study.
 """
 
 import contextlib
 import dataclasses
 import itertools
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -29,7 +30,7 @@ from studies.question import Question, check
 from studies.queue import STORAGE_ERRORS, Queue, without_password
 from studies.record import read_records
 from studies.work import Work
-from terminal import ShortParser, quieten, short_errors
+from terminal import ShortParser, innermost, quieten, refused, short_errors
 
 HOW = {"--jobs", "--storage", "--folder", "--from", "--any_code"}  # no result depends on these
 
@@ -39,6 +40,7 @@ def main(args: list[str] | None = None) -> None:
     quieten()
     if "" not in sys.path:
         sys.path.append("")  # the current folder, for classes of the user's own
+    os.environ.pop("SLURM_NTASKS", None)  # a run is one process, however many a job has
     with short_errors():
         _main(_by_flag(sys.argv[1:] if args is None else args))
 
@@ -51,35 +53,39 @@ def _main(args: list[list[str]]) -> None:
     add("--jobs", type=NonNegativeInt, default=1, help="runs at a time; 0: the answer so far")
     add("--storage", type=str | None, help="journal:FILE or a database's URL")
     add("--folder", type=str | None, help="default: runs/<name of the file>")
-    add("--from", type=str | list[str], default=[], help="take runs that a runs.jsonl has as done")
+    add("--from", action="append", default=[], help="take the runs of a runs.jsonl as done")
     add("--any_code", type=bool, default=False, help="also those by other code")
     given = parser.parse_args(_with_file(args))
     # The flags to pass on stay words, though some of them name classes.
-    asked = parser.instantiate_classes(given).as_dict()
+    try:
+        asked = parser.instantiate_classes(given).as_dict()
+    except (ValueError, TypeError) as error:  # of a sampler or a pruner
+        raise refused(error) from error
     asked |= {key: given.as_dict()[key] for key in ("grid", "variants", "fixed")}
     question = Question(**{field.name: asked[field.name] for field in dataclasses.fields(Question)})
     folder = Path(given.folder or Path("runs", Path(str(given.file[-1])).stem))
-    files = [given["from"]] if isinstance(given["from"], str) else given["from"]
-    records = {file: read_records(Path(file)) for file in files}
+    records = {file: read_records(Path(file)) for file in given["from"]}
     plans = check(question)
     nothing = MisconfigurationException(f"{folder}: no run has ended yet, so there is no answer")
     if not (given.jobs or given.storage or records or folder.exists()):
         raise nothing
     try:
         queue = Queue(question, plans, folder, given.storage, given.any_code)
-        for file, runs in records.items():
-            print(f"{file}: {queue.take_over(runs)} runs taken")
-        queue.runs()
-        if other := queue.left_out:
+        for file, its in records.items():
+            print(f"{file}: {queue.take_over(its)} runs taken")
+        done = queue.records()
+        other = {k: v for k, v in queue.other_code.items() if given.any_code or k not in done}
+        if other:
             names = ", ".join(sorted(set[str]().union(*other.values()))[:4])
             then = "start anew" if given.jobs else "are left out"
-            print(f"{len(other)} runs are by other code ({names}) and {then}: "
-                  "--any_code true counts them too")  # fmt: skip
+            how = "count" if given.any_code else f"{then}: --any_code true counts them too"
+            print(f"{len(other)} runs are by other code ({names}) and {how}")
         if given.jobs:
             Work(queue).do_all(given.jobs)
         settings, done = queue.settings(), queue.records()
     except STORAGE_ERRORS as error:
-        reason = f"the storage failed ({without_password(str(error).splitlines()[0])})"
+        text = without_password(str(innermost(error)).splitlines()[0])
+        reason = f"the storage failed ({text})"
         raise MisconfigurationException(f"{reason}: the same command resumes") from error
     if not done:
         raise nothing

@@ -200,8 +200,6 @@ class Answer:
                 gains = [f"{d.other} ({self._text(d.mean, '+')})" for d in said]
                 line += f"; {words}: {', '.join(gains)}" if gains else ""
             lines.append(f"{factor}: {line}." if factor else f"{line[:1].upper()}{line[1:]}.")
-            if size := self._detectable(factor):
-                lines.append(size)
         pairs = max((d.mean.count for d in self.differences), default=0)
         enough = next(seeds for seeds in itertools.count() if smallest_p(seeds) < ALPHA)
         lengths = {len(run.rows) for runs in self.whole.values() for run in runs}
@@ -217,20 +215,21 @@ class Answer:
         lines += [remark for remark, holds in remarks.items() if holds]
         return lines + [f"{name}: {why}." for name, why in ended.items() if why]
 
-    def _detectable(self, factor: str) -> str:
-        """Say which difference of a factor's levels such a study finds with a power of 80 %, by the
-        spread of the paired differences; nothing if it can find none."""
-        ours = [d for d in self.differences if d.factor == factor]
-        every = ours + [d for d in self.differences if d.factor != factor]
-        ends = [((d.factor, d.one), (d.factor, d.other)) for d in every]
+    def _detectable(self) -> list[str]:
+        """Return for each comparison the true difference that such a study finds with a power of
+        80 %, by the spread of its pairs; a dash if it can find none."""
+        ends = [((d.factor, d.one), (d.factor, d.other)) for d in self.differences]
         names = list(dict.fromkeys(itertools.chain(*ends)))
         pairs = [(names.index(one), names.index(other)) for one, other in ends]
-        size = detectable(min((d.mean.count for d in ours), default=0), pairs)
-        if math.isnan(size):
-            return ""
-        size *= np.sqrt(np.mean([np.nanvar(d.gains, ddof=1) for d in ours]))
-        text = f"{100 * size:.1f} points" if self.is_percent else f"{size:.3f}"
-        return f"Of five studies like this one, four would find a true difference of {text}."
+        found, sizes = [], dict[tuple[str, int], float]()
+        for d, pair in zip(self.differences, pairs, strict=True):
+            key = d.factor, d.mean.count
+            if key not in sizes:
+                sizes[key] = detectable(d.mean.count, [pair, *(p for p in pairs if p != pair)])
+            size = sizes[key] * float(np.nanstd(d.gains, ddof=1))
+            text = f"{100 * size:.1f}" if self.is_percent else f"{size:.3f}"
+            found.append("-" if math.isnan(size) else text)
+        return found
 
     def _text(self, mean: Mean, sign: str = "") -> str:
         """Return a mean of the metric that chooses, or of differences in it, with their sign."""
@@ -264,6 +263,7 @@ class Answer:
     def compared_columns(self) -> Columns:
         """Return the table of comparisons; of very many those that come closest."""
         is_long = len(self.differences) > SHOWN
+        sizes = dict(zip(map(id, self.differences), self._detectable(), strict=True))
         shown = sorted(self.differences, key=lambda d: d.p if is_long else 0)[:SHOWN]
         unit = ", points" if self.is_percent else ""
         return {
@@ -273,6 +273,7 @@ class Answer:
             "in test/acc, points": [Mean.of(d.tested).text("+.2f", 100) for d in shown],
             "p": [f"{d.p:.3f}" for d in shown],
             "significant": [self.verdict(d) for d in shown],
+            f"80 % power at{unit}": [sizes[id(d)] for d in shown],
         }
 
     def _every_run(self) -> Columns:
@@ -291,10 +292,15 @@ class Answer:
         given, defaults = settings["trainer"], inspect.signature(Trainer.__init__).parameters
         recipe = [f"`{file}`" for file in question.files()]
         recipe += [f"`{key}` {json.dumps(value)}" for key, value in question.fixed.items()]
-        recipe += [f"{key} {given[key]}" for key in LIMITS if given[key] != defaults[key].default]
-        split = f"One split (`data.split_seed` {settings['data']['split_seed']})"
-        split = "Each seed has its own split" if "split" in question.vary else split
-        text = f"Recipe: {', '.join(recipe)}. {split}, {settings['data']['val_size']:,} images for "
+        named = {flag for of in (question.fixed, question.grid, question.search) for flag in of}
+        recipe += [
+            f"{key} {given[key]}"
+            for key in LIMITS
+            if given[key] != defaults[key].default and f"trainer.{key}" not in named
+        ]
+        sizes = sorted({run.record["settings"]["data"]["val_size"] for run in self.runs})
+        split = "Each seed has its own split" if "split" in question.vary else "One split"
+        text = f"Recipe: {', '.join(recipe)}. {split}, {' or '.join(map(str, sizes))} images for "
         made_by = Counter(run.made_by for run in self.runs)
         runs = [f"{count} on {machine_and_code}" for machine_and_code, count in made_by.items()]
         text += f"validation. Runs: {'; '.join(runs)}."
@@ -312,7 +318,8 @@ class Answer:
             said = (
                 "Paired over n seeds. p by all flips of the signs of these differences, corrected "
                 f"for {count} comparison{'s' * (count > 1)} by their maximum; significant means p "
-                f"< {ALPHA}. The intervals are not corrected."
+                f"< {ALPHA}. The intervals are not corrected. 80 % power at: the true difference "
+                "that four of five such studies would find, by the spread of these pairs."
             )
             of_grid = " A factor's levels are compared over all levels of the others."
             parts = [_markdown(self.compared_columns()), said + of_grid * (len(self.factors) > 1)]
@@ -337,7 +344,7 @@ class Answer:
 
     def write(self, folder: Path) -> None:
         """Print the answer, and write it to a folder: `answer.md` and `runs.jsonl`."""
-        lines = [json.dumps({"setting": run.setting, **run.record}) + "\n" for run in self.runs]
+        lines = [json.dumps({**run.record, "setting": run.setting}) + "\n" for run in self.runs]
         write_whole(folder / "runs.jsonl", "".join(lines).encode())
         text = self.markdown()
         write_whole(folder / "answer.md", text.encode())

@@ -136,13 +136,13 @@ class Question:
 
     def command(self, flags: Flags, seed: int, folder: Path) -> list[str]:
         """Return the command line of one run of a study, without `python train.py`."""
+        asked = {**self.fixed, **flags}  # classes before their arguments, which they would reset
         settings = {
             "name": self.folder_of(flags, seed),
             "trainer.default_root_dir": str(folder),
             "checkpoint.monitor": self.choose,
             "data.test_curve": True,  # to look at; `choose` cannot name it
-            **self.fixed,
-            **flags,
+            **dict(sorted(asked.items(), key=lambda item: item[0].count("."))),
             "seed_everything": seed,
             **({"data.split_seed": seed} if "split" in self.vary else {}),
         }
@@ -235,8 +235,8 @@ def check(question: Question) -> dict[str, Plan]:
     kinds = [kind for kind in ("grid", "variants", "search") if getattr(question, kind)]
     kind, seeds, baseline = " and ".join(kinds) or "none", question.seeds, question.baseline
     settings, values = question.settings(), (*question.grid.values(), *question.search.values())
-    variants = ", ".join(question.variants) or "variants, of which this study has none"
-    folders = {name.replace(" ", "_") for name in settings}
+    variants = ", ".join(map(str, question.variants)) or "variants, of which this study has none"
+    folders = {str(name).replace(" ", "_") for name in settings}
     _refuse({
         f"a study has grid, variants or search: this has {kind}": len(kinds) != 1,
         f"seeds {seeds}: name each one once, at least one": len({*seeds}) < max(len(seeds), 1),
@@ -248,13 +248,14 @@ def check(question: Question) -> dict[str, Plan]:
         "sampler: to run every combination, use grid":
             isinstance(question.sampler, GridSampler | BruteForceSampler),
         f"{kind}: a flag has no values": [] in values,
+        "variants: a name is no text: quote it": not all(isinstance(n, str) for n in settings),
         f"{kind}: two names differ only in spaces": len(folders) < len(settings),
     })  # fmt: skip
     question.distributions()
     plans: dict[str, Plan] = {}
     for name, flags in (settings or question.extremes()).items():
         plan = planned(question, flags)
-        if settings and (same := [other for other, its in plans.items() if its == plan]):
+        if settings and (same := [o for o, its in plans.items() if repr(its) == repr(plan)]):
             raise MisconfigurationException(f"{same[0]} and {name} are the same setting")
         plans[name] = plan
     return plans

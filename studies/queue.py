@@ -7,6 +7,7 @@ the same one at once do no harm.
 
 import contextlib
 import datetime
+import hashlib
 import itertools
 import re
 import threading
@@ -21,9 +22,10 @@ import sqlalchemy
 from filelock import FileLock, Timeout
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from optuna.storages import JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState
 
+from runs import write_whole
 from studies.question import Flags, Question, planned
 from studies.record import Plan, Record, best_of, other_code
 
@@ -58,11 +60,24 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
         if url.startswith("sqlite:"):  # its transactions don't keep two workers apart
             raise ValueError("SQLite can hand one run to two workers: use journal:FILE")
         if url.startswith("journal:"):
-            return JournalStorage(JournalFileBackend(url.removeprefix("journal:")))
+            path = url.removeprefix("journal:")
+            _mend(Path(path), lock := JournalFileSymlinkLock(path))
+            return JournalStorage(JournalFileBackend(path, lock))
         return RDBStorage(url, heartbeat_interval=HEARTBEAT)
     except (*STORAGE_ERRORS, ImportError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise MisconfigurationException(without_password(f"storage {url}: {reason}")) from error
+
+
+def _mend(journal: Path, lock: JournalFileSymlinkLock) -> None:
+    """Cut off half a line at the end of a journal, which a full disk has left."""
+    lock.acquire()
+    try:
+        content = journal.read_bytes() if journal.exists() else b""
+        if content and not content.endswith(b"\n"):
+            write_whole(journal, content[: content.rfind(b"\n") + 1])
+    finally:
+        lock.release()
 
 
 @dataclass
@@ -79,13 +94,24 @@ class Queue:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         warnings.filterwarnings("ignore", r"Heartbeat of storage is supposed to be used with")
-        question, folder, self.workers = self.question, self.folder, self.folder / ".workers"
-        self.space = question.distributions()
-        self.workers.mkdir(parents=True, exist_ok=True)
+        question, folder, self.space = self.question, self.folder, self.question.distributions()
+        url, name = self.url or f"journal:{folder / 'journal.log'}", folder.name
+        if self.space or question.pruner:  # which learn from all runs, so all must be of one kind
+            asked = [question.choose, question.fixed, list(map(vars, self.plans.values()))]
+            name += f" {hashlib.sha256(repr(asked).encode()).hexdigest()[:8]}"
+        # Beside a journal, as it may lie on a disk that several machines share.
+        place = Path(url.removeprefix("journal:")).parent if url.startswith("journal:") else folder
+        self.workers = place / ".workers"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.workers.mkdir(exist_ok=True)
+        except OSError as error:
+            which = f"storage {without_password(url)}: " if self.url else ""
+            raise MisconfigurationException(f"{which}{error.filename}: {error.strerror}") from error
         with FileLock(folder / ".lock"):  # two that make the tables at once get in each other's way
             self.study = optuna.create_study(
-                study_name=folder.name,
-                storage=open_storage(self.url or f"journal:{folder / 'journal.log'}"),
+                study_name=name,
+                storage=open_storage(url),
                 direction="maximize" if question.choose.endswith("acc") else "minimize",
                 # Its default ignores the settings that other workers are trying.
                 sampler=question.sampler or optuna.samplers.TPESampler(constant_liar=True),
@@ -93,7 +119,7 @@ class Queue:
                 load_if_exists=True,
             )
         self.failed: set[Key] = set()  # here
-        self.left_out: dict[Key, list[str]] = {}  # as other code did them: what of it is other
+        self.other_code: dict[Key, list[str]] = {}  # did these runs: what of it is other
         self.doubles = 0
         self.lock = threading.RLock()
         self.name = uuid.uuid4().hex
@@ -133,23 +159,25 @@ class Queue:
             for seed, name in itertools.product(self.question.seeds, settings)
             if seed == first or not self.space or (name, first) in whole
         }
+        ranks: dict[Key, float] = dict.fromkeys(found, 0)
         for trial in trials:
             key, record = self.key_of(trial), trial.user_attrs.get("record")
-            is_open = key in found and found[key] is None and trial.state != TrialState.FAIL
-            if is_open and (not record or self._counts(record, settings[key[0]], key[1])):
-                found[key] = trial
+            if key in found and trial.state != TrialState.FAIL:
+                rank = self._rank(record, settings[key[0]], key[1]) if record else 0.5
+                if rank > ranks[key]:
+                    found[key], ranks[key] = trial, rank
         return found
 
-    def _counts(self, record: Record, flags: Flags, seed: int) -> bool:
-        """Return whether a run that was done is the one with these flags, and by the same code."""
-        if not self.plan(flags, seed).is_of(record):
-            return False
-        key, changed = (self.question.name_of(flags), seed), other_code(record)
-        if changed and not self.any_code:
-            self.left_out[key] = changed
-            return False
-        self.left_out.pop(key, None)
-        return True
+    def _rank(self, record: Record, flags: Flags, seed: int) -> int:
+        """Return 2 if a run that was done is the one with these flags, and by the same code, 1 if
+        it counts though it is by other code, 0 if it does not count."""
+        is_pruned = record["ended"].startswith("pruned")
+        if not self.plan(flags, seed).is_of(record) or is_pruned > bool(self.question.pruner):
+            return 0
+        if not (changed := other_code(record)):
+            return 2
+        self.other_code[self.question.name_of(flags), seed] = changed
+        return int(self.any_code)
 
     def records(self) -> dict[Key, Record]:
         """Return the records of the runs that are done, setting by setting."""
@@ -168,10 +196,10 @@ class Queue:
         settings, done = self.settings(r["flags"] for r in records), self.records()
         taken = 0
         for (name, flags), seed in itertools.product(settings.items(), self.question.seeds):
-            same = [record for record in records if self._counts(record, flags, seed)]
-            if not same or (name, seed) in done:
+            ranks = [self._rank(record, flags, seed) for record in records]
+            if not any(ranks) or (name, seed) in done:
                 continue
-            record = same[0] | {"flags": flags}
+            record = records[ranks.index(max(ranks))] | {"flags": flags}
             best = best_of(record, self.question.choose)
             with contextlib.suppress(ValueError):  # outside of the ranges of this question
                 trial = optuna.create_trial(

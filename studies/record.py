@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from runs import Row, code_version, differences, file_version, package_versions
+from runs import Row, code_version, file_version, flat, package_versions
 
 Record = dict[str, Any]
 
@@ -26,6 +26,7 @@ KEYS = {  # of every record
     "seed", "flags", "ended", "settings", "images", "device", "machine", "parts", "code",
     "versions", "epochs",
 }  # fmt: skip
+OFF = ("null", "false", "0", "0.0", '""', "[]", "{}")  # as JSON
 GUESSING = math.log(10)  # the loss of a network that gives each class the same probability
 PLACES = (  # where things lie and what is kept, on which no result depends
     "name", "ckpt_path", "config", "checkpoint", "trainer.default_root_dir", "trainer.accelerator",
@@ -49,10 +50,19 @@ class Plan:
         return replace(self, settings=settings)
 
     def is_of(self, record: Record) -> bool:
-        """Return whether a run had these settings, from its first epoch to its last."""
-        made_by = (record["images"], record["device"], len(record["parts"]))
-        is_same = made_by == (self.images, self.device, 1)
-        return is_same and not differences(record["settings"], self.settings)
+        """Return whether a run had these settings, from its first epoch to its last. One that its
+        version did not have is the same only if it is off."""
+        if (record["images"], record["device"], len(record["parts"])) != (
+            self.images, self.device, 1,
+        ):  # fmt: skip
+            return False
+        ours, its = (
+            {key: json.dumps(value) for key, value in flat(settings).items()}  # 1 is not 1.0
+            for settings in (self.settings, record["settings"])
+        )
+        changed = {key for key in ours.keys() & its.keys() if ours[key] != its[key]}
+        added = [(ours | its)[key] for key in ours.keys() ^ its.keys()]
+        return not changed and all(value in OFF for value in added)
 
 
 def without_places(settings: dict[str, Any]) -> dict[str, Any]:
@@ -107,9 +117,10 @@ def finished(
     unseen = {"machine": "", "parts": [{}], "code": code, "versions": versions, "epochs": {}}
     record = read_run(version) if version else {"seed": seed, **vars(plan), **unseen}
     last = (rows_of(record) or [{}])[-1]
-    if not last.get("train/loss", 0.0) < 1.05 * GUESSING:  # NaN is not
-        loss = f"train/loss {last['train/loss']:.3g} in epoch {last['epoch']:.0f}"
-        ended = ended or f"diverged: {loss}"
+    loss, before = last.get("train/loss", 0.0), record["epochs"].get("train/loss", [0.0])[0]
+    # Above that of guessing it may still fall from a bad start.
+    if not (loss < 1.05 * GUESSING or before > loss < 3 * GUESSING):  # NaN is neither
+        ended = ended or f"diverged: train/loss {loss:.3g} in epoch {last['epoch']:.0f}"
     elif best_of(record, choose) is None:
         ended = ended or "without a validation"
     return {"flags": flags, "ended": ended, **record}

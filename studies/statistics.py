@@ -23,8 +23,8 @@ def corrected_p(differences: Floats) -> Floats:
     If a setting changes nothing, the difference of a seed's two runs is as likely as its negative.
     So the mean is compared with those of all ways to flip the signs of seeds, the same in all
     comparisons, and there with the largest of them: step-down max-T, after Westfall and Young,
-    "Resampling-based multiple testing", 1993, section 2.8. Each mean is in units of the root mean
-    square of its differences, which no flip changes.
+    "Resampling-based multiple testing", 1993, section 2.8. Each mean is a sum in units
+    of the root of the sum of its squares, which no flip changes.
 
     Args:
         differences: Float64 [seeds, k], two-sided; NaN where a comparison lacks a seed.
@@ -38,7 +38,7 @@ def corrected_p(differences: Floats) -> Floats:
         flipped = np.pad(drawn, ((1, 0), (1, 0)))
     known = ~np.isnan(differences)
     values = np.where(known, differences, 0.0)
-    scale = np.sqrt(known.sum(axis=0) * (values**2).sum(axis=0))
+    scale = np.sqrt((values**2).sum(axis=0))
     found = np.abs((1.0 - 2.0 * flipped) @ values) / np.where(scale > 0, scale, 1.0)
     order = np.argsort(-found[0], kind="stable")  # the first way flips nothing
     others = np.maximum.accumulate(found[:, order[::-1]], axis=1)[:, ::-1]  # of it and all below

@@ -20,10 +20,9 @@ from optuna.trial import TrialState
 
 import runs
 from studies.queue import Queue, is_free
-from studies.record import Plan, best_of, finished, other_code, read_run, rows_of
+from studies.record import Plan, Record, best_of, finished, other_code, read_run, rows_of
 
 TRAIN = Path(__file__).parents[1] / "train.py"
-ELSEWHERE = ("--data.root=", "--data.sources=", "--data.download=", "--trainer.accelerator=")
 
 
 def shares(jobs: int) -> list[tuple[str | None, int]]:
@@ -42,6 +41,7 @@ class Work:
 
     queue: Queue
     stopped: int = 0  # the signal that stopped it
+    is_urgent: bool = False  # it came twice
 
     def __post_init__(self) -> None:
         self.question, self.folder = self.queue.question, self.queue.folder
@@ -66,8 +66,9 @@ class Work:
             sys.exit(128 + self.stopped)
 
     def _stop(self, number: int, _frame: Any = None) -> None:
-        """Make every thread stop its run, by a signal's number, and take no other."""
-        self.stopped = number
+        """Make every thread stop its run, by a signal's number, and take no other; if it comes
+        again, at once."""
+        self.is_urgent, self.stopped = bool(self.stopped), number
 
     def _do_some(self, gpu: str | None, threads: int) -> None:
         """Do runs until none is left, with a share of this machine."""
@@ -78,7 +79,10 @@ class Work:
         try:
             while not self.stopped:
                 if trial := self.queue.take():
-                    with get_heartbeat_thread(trial._trial_id, study._storage):
+                    state, value = TrialState.FAIL, None
+                    # Another worker takes over a run of which it has not heard for long.
+                    lost = contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError)
+                    with lost, get_heartbeat_thread(trial._trial_id, study._storage):
                         state, value = self._do(trial, env)
                     study.tell(trial, value, state, skip_if_finished=True)
                 elif any(t and t.state == TrialState.RUNNING for t in self.queue.runs().values()):
@@ -96,16 +100,18 @@ class Work:
         plan, folder = self.queue.plan(flags, seed), self.question.folder_of(flags, seed)
         parent = self.folder / folder
         parent.mkdir(parents=True, exist_ok=True)
-        while not all(map(is_free, parent.glob("version_*/.lock"))):
+        if not self._is_left(parent):
+            print(f"waits for {parent}: its study was killed, but not the run", flush=True)
+        while not self._is_left(parent):
             if self.stopped:
                 return TrialState.FAIL, None
-            time.sleep(0.5)  # a worker was killed, but not its run
+            time.sleep(0.5)
         kept, code, ended, last = _kept(parent, plan), 0, "", ""
         if kept is None or not (kept / "model.md").exists():  # with which a run ends
             command = self.question.command(flags, seed, self.folder)
             step, checkpoint = runs.newest(kept / "checkpoints") if kept else (-1, parent)
             if step >= 0:
-                here = [word for word in command if word.startswith(ELSEWHERE)]
+                here = [word for word in command if word.startswith("--data.root=")]
                 command = ["fit", f"--ckpt_path={checkpoint}", *here]
             code, ended, last = self._train(trial, command, parent, plan, env)
             kept = _kept(parent, plan)
@@ -114,18 +120,20 @@ class Work:
         if not ended and (code or kept is None):
             self.queue.failed.add((name, seed))
             why = f"exit code {code}" if code < 0 else last.removeprefix("error: ")
+            if not code:
+                why = "the code or the recipe changed while it ran"
             self._say(folder, f"failed: {why}, see {parent / 'fit.log'}")
             return TrialState.FAIL, None
         record = finished(kept, plan, flags, choose, ended)
-        trial.set_user_attr("record", record)
         best = best_of(record, choose)
         if best is None or record["ended"]:
-            self._say(folder, record["ended"])
+            self._say(folder, record["ended"], trial, record)
             return TrialState.PRUNED, None
         value = f"{best[choose]:.2%}" if choose.endswith("acc") else f"{best[choose]:.4f}"
         test = f", test/acc {best['test/acc']:.2%}" if "test/acc" in best else ""
         seconds = sum(row["seconds"] for row in rows_of(record))
-        self._say(folder, f"{choose} {value} in epoch {best['epoch']:.0f}{test}, {seconds:.0f} s")
+        how = f"{choose} {value} in epoch {best['epoch']:.0f}{test}, {seconds:.0f} s"
+        self._say(folder, how, trial, record)
         return TrialState.COMPLETE, best[choose]
 
     def _train(
@@ -145,7 +153,7 @@ class Work:
             )  # fmt: skip
         while process.poll() is None:
             if self.stopped:
-                process.terminate()
+                process.kill() if self.is_urgent else process.terminate()
             elif self.question.pruner and is_first and not ended and (kept := _kept(parent, plan)):
                 for row in rows_of(read_run(kept)):
                     if row["epoch"] > reported and choose in row:
@@ -161,9 +169,19 @@ class Work:
         diverged = re.search(r"error: training (diverged.*?), at ", last)
         return process.returncode, diverged[1] if diverged else ended, last
 
-    def _say(self, name: str, how: str) -> None:
-        """Print a line on a run, how many of all have ended, and about how long the rest takes."""
+    @staticmethod
+    def _is_left(parent: Path) -> bool:
+        """Return whether no process trains in a run's folder."""
+        return all(map(is_free, parent.glob("version_*/.lock")))
+
+    def _say(
+        self, name: str, how: str, trial: optuna.Trial | None = None, record: Record | None = None
+    ) -> None:
+        """Put a run on record if it has ended; print a line on it, how many of all have ended, and
+        about how long the rest takes."""
         with self.queue.lock:
+            if trial:
+                trial.set_user_attr("record", record)
             count, total = len(self.queue.records()), self.queue.total()
             left, new, rest = total - count, count - self.before, ""
             if left and new > 0:
