@@ -174,7 +174,8 @@ class Answer:
         counts = {f: np.isfinite(v).sum() for f, v in self._by_level(factor, self.choose).items()}
         able = [level for level, count in counts.items() if count == max(counts.values())]
         ours = [d for d in self.differences if d.factor == factor and {d.one, d.other} <= {*able}]
-        beaten = Counter(d.other if self.sign * d.mean.value < 0 else d.one for d in ours)
+        gains = [(self.sign * d.mean.value, d) for d in ours]
+        beaten = Counter(d.other if gain < 0 else d.one for gain, d in gains if gain)
         return min(able, key=lambda level: beaten[level])
 
     def verdict(self, difference: Difference) -> str:
@@ -217,7 +218,7 @@ class Answer:
 
     def _detectable(self) -> list[str]:
         """Return for each comparison the true difference that such a study finds with a power of
-        80 %, by the spread of its pairs; a dash if it can find none."""
+        80 %, by the spread of its pairs; a dash if it can find none, or there is no spread."""
         ends = [((d.factor, d.one), (d.factor, d.other)) for d in self.differences]
         names = list(dict.fromkeys(itertools.chain(*ends)))
         pairs = [(names.index(one), names.index(other)) for one, other in ends]
@@ -228,7 +229,7 @@ class Answer:
                 sizes[key] = detectable(d.mean.count, [pair, *(p for p in pairs if p != pair)])
             size = sizes[key] * float(np.nanstd(d.gains, ddof=1))
             text = f"{100 * size:.1f}" if self.is_percent else f"{size:.3f}"
-            found.append("-" if math.isnan(size) else text)
+            found.append(text if size > 0 else "-")
         return found
 
     def _text(self, mean: Mean, sign: str = "") -> str:

@@ -929,6 +929,8 @@ def test_the_verdict_says_what_the_table_says() -> None:
         "it takes 6 seeds."
     )
     assert answer({"a": [0.5], "b": [0.6]}).conclusion() == ["Too few runs to compare."]
+    same = {"a": clear["a"], "b": clear["a"]}
+    assert answer(same).conclusion()[0].startswith("Best: a (60.00 %); no significant difference")
     with_base = answer(clear, variants={"a": {}, "b": {}, "c": {}}, baseline="a")
     assert {(d.one, d.other) for d in with_base.differences} == {("a", "b"), ("a", "c")}
     assert with_base.conclusion()[0] == (
