@@ -4,7 +4,7 @@
     python study.py configs/studies/batch_size.yaml --jobs 2              # two runs at a time
     python study.py configs/studies/batch_size.yaml --jobs 0              # the answer so far
     python study.py configs/studies/batch_size.yaml --seeds '[6, 7]'      # other seeds
-    python study.py configs/studies/batch_size.yaml --from docs/studies/batch_size/runs.jsonl
+    python study.py configs/studies/epochs.yaml --from docs/studies/epochs/runs.jsonl
 
 Every run is one of `python train.py fit`, in runs/<study>/<setting>,seed=<seed>/version_0/. The
 same command resumes a study that was stopped, in whatever way; started again while it runs, here or

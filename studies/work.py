@@ -15,6 +15,7 @@ from typing import Any
 
 import optuna
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from optuna.storages._heartbeat import get_heartbeat_thread
 from optuna.trial import TrialState
 
@@ -97,7 +98,13 @@ class Work:
         """Do a run from its last checkpoint, or from its start; return how it ended."""
         name, seed = self.queue.key_of(trial)
         flags, choose = self.queue.settings()[name], self.question.choose
-        plan, folder = self.queue.plan(flags, seed), self.question.folder_of(flags, seed)
+        folder = self.question.folder_of(flags, seed)
+        try:
+            plan = self.queue.plan(flags, seed)
+        except MisconfigurationException as error:  # settings that a search should not have picked
+            self.queue.failed.add((name, seed))
+            self._say(folder, f"failed: {error}")
+            return TrialState.FAIL, None
         parent = self.folder / folder
         parent.mkdir(parents=True, exist_ok=True)
         if not self._is_left(parent):
