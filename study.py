@@ -73,13 +73,10 @@ def _main(args: list[list[str]]) -> None:
         queue = Queue(question, plans, folder, given.storage, given.any_code)
         for file, its in records.items():
             print(f"{file}: {queue.take_over(its)} runs taken")
-        done = queue.records()
-        other = {k: v for k, v in queue.other_code.items() if given.any_code or k not in done}
-        if other:
-            names = ", ".join(sorted(set[str]().union(*other.values()))[:4])
+        for reason in queue.other():
             then = "start anew" if given.jobs else "are left out"
-            how = "count" if given.any_code else f"{then}: --any_code true counts them too"
-            print(f"{len(other)} runs are by other code ({names}) and {how}")
+            hint = ": --any_code true counts them too" if "by other code" in reason else ""
+            print(f"{reason} and {then}{hint}")
         if given.jobs:
             Work(queue).do_all(given.jobs)
         settings, done = queue.settings(), queue.records()

@@ -60,13 +60,14 @@ class Mean:
 
 class Run:
     """A finished run: the name of its setting, its record, its epochs, what tells its code from
-    others, and its numbers: the metrics of its best epoch, the epoch with the lowest val/loss, and
-    the seconds of all epochs."""
+    others, by those of its modules and packages that count, and its numbers: the metrics of its
+    best epoch, the epoch with the lowest val/loss, and the seconds of all epochs."""
 
-    def __init__(self, setting: str, record: Record, choose: str) -> None:
+    def __init__(self, setting: str, record: Record, choose: str, modules: set[str]) -> None:
         self.setting, self.record, self.rows = setting, record, rows_of(record)
-        code = json.dumps([record["code"], record["versions"]], sort_keys=True)
-        self.code = hashlib.sha256(code.encode()).hexdigest()[:8]
+        code = {k: v for k, v in (record["code"] | record["versions"]).items() if k in modules}
+        text = json.dumps(code, sort_keys=True)
+        self.code = hashlib.sha256(text.encode()).hexdigest()[:8]
         packages = map(" ".join, record["versions"].items())
         self.made_by = ", ".join([record["machine"] or "-", f"code {self.code}", *packages])
         lowest = best_of(record, "val/loss") or {"epoch": math.nan}
@@ -115,7 +116,12 @@ class Answer:
         self.is_percent = self.choose.endswith("acc")
         self.sign = 1 if self.is_percent else -1  # of better
         self.seeds = sorted({seed for _, seed in records})
-        self.runs = [Run(name, record, self.choose) for (name, _), record in records.items()]
+        parts = [record["code"] | record["versions"] for record in records.values()]
+        versions = {name: {p[name] for p in parts if name in p} for part in parts for name in part}
+        self.other = sorted(name for name, its in versions.items() if len(its) > 1)
+        # Not what some settings import and others don't, such as a network of one's own.
+        modules = {*self.other, *(name for name in versions if all(name in p for p in parts))}
+        self.runs = [Run(name, r, self.choose, modules) for (name, _), r in records.items()]
         self.whole = {name: [run for run in self.runs if run.setting == name
                              and not run.record["ended"]] for name in settings}  # fmt: skip
         self.names = list(next(iter(settings.values())))  # of factors
@@ -209,8 +215,10 @@ class Answer:
             f"reach is {smallest_p(pairs):.2g}; it takes {enough} seeds.": 0 < pairs < enough,
             "Some runs have more epochs, of which the best is higher by chance too: their "
             "test/acc tells more.": len(lengths) > 1,
-            f"The best of {len(self.settings)} settings looks better by {self.choose} than it "
-            "is: new seeds would tell.": bool(self.question.search),
+            f"The best of {len(self.settings)} settings looks better by {self.choose} than "
+            "it is: ask again for the best few as variants, with other seeds.": bool(
+                self.question.search
+            ),
         }
         ended = {} if self.question.search else {name: self.ended(name) for name in self.settings}
         lines += [remark for remark, holds in remarks.items() if holds]
@@ -304,16 +312,18 @@ class Answer:
         text = f"Recipe: {', '.join(recipe)}. {split}, {' or '.join(map(str, sizes))} images for "
         made_by = Counter(run.made_by for run in self.runs)
         runs = [f"{count} on {machine_and_code}" for machine_and_code, count in made_by.items()]
-        text += f"validation. Runs: {'; '.join(runs)}."
-        parts = [run.record["code"] | run.record["versions"] for run in self.runs]
-        names = sorted(set[str]().union(*parts))
-        if other := [name for name in names if len({part.get(name) for part in parts}) > 1]:
-            text += f" **Not all runs are by the same code**: it differs in {', '.join(other)}."
+        images = {name for run in self.runs for name in run.record["images"].values()}
+        of = "" if images <= {"CIFAR-10"} else f" Images: {', '.join(sorted(images))}."
+        text += f"validation.{of} Runs: {'; '.join(runs)}."
+        if self.other:
+            text += (
+                f" **Not all runs are by the same code**: it differs in {', '.join(self.other)}."
+            )
         return text
 
     def markdown(self) -> str:
         """Return the whole answer."""
-        first, *others = self.conclusion()
+        lines = self.conclusion()
         count, parts = len(self.differences), []
         if count:
             said = (
@@ -327,8 +337,8 @@ class Answer:
         parts = [
             f"# {self.question.question}",
             f"```\n{self.command}\n```",
-            f"**{first}**",
-            *others,
+            *(f"**{line}**" for line in lines[: len(self.factors)]),
+            *lines[len(self.factors) :],
             _markdown(self.columns()),
             "± is half the 95 % interval of the mean over seeds (Student's t). The best epoch is "
             f"that of the best {self.choose}; the test set was evaluated there, and chose nothing. "

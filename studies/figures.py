@@ -9,13 +9,17 @@ from matplotlib.figure import Figure
 from reports.figures import COLORS, QUANTITIES, png
 from runs import write_whole
 from studies.answer import SHOWN, Answer, Mean
+from studies.record import GUESSING
 
 
 def write_figures(answer: Answer, folder: Path) -> None:
     """Write `summary.png` and `curves.png` to a folder."""
     labels = {}  # of the settings that are drawn, a line for each factor
     for setting in answer.ranked()[:SHOWN]:
-        levels = [f"{factor} {level}".strip() for factor, level in answer.settings[setting].items()]
+        levels = [
+            f"{factor} {level}".strip().replace(",", "\n")
+            for factor, level in answer.settings[setting].items()
+        ]
         ended = [f"({answer.ended(setting)})"] if answer.ended(setting) else []
         labels[setting] = "\n".join(levels + ended)
     write_whole(folder / "summary.png", png(summary(answer, labels), 110))
@@ -25,11 +29,12 @@ def write_figures(answer: Answer, folder: Path) -> None:
 def summary(answer: Answer, labels: dict[str, str]) -> Figure:
     """Draw every run, and mean and interval of each setting that has a label."""
     figure = Figure(figsize=(8, 1.6 + 0.45 * len(labels)), layout="constrained")
-    axes = figure.subplots()
+    axes, every = figure.subplots(), list[float]()
     for stage, use, shift in (("val", "chooses", -0.12), ("test", "not used", 0.12)):
         for y, setting in enumerate(labels):
             values = answer.values(setting, answer.choose.replace("val", stage))
             values, height = values * (100 if answer.is_percent else 1), y + shift
+            every += values[np.isfinite(values)].tolist()
             axes.plot(values, np.full(len(values), height), "o", color=COLORS[stage], alpha=0.35,
                       markersize=5)  # fmt: skip
             mean, label = Mean.of(values), None if y else f"{stage} ({use})"
@@ -37,6 +42,9 @@ def summary(answer: Answer, labels: dict[str, str]) -> Figure:
                           capsize=4, label=label)  # fmt: skip
     axes.set_yticks(range(len(labels)), list(labels.values()))
     axes.set_ylim(len(labels) - 0.5, -0.5)
+    if every:  # and not by the interval of two seeds, which may be as wide as can be
+        margin = 0.3 * (max(every) - min(every)) or 1.0
+        axes.set_xlim(min(every) - margin, max(every) + margin)
     quantity = "accuracy, %" if answer.is_percent else "loss"
     axes.set_xlabel(f"{quantity}, in the best epoch by {answer.choose}:\nruns, mean, 95 % interval")
     axes.grid(axis="x", alpha=0.3)
@@ -68,5 +76,6 @@ def curves(answer: Answer, labels: dict[str, str]) -> Figure:
     for column, word in zip(grid.T, QUANTITIES.values(), strict=True):
         column[0].set_title(word)
         column[-1].set_xlabel("epoch")
+    grid[0, 0].set_ylim(top=min(grid[0, 0].get_ylim()[1], 3 * GUESSING))
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure

@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import hashlib
 import itertools
+import math
 import re
 import threading
 import uuid
@@ -16,6 +17,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import optuna
 import sqlalchemy
@@ -27,10 +29,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from runs import write_whole
 from studies.question import Flags, Question, planned
-from studies.record import Plan, Record, best_of, other_code
+from studies.record import Plan, Record, best_of, other_code, rows_of
 
 HEARTBEAT = 60  # seconds; a worker elsewhere that is silent for twice as long is taken for dead
 DOUBLES = 20  # a search that picks known settings so often in a row has picked them all
+PRUNED = TrialState.PRUNED
 STORAGE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
 
 Key = tuple[str, int]  # the name of a run's setting and its seed: what no two runs share
@@ -119,7 +122,9 @@ class Queue:
                 load_if_exists=True,
             )
         self.failed: set[Key] = set()  # here
-        self.other_code: dict[Key, list[str]] = {}  # did these runs: what of it is other
+        # What is other in the code or the settings of a run that was done.
+        self.other_code: dict[Key, list[str]] = {}
+        self.other_settings: dict[Key, list[str]] = {}
         self.doubles = 0
         self.lock = threading.RLock()
         self.name = uuid.uuid4().hex
@@ -172,12 +177,32 @@ class Queue:
         """Return 2 if a run that was done is the one with these flags, and by the same code, 1 if
         it counts though it is by other code, 0 if it does not count."""
         is_pruned = record["ended"].startswith("pruned")
-        if not self.plan(flags, seed).is_of(record) or is_pruned > bool(self.question.pruner):
+        key = self.question.name_of(flags), seed
+        if changed := self.plan(flags, seed).differs(record):
+            self.other_settings[key] = changed
+            return 0
+        if is_pruned > bool(self.question.pruner):
+            self.other_settings[key] = ["pruner"]
             return 0
         if not (changed := other_code(record)):
             return 2
-        self.other_code[self.question.name_of(flags), seed] = changed
+        self.other_code[key] = changed
         return int(self.any_code)
+
+    def other(self) -> list[str]:
+        """Say which runs that were done do not count for this answer, and why."""
+        self.other_settings = {}  # not of every run of a file that was looked through
+        done, said = self.records(), []
+        for others, words in (
+            (self.other_settings, "have other settings"),
+            (self.other_code, "are by other code"),
+        ):
+            left = {key: names for key, names in others.items() if key not in done}
+            if left:
+                names = sorted(set[str]().union(*left.values()))
+                more = ", ..." if len(names) > 4 else ""
+                said.append(f"{len(left)} runs {words} ({', '.join(names[:4])}{more})")
+        return said
 
     def records(self) -> dict[Key, Record]:
         """Return the records of the runs that are done, setting by setting."""
@@ -187,8 +212,12 @@ class Queue:
 
     def total(self) -> int:
         """Return how many runs there will be in all, at most."""
-        to_pick = self.question.trials - len(self.settings()) if self._may_pick() else 0
-        return len(self.runs()) + to_pick * len(self.question.seeds)
+        runs, settings, seeds = self.runs(), len(self.settings()), self.question.seeds
+        if not self.space:
+            return len(runs)
+        pruned = [t for (_, s), t in runs.items() if s == seeds[0] and t and t.state == PRUNED]
+        settings = self.question.trials if self._may_pick() else settings
+        return settings * len(seeds) - len(pruned) * (len(seeds) - 1)
 
     def take_over(self, records: list[Record]) -> int:
         """Put runs that were done elsewhere on record, as far as the question asks for them and
@@ -200,11 +229,13 @@ class Queue:
             if not any(ranks) or (name, seed) in done:
                 continue
             record = records[ranks.index(max(ranks))] | {"flags": flags}
-            best = best_of(record, self.question.choose)
+            best, choose = best_of(record, self.question.choose), self.question.choose
+            rows = [row for row in rows_of(record) if math.isfinite(row.get(choose, math.nan))]
             with contextlib.suppress(ValueError):  # outside of the ranges of this question
                 trial = optuna.create_trial(
                     state=TrialState.PRUNED if record["ended"] else TrialState.COMPLETE,
-                    value=best[self.question.choose] if best else None,
+                    value=best[choose] if best else None,
+                    intermediate_values={int(row["epoch"]): row[choose] for row in rows},
                     params=flags if self.space else {},
                     distributions=self.space,
                     user_attrs={"flags": flags, "seed": seed, "record": record},
@@ -235,14 +266,23 @@ class Queue:
         """Return whether a trial is a run to do; a new one of a search becomes one."""
         trial.set_user_attr("worker", self.name)
         if "seed" not in trial.user_attrs:
-            is_known = trial.params in self.settings().values()
+            flags = {flag: self._rounded(flag, value) for flag, value in trial.params.items()}
+            is_known = flags in self.settings().values()
             self.doubles = self.doubles + 1 if is_known else 0
             if is_known or not self._may_pick():
                 return False
-            trial.set_user_attr("flags", trial.params)
+            trial.set_user_attr("flags", flags)
             trial.set_user_attr("seed", self.question.seeds[0])
         first = self.runs().get(self.key_of(trial))
         return first is not None and first.number == trial.number
+
+    def _rounded(self, flag: str, value: Any) -> Any:
+        """Return a value that a search has picked, with four digits that count if it is a float, as
+        the name of its setting has it."""
+        space = self.space[flag]
+        if not isinstance(space, optuna.distributions.FloatDistribution):
+            return value
+        return min(max(float(f"{value:.4g}"), space.low), space.high)
 
     def _may_pick(self) -> bool:
         """Return whether the search is to pick more settings."""

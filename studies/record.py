@@ -49,20 +49,22 @@ class Plan:
             settings["data"] = {**settings["data"], "split_seed": seed}
         return replace(self, settings=settings)
 
-    def is_of(self, record: Record) -> bool:
-        """Return whether a run had these settings, from its first epoch to its last. One that its
+    def differs(self, record: Record) -> list[str]:
+        """Return in which settings a run differs, from its first epoch to its last. One that its
         version did not have is the same only if it is off."""
-        if (record["images"], record["device"], len(record["parts"])) != (
-            self.images, self.device, 1,
-        ):  # fmt: skip
-            return False
         ours, its = (
             {key: json.dumps(value) for key, value in flat(settings).items()}  # 1 is not 1.0
             for settings in (self.settings, record["settings"])
         )
-        changed = {key for key in ours.keys() & its.keys() if ours[key] != its[key]}
-        added = [(ours | its)[key] for key in ours.keys() ^ its.keys()]
-        return not changed and all(value in OFF for value in added)
+        both, every = ours.keys() & its.keys(), ours | its
+        changed = [
+            key
+            for key, value in sorted(every.items())
+            if (ours[key] != its[key] if key in both else value not in OFF)
+        ]
+        changed += ["images"] * (record["images"] != self.images)
+        changed += ["device"] * (record["device"] != self.device)
+        return changed + ["resumed with other settings"] * (len(record["parts"]) > 1)
 
 
 def without_places(settings: dict[str, Any]) -> dict[str, Any]:

@@ -54,6 +54,12 @@ class Work:
         Raises:
             SystemExit: It was stopped by Ctrl-C or SIGTERM.
         """
+        total = self.queue.total()
+        print(
+            f"{total} runs in {self.folder}: {self.before} done, {total - self.before} to do, "
+            f"{jobs} at a time",
+            flush=True,
+        )
         with contextlib.ExitStack() as stack:
             for number in (signal.SIGINT, signal.SIGTERM):
                 stack.callback(signal.signal, number, signal.signal(number, self._stop))
@@ -122,6 +128,8 @@ class Work:
                 command = ["fit", f"--ckpt_path={checkpoint}", *here]
             code, ended, last = self._train(trial, command, parent, plan, env)
             kept = _kept(parent, plan)
+        elif self.question.pruner:
+            self._report(trial, kept, -1)
         if self.stopped:
             return TrialState.FAIL, None
         if not ended and (code or kept is None):
@@ -148,7 +156,7 @@ class Work:
     ) -> tuple[int, str, str]:
         """Run `train.py` to its end; return its exit code, why it ended early, if it diverged or
         was pruned, and the last line that it printed."""
-        choose, first = self.question.choose, self.question.seeds[0]
+        first = self.question.seeds[0]
         # A setting of a search whose first run was not pruned is worth the runs of its other seeds.
         is_first = not self.queue.space or plan.settings["seed_everything"] == first
         reported, ended, log = -1, "", parent / "fit.log"
@@ -162,10 +170,7 @@ class Work:
             if self.stopped:
                 process.kill() if self.is_urgent else process.terminate()
             elif self.question.pruner and is_first and not ended and (kept := _kept(parent, plan)):
-                for row in rows_of(read_run(kept)):
-                    if row["epoch"] > reported and choose in row:
-                        reported = int(row["epoch"])
-                        trial.report(row[choose], reported)
+                reported = self._report(trial, kept, reported)
                 if reported >= 0 and trial.should_prune():
                     ended = f"pruned after epoch {reported}"
                     process.terminate()
@@ -175,6 +180,14 @@ class Work:
         last = said.strip().rpartition("\n")[2]
         diverged = re.search(r"error: training (diverged.*?), at ", last)
         return process.returncode, diverged[1] if diverged else ended, last
+
+    def _report(self, trial: optuna.Trial, kept: Path, after: int) -> int:
+        """Show the pruner the epochs of a run after one; return the last of them."""
+        for row in rows_of(read_run(kept)):
+            if row["epoch"] > after and self.question.choose in row:
+                after = int(row["epoch"])
+                trial.report(row[self.question.choose], after)
+        return after
 
     @staticmethod
     def _is_left(parent: Path) -> bool:
@@ -202,6 +215,6 @@ def _kept(parent: Path, plan: Plan) -> Path | None:
     for _, version in sorted(runs.versions(parent).items(), reverse=True):
         if (version / "run.json").exists():  # else it has not begun to train
             record = read_run(version)
-            if plan.is_of(record) and not other_code(record):
+            if not plan.differs(record) and not other_code(record):
                 return version
     return None

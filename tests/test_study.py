@@ -590,6 +590,8 @@ def test_other_settings_in_the_same_folder_are_another_run(
     file = after({"trainer.max_epochs": 1}, grid={"model.optimizer.lr": [0.002, "2e-3"]})
     study.main([str(file)])
     said = capsys.readouterr().out
+    assert "have other settings (trainer.max_epochs) and start anew" in said
+    assert "1 runs in runs/question: 0 done, 1 to do" in said
     assert "[1/1] lr=0.002,seed=0" in said, "it is one setting"
     assert "There is one setting only" in said
     assert len(list((FOLDER / "lr=0.002,seed=0").glob("version_*"))) == 2
