@@ -331,6 +331,7 @@ def test_a_class_does_not_reset_its_arguments_whatever_stands_first() -> None:
         assert plan.settings["model"]["optimizer"]["init_args"]["lr"] == 0.05
 
 
+@pytest.mark.slow
 def test_a_run_resumed_by_hand_with_another_rate_is_not_taken_for_the_run_of_one(
     after: Callable[..., Path], run: Run
 ) -> None:
@@ -368,6 +369,7 @@ def test_hparams_of_tensorboard_show_what_differs(after: Callable[..., Path]) ->
     assert start.hparams["seed_everything"].number_value == 1
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_reported_and_stops_nothing(
     ask: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -899,7 +901,7 @@ def test_at_most_one_study_in_twenty_finds_a_difference_that_is_not_there(
 
 def test_the_difference_that_would_be_found_is_found_in_four_studies_of_five() -> None:
     rng, names, size = np.random.default_rng(2), list("abcd"), list[float]()
-    for _ in range(60):
+    for _ in range(12):
         values = 0.6 + rng.normal(0, 0.01, (4, 6))
         columns = answer(dict(zip(names, values.tolist(), strict=True))).compared_columns()
         assert columns["compared"][2] == "d - a"
