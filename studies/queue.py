@@ -121,7 +121,8 @@ class Queue:
                 pruner=question.pruner or optuna.pruners.NopPruner(),
                 load_if_exists=True,
             )
-        self.failed: set[Key] = set()  # here
+        self.tried: set[Key] = set()  # by this worker, which does no run twice
+        self.failed: set[Key] = set()  # of these
         # What is other in the code or the settings of a run that was done.
         self.other_code: dict[Key, list[str]] = {}
         self.other_settings: dict[Key, list[str]] = {}
@@ -250,7 +251,7 @@ class Queue:
             while True:
                 self._free_the_dead()
                 settings, runs = self.settings(), self.runs()
-                missing = [k for k, trial in runs.items() if not trial and k not in self.failed]
+                missing = [k for k, trial in runs.items() if not trial and k not in self.tried]
                 for name, seed in missing:
                     params = settings[name] if self.space else {}
                     self.study.enqueue_trial(params, {"flags": settings[name], "seed": seed})
@@ -274,7 +275,9 @@ class Queue:
             trial.set_user_attr("flags", flags)
             trial.set_user_attr("seed", self.question.seeds[0])
         first = self.runs().get(self.key_of(trial))
-        return first is not None and first.number == trial.number
+        if is_ours := first is not None and first.number == trial.number:
+            self.tried.add(self.key_of(trial))
+        return is_ours
 
     def _rounded(self, flag: str, value: Any) -> Any:
         """Return a value that a search has picked, with four digits that count if it is a float, as

@@ -114,7 +114,8 @@ def finished(
 ) -> Record:
     """Return the record of a run of a setting that has ended, early if `ended` says why; by its
     plan, if it has left no folder."""
-    code = {k: v for k, v in code_version().items() if not k.startswith(("study", "studies"))}
+    code = {k: v for k, v in code_version().items() if _module(k) == v}
+    code = {k: v for k, v in code.items() if not k.startswith(("study", "studies"))}
     seed, versions = plan.settings["seed_everything"], package_versions(plan.settings)
     unseen = {"machine": "", "parts": [{}], "code": code, "versions": versions, "epochs": {}}
     record = read_run(version) if version else {"seed": seed, **vars(plan), **unseen}
