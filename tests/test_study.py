@@ -431,7 +431,8 @@ def test_a_search_picks_settings_prunes_and_gives_each_all_seeds(
     assert len(first) == 3
     assert all(1e-6 <= trial.params["model.optimizer.lr"] <= 1e-2 for trial in first)
     for trial in first:
-        again = [t.user_attrs["seed"] for t in done if t.params == trial.params]
+        flags = trial.user_attrs["flags"]
+        again = [t.user_attrs["seed"] for t in done if t.user_attrs["flags"] == flags]
         assert again == ([0] if trial.state == TrialState.PRUNED else [0, 1])
         epochs = trial.user_attrs["record"]["epochs"]
         assert (trial.state == TrialState.PRUNED) == (min(epochs["val/acc"][1:]) < 0.3)
