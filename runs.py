@@ -8,6 +8,7 @@ import contextlib
 import glob
 import hashlib
 import io
+import json
 import math
 import os
 import platform
@@ -15,6 +16,7 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +27,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-WHERE = {"name", "data.root", "trainer.default_root_dir", "ckpt_path"}  # not what is trained
+WHERE = {  # where things lie, on which no result depends; the device is on record by itself
+    "name", "ckpt_path", "config", "trainer.default_root_dir", "trainer.accelerator", "data.root",
+    "data.sources", "data.download",
+}  # fmt: skip
+OFF = ("null", "false", "0", "0.0", '"off"', '""', "[]", "{}")  # as JSON
 RUN_SETTINGS = ("seed_everything", "name", "trainer", "checkpoint")
 LARGE = 1e9  # bytes of checkpoints that are worth a word
 
@@ -112,8 +118,18 @@ def package_versions(settings: dict[str, Any]) -> dict[str, str]:
     """Return the versions of the packages that a run with these settings computes with."""
     classes = [str(v) for key, v in flat(settings).items() if key.endswith("class_path")]
     names = {"torch", "torchvision", "lightning", *(c.partition(".")[0] for c in classes)}
-    modules = {name: sys.modules[name] for name in sorted(names & sys.modules.keys())}
-    return {name: str(m.__version__) for name, m in modules.items() if hasattr(m, "__version__")}
+    found = {name: package_version(name) for name in sorted(names & sys.modules.keys())}
+    return {name: version for name, version in found.items() if version}
+
+
+def package_version(name: str) -> str:
+    """Return the version of an imported package; nothing if it has none, as the user's own."""
+    if version := getattr(sys.modules.get(name), "__version__", ""):
+        return str(version)
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def machine(device: torch.device) -> str:
@@ -246,10 +262,7 @@ def check_monitors(settings: dict[str, Any]) -> None:
 def chosen(rows: list[Row], checkpoint: ModelCheckpoint) -> tuple[Row, Path] | None:
     """Return the epoch that validation chose, and its file: the first best of the metric that is
     monitored, among the epochs whose checkpoint is there, saved when the metric was measured."""
-    monitor = str(checkpoint.monitor)
-    sign = -1 if checkpoint.mode == "max" else 1
-    measured = (row for row in rows if math.isfinite(row.get(monitor, math.nan)))
-    for row in sorted(measured, key=lambda row: sign * row[monitor]):
+    for row in ranked(rows, str(checkpoint.monitor), checkpoint.mode):
         # Rows of versions up to 0.2.0 have no step.
         step = row.get("val/step", row.get("step"))
         metrics: dict[str, Any] = {**row, "epoch": int(row["epoch"]), "step": step or 0}
@@ -261,15 +274,23 @@ def chosen(rows: list[Row], checkpoint: ModelCheckpoint) -> tuple[Row, Path] | N
     return None
 
 
+def ranked(rows: list[Row], monitor: str, mode: str) -> list[Row]:
+    """Return the epochs in which a metric was measured, the best first, of equal ones the first."""
+    sign = -1 if mode == "max" else 1
+    measured = (row for row in rows if math.isfinite(row.get(monitor, math.nan)))
+    return sorted(measured, key=lambda row: sign * row[monitor])
+
+
 def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
-    """Return the settings that differ, by dotted name, with their values before and now. Settings
-    that the version before did not have are left out, as are those of where things lie."""
+    """Return the settings that differ, by dotted name, with their values before and now, without
+    those of where things lie. One that another version lacks is the same only if it is off."""
     before, now = flat(before), flat(now)
-    known = {tuple(key.split(".")[:2]) for key in before}
+    its, ours = ({k: json.dumps(v) for k, v in of.items()} for of in (before, now))  # 1 is not 1.0
+    both, every = its.keys() & ours.keys(), {**its, **ours}
     return {
         key: [before.get(key), now.get(key)]
-        for key in sorted((before.keys() | now.keys()) - WHERE)
-        if before.get(key) != now.get(key) and tuple(key.split(".")[:2]) in known
+        for key in sorted(every.keys() - WHERE)
+        if (its[key] != ours[key] if key in both else every[key] not in OFF)
     }
 
 

@@ -14,7 +14,6 @@ and the record of its runs, `runs.jsonl`, by which another machine can resume th
 
 import contextlib
 import dataclasses
-import itertools
 import os
 import shlex
 import sys
@@ -42,20 +41,20 @@ def main(args: list[str] | None = None) -> None:
         sys.path.append("")  # the current folder, for classes of the user's own
     os.environ.pop("SLURM_NTASKS", None)  # a run is one process, however many a job has
     with short_errors():
-        _main(_by_flag(sys.argv[1:] if args is None else args))
+        _main(_with_file_first(sys.argv[1:] if args is None else args))
 
 
-def _main(args: list[list[str]]) -> None:
+def _main(args: list[str]) -> None:
     parser = ShortParser(prog="study.py", description="Answer a question by many runs.")
     add = parser.add_argument
-    add("--file", action=ActionConfigFile, help="the question (or as first word)")
+    add("--file", action=ActionConfigFile, help="the question: the first word that is no flag's")
     parser.add_class_arguments(Question)
     add("--jobs", type=NonNegativeInt, default=1, help="runs at a time; 0: the answer so far")
     add("--storage", type=str | None, help="journal:FILE or a database's URL")
     add("--folder", type=str | None, help="default: runs/<name of the file>")
     add("--from", action="append", default=[], help="take the runs of a runs.jsonl as done")
     add("--any_code", type=bool, default=False, help="also those by other code")
-    given = parser.parse_args(_with_file(args))
+    given = parser.parse_args(args)
     # The flags to pass on stay words, though some of them name classes.
     try:
         asked = parser.instantiate_classes(given).as_dict()
@@ -88,8 +87,7 @@ def _main(args: list[list[str]]) -> None:
         raise nothing
     from studies.figures import write_figures  # Matplotlib is slow to import
 
-    words = itertools.chain(*(a for a in args if a[0].partition("=")[0].rstrip("+") not in HOW))
-    command = shlex.join(["python", "study.py", *words])
+    command = shlex.join(["python", "study.py", *_that_ask(args[1:])])
     levels = {name: question.levels_of(flags) for name, flags in settings.items()}
     answer = Answer(question, command, levels, done)
     answer.write(folder)
@@ -98,28 +96,30 @@ def _main(args: list[list[str]]) -> None:
         sys.exit(f"error: {len(queue.failed)} failed, see above: the same command tries again")
 
 
-def _by_flag(args: list[str]) -> list[list[str]]:
-    """Return the words of a command line, each flag with its value."""
-    found: list[list[str]] = []
-    for word in args:
-        if found and len(found[-1]) == 1 and found[-1][0][:1] == "-" and "=" not in found[-1][0]:
-            found[-1].append(word)
-        else:
-            found.append([word])
-    return found
-
-
-def _with_file(args: list[list[str]]) -> list[str]:
-    """Return a command line with the study's file first and its flag before it: flags override."""
-    words = list(itertools.chain(*sorted(args, key=lambda words: words[0].startswith("-"))))
-    if words and not words[0].startswith("-"):
-        with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # the parser says why
-            if "question" not in (yaml.safe_load(Path(words[0]).read_text()) or {}):
-                raise MisconfigurationException(f"{words[0]} is not a study: it asks no question")
-        return ["--file", *words]
-    if not {"--file", "--help", "-h"} & {word.partition("=")[0] for word in words}:
+def _with_file_first(args: list[str]) -> list[str]:
+    """Return a command line with the study's file, behind its flag, first: the others override."""
+    if {"--help", "-h"} & {*args}:
+        return args
+    is_value = [before.startswith("--") and "=" not in before for before in ["", *args]]
+    at = [i for i, word in enumerate(args) if not (word.startswith("-") or is_value[i])]
+    if not at:
         raise MisconfigurationException("name the file of a study: python study.py FILE")
-    return words
+    file = args[at[0]]
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # the parser says why
+        if "question" not in (yaml.safe_load(Path(file).read_text()) or {}):
+            raise MisconfigurationException(f"{file} is not a study: it asks no question")
+    return ["--file", file, *args[: at[0]], *args[at[0] + 1 :]]
+
+
+def _that_ask(args: list[str]) -> list[str]:
+    """Return the words of a command line without those that no result depends on."""
+    found, is_how = list[str](), False
+    for word in args:
+        if word.startswith("--"):
+            is_how = word.partition("=")[0].rstrip("+") in HOW
+        if not is_how:
+            found.append(word)
+    return found
 
 
 if __name__ == "__main__":

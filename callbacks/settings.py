@@ -48,10 +48,7 @@ class SaveSettings(Callback):
             "device": device.type,
             "machine": machine(device),
         }
-        before, now = (
-            {f"{name} {kind}": v for kind in ("code", "images") for name, v in of[kind].items()}
-            for of in ({"code": {}, "images": {}, **self.earlier}, self.made_by)
-        )
+        before, now = _versions(self.earlier), _versions(self.made_by)
         self.changed |= {k: [v, now.get(k)] for k, v in before.items() if v != now.get(k)}
         if data.val_size and "train images" in self.changed:
             raise MisconfigurationException(
@@ -103,3 +100,13 @@ class SaveSettings(Callback):
                 if trainer.is_global_zero:
                     print(f"{key} has changed: the state of the optimizer restarts")
                 return
+
+
+def _versions(made_by: dict[str, Any]) -> dict[str, str]:
+    """Return by what code and packages, on which images and which kind of device a part was
+    trained, as far as its version noted that."""
+    kinds = {"code": "code", "versions": "version", "images": "images"}
+    found = {
+        f"{n} {word}": v for kind, word in kinds.items() for n, v in made_by.get(kind, {}).items()
+    }
+    return found | ({"device": made_by["device"]} if "device" in made_by else {})

@@ -9,7 +9,6 @@ import contextlib
 import datetime
 import hashlib
 import itertools
-import math
 import re
 import threading
 import uuid
@@ -27,7 +26,7 @@ from optuna.storages import JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState
 
-from runs import write_whole
+from runs import ranked, write_whole
 from studies.question import Flags, Question, planned
 from studies.record import Plan, Record, best_of, other_code, rows_of
 
@@ -231,7 +230,7 @@ class Queue:
                 continue
             record = records[ranks.index(max(ranks))] | {"flags": flags}
             best, choose = best_of(record, self.question.choose), self.question.choose
-            rows = [row for row in rows_of(record) if math.isfinite(row.get(choose, math.nan))]
+            rows = ranked(rows_of(record), choose, "")
             with contextlib.suppress(ValueError):  # outside of the ranges of this question
                 trial = optuna.create_trial(
                     state=TrialState.PRUNED if record["ended"] else TrialState.COMPLETE,

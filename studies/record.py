@@ -10,7 +10,6 @@ import functools
 import importlib.util
 import json
 import math
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,17 @@ from typing import Any
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from runs import Row, code_version, file_version, flat, package_versions
+from runs import (
+    WHERE,
+    Row,
+    code_version,
+    differences,
+    file_version,
+    natural_mode,
+    package_version,
+    package_versions,
+    ranked,
+)
 
 Record = dict[str, Any]
 
@@ -26,12 +35,7 @@ KEYS = {  # of every record
     "seed", "flags", "ended", "settings", "images", "device", "machine", "parts", "code",
     "versions", "epochs",
 }  # fmt: skip
-OFF = ("null", "false", "0", "0.0", '""', "[]", "{}")  # as JSON
 GUESSING = math.log(10)  # the loss of a network that gives each class the same probability
-PLACES = (  # where things lie and what is kept, on which no result depends
-    "name", "ckpt_path", "config", "checkpoint", "trainer.default_root_dir", "trainer.accelerator",
-    "data.root", "data.sources", "data.download",
-)  # fmt: skip
 
 
 @dataclass
@@ -50,27 +54,18 @@ class Plan:
         return replace(self, settings=settings)
 
     def differs(self, record: Record) -> list[str]:
-        """Return in which settings a run differs, from its first epoch to its last. One that its
-        version did not have is the same only if it is off."""
-        ours, its = (
-            {key: json.dumps(value) for key, value in flat(settings).items()}  # 1 is not 1.0
-            for settings in (self.settings, record["settings"])
-        )
-        both, every = ours.keys() & its.keys(), ours | its
-        changed = [
-            key
-            for key, value in sorted(every.items())
-            if (ours[key] != its[key] if key in both else value not in OFF)
-        ]
+        """Return in which settings a run differs, from its first epoch to its last."""
+        changed = [*differences(record["settings"], self.settings)]
         changed += ["images"] * (record["images"] != self.images)
         changed += ["device"] * (record["device"] != self.device)
         return changed + ["resumed with other settings"] * (len(record["parts"]) > 1)
 
 
 def without_places(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return settings, nested as in `config.yaml`, without what no result depends on."""
+    """Return settings, nested as in `config.yaml`, without what no result depends on: where things
+    lie, and which checkpoints are kept."""
     settings = copy.deepcopy(settings)
-    for key in PLACES:
+    for key in (*WHERE, "checkpoint"):
         part, _, name = key.rpartition(".")
         (settings[part] if part else settings).pop(name, None)
     return settings
@@ -79,7 +74,7 @@ def without_places(settings: dict[str, Any]) -> dict[str, Any]:
 def other_code(record: Record) -> list[str]:
     """Return the modules and packages that are not what they were for a run of a known plan."""
     now = {name: _module(name) for name in record["code"]}
-    now |= {n: str(getattr(sys.modules.get(n), "__version__", "")) for n in record["versions"]}
+    now |= {name: package_version(name) for name in record["versions"]}
     then = record["code"] | record["versions"]
     return [name for name in then if now[name] != then[name]]
 
@@ -138,9 +133,7 @@ def rows_of(record: Record) -> list[Row]:
 
 def best_of(record: Record, choose: str) -> Row | None:
     """Return the first epoch that is best by `val/acc` or `val/loss`."""
-    rows = [row for row in rows_of(record) if math.isfinite(row.get(choose, math.nan))]
-    sign = -1 if choose.endswith("acc") else 1
-    return min(rows, key=lambda row: sign * row[choose], default=None)
+    return next(iter(ranked(rows_of(record), choose, natural_mode(choose) or "")), None)
 
 
 def read_records(file: Path) -> list[Record]:

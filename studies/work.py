@@ -20,6 +20,7 @@ from optuna.storages._heartbeat import get_heartbeat_thread
 from optuna.trial import TrialState
 
 import runs
+from studies.question import Flags
 from studies.queue import Queue, is_free
 from studies.record import Plan, Record, best_of, finished, other_code, read_run, rows_of
 
@@ -101,43 +102,18 @@ class Work:
             raise
 
     def _do(self, trial: optuna.Trial, env: dict[str, str]) -> tuple[TrialState, float | None]:
-        """Do a run from its last checkpoint, or from its start; return how it ended."""
+        """Do a run, and put it on record; return how it ended."""
         name, seed = self.queue.key_of(trial)
         flags, choose = self.queue.settings()[name], self.question.choose
         folder = self.question.folder_of(flags, seed)
         try:
-            plan = self.queue.plan(flags, seed)
-        except MisconfigurationException as error:  # settings that a search should not have picked
+            plan = self.queue.plan(flags, seed)  # refused if a search picked what can't be run
+            kept, ended = self._train(trial, flags, plan, env)
+        except MisconfigurationException as error:
             self.queue.failed.add((name, seed))
             self._say(folder, f"failed: {error}")
             return TrialState.FAIL, None
-        parent = self.folder / folder
-        parent.mkdir(parents=True, exist_ok=True)
-        if not self._is_left(parent):
-            print(f"waits for {parent}: its study was killed, but not the run", flush=True)
-        while not self._is_left(parent):
-            if self.stopped:
-                return TrialState.FAIL, None
-            time.sleep(0.5)
-        kept, code, ended, last = _kept(parent, plan), 0, "", ""
-        if kept is None or not (kept / "model.md").exists():  # with which a run ends
-            command = self.question.command(flags, seed, self.folder)
-            step, checkpoint = runs.newest(kept / "checkpoints") if kept else (-1, parent)
-            if step >= 0:
-                here = [word for word in command if word.startswith("--data.root=")]
-                command = ["fit", f"--ckpt_path={checkpoint}", *here]
-            code, ended, last = self._train(trial, command, parent, plan, env)
-            kept = _kept(parent, plan)
-        elif self.question.pruner:
-            self._report(trial, kept, -1)
         if self.stopped:
-            return TrialState.FAIL, None
-        if not ended and (code or kept is None):
-            self.queue.failed.add((name, seed))
-            why = f"exit code {code}" if code < 0 else last.removeprefix("error: ")
-            if not code:
-                why = "the code or the recipe changed while it ran"
-            self._say(folder, f"failed: {why}, see {parent / 'fit.log'}")
             return TrialState.FAIL, None
         record = finished(kept, plan, flags, choose, ended)
         best = best_of(record, choose)
@@ -152,6 +128,42 @@ class Work:
         return TrialState.COMPLETE, best[choose]
 
     def _train(
+        self, trial: optuna.Trial, flags: Flags, plan: Plan, env: dict[str, str]
+    ) -> tuple[Path | None, str]:
+        """Train a run from its last checkpoint, or from its start, unless it has ended; return its
+        folder, if it has one, and why it ended early, if it did.
+
+        Raises:
+            MisconfigurationException: It failed.
+        """
+        seed = plan.settings["seed_everything"]
+        parent = self.folder / self.question.folder_of(flags, seed)
+        parent.mkdir(parents=True, exist_ok=True)
+        if not _is_left(parent):
+            print(f"waits for {parent}: its study was killed, but not the run", flush=True)
+        while not _is_left(parent):
+            if self.stopped:
+                return None, ""
+            time.sleep(0.5)
+        kept = _kept(parent, plan)
+        if kept and (kept / "model.md").exists():  # with which a run ends
+            if self.question.pruner:
+                self._report(trial, kept, -1)
+            return kept, ""
+        command = self.question.command(flags, seed, self.folder)
+        step, checkpoint = runs.newest(kept / "checkpoints") if kept else (-1, parent)
+        if step >= 0:
+            here = [word for word in command if word.startswith("--data.root=")]
+            command = ["fit", f"--ckpt_path={checkpoint}", *here]
+        code, ended, last = self._run(trial, command, parent, plan, env)
+        kept = _kept(parent, plan)
+        if not (ended or self.stopped) and (code or kept is None):
+            why = f"exit code {code}" if code < 0 else last.removeprefix("error: ")
+            why = why if code else "the code or the recipe changed while it ran"
+            raise MisconfigurationException(f"{why}, see {parent / 'fit.log'}")
+        return kept, ended
+
+    def _run(
         self, trial: optuna.Trial, command: list[str], parent: Path, plan: Plan, env: dict[str, str]
     ) -> tuple[int, str, str]:
         """Run `train.py` to its end; return its exit code, why it ended early, if it diverged or
@@ -159,6 +171,7 @@ class Work:
         first = self.question.seeds[0]
         # A setting of a search whose first run was not pruned is worth the runs of its other seeds.
         is_first = not self.queue.space or plan.settings["seed_everything"] == first
+        is_watched = bool(self.question.pruner) and is_first
         reported, ended, log = -1, "", parent / "fit.log"
         with log.open("ab") as output:
             before = output.tell()
@@ -169,7 +182,7 @@ class Work:
         while process.poll() is None:
             if self.stopped:
                 process.kill() if self.is_urgent else process.terminate()
-            elif self.question.pruner and is_first and not ended and (kept := _kept(parent, plan)):
+            elif is_watched and not ended and (kept := _kept(parent, plan)):
                 reported = self._report(trial, kept, reported)
                 if reported >= 0 and trial.should_prune():
                     ended = f"pruned after epoch {reported}"
@@ -189,11 +202,6 @@ class Work:
                 trial.report(row[self.question.choose], after)
         return after
 
-    @staticmethod
-    def _is_left(parent: Path) -> bool:
-        """Return whether no process trains in a run's folder."""
-        return all(map(is_free, parent.glob("version_*/.lock")))
-
     def _say(
         self, name: str, how: str, trial: optuna.Trial | None = None, record: Record | None = None
     ) -> None:
@@ -208,6 +216,11 @@ class Work:
                 minutes = (time.monotonic() - self.started) / new * left / 60
                 rest = f"; {left} left, about {max(1, round(minutes))} min"
             print(f"[{count}/{total}] {name}: {how}{rest}", flush=True)
+
+
+def _is_left(parent: Path) -> bool:
+    """Return whether no process trains in a run's folder."""
+    return all(map(is_free, parent.glob("version_*/.lock")))
 
 
 def _kept(parent: Path, plan: Plan) -> Path | None:

@@ -78,7 +78,7 @@ def test_a_program_that_fails_says_why(tmp_path: Path) -> None:
 
 
 def test_cpu_seconds_are_those_of_all_processes_of_a_program() -> None:
-    busy = "import time\nwhile time.process_time() < 0.3: pass\n"
+    busy = "import time\nwhile time.process_time() < 0.5: pass\n"
     started = f"import subprocess, sys, time; child = [sys.executable, '-c', '''{busy}''']; "
     ended_and_running = "subprocess.run(child); subprocess.Popen(child); print(flush=True)"
     command = [sys.executable, "-c", f"{started}{ended_and_running}; time.sleep(60)"]
@@ -86,10 +86,10 @@ def test_cpu_seconds_are_those_of_all_processes_of_a_program() -> None:
         assert process.stdout is not None
         process.stdout.readline()
         deadline = time.monotonic() + 30
-        while (seconds := cpu_seconds(process.pid)) < 0.6 and time.monotonic() < deadline:
+        while (seconds := cpu_seconds(process.pid)) < 0.8 and time.monotonic() < deadline:
             time.sleep(0.05)
         process.kill()
-    assert 0.6 <= seconds < 3
+    assert 0.8 <= seconds < 3
 
 
 def run_benchmarks(tmp_path: Path, *flags: str) -> dict[str, Any]:

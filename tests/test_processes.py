@@ -81,6 +81,7 @@ def test_two_nodes_train_as_one_process_does(run: Run, arrays: Path, tmp_path: P
         assert report[name] == pytest.approx(rows(together)[-1][name], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_job_that_slurm_requeues_goes_on_exactly(
     arrays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

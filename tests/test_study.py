@@ -220,6 +220,7 @@ def test_each_run_is_one_that_train_makes(after: Callable[..., Path], run: Run) 
     assert table()["lr=0.0001", 1][1]["val/acc"] == accuracies
 
 
+@pytest.mark.slow
 def test_adding_a_seed_runs_the_new_one_only_and_another_folder_takes_all(
     after: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -583,6 +584,7 @@ def test_interrupted_it_leaves_its_runs_to_the_next(
     assert (FOLDER / "one,seed=0" / "fit.log").read_text().count("\n    0 ") == 1
 
 
+@pytest.mark.slow
 def test_other_settings_in_the_same_folder_are_another_run(
     after: Callable[..., Path],
     capsys: pytest.CaptureFixture[str],
