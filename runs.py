@@ -289,8 +289,9 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[A
     both, every = its.keys() & ours.keys(), {**its, **ours}
     return {
         key: [before.get(key), now.get(key)]
-        for key in sorted(every.keys() - WHERE)
-        if (its[key] != ours[key] if key in both else every[key] not in OFF)
+        for key in sorted(every)
+        if not any(f"{key}.".startswith(f"{place}.") for place in WHERE)
+        and (its[key] != ours[key] if key in both else every[key] not in OFF)
     }
 
 

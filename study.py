@@ -12,6 +12,7 @@ on another machine, it takes its share. The answer lies in runs/<study>/: `answe
 and the record of its runs, `runs.jsonl`, by which another machine can resume the study.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import os
@@ -105,7 +106,7 @@ def _with_file_first(args: list[str]) -> list[str]:
     if not at:
         raise MisconfigurationException("name the file of a study: python study.py FILE")
     file = args[at[0]]
-    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # the parser says why
+    with contextlib.suppress(OSError, ValueError, TypeError, yaml.YAMLError):  # the parser says why
         if "question" not in (yaml.safe_load(Path(file).read_text()) or {}):
             raise MisconfigurationException(f"{file} is not a study: it asks no question")
     return ["--file", file, *args[: at[0]], *args[at[0] + 1 :]]
@@ -113,13 +114,10 @@ def _with_file_first(args: list[str]) -> list[str]:
 
 def _that_ask(args: list[str]) -> list[str]:
     """Return the words of a command line without those that no result depends on."""
-    found, is_how = list[str](), False
-    for word in args:
-        if word.startswith("--"):
-            is_how = word.partition("=")[0].rstrip("+") in HOW
-        if not is_how:
-            found.append(word)
-    return found
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in HOW:
+        parser.add_argument(flag)
+    return parser.parse_known_args(args)[1]
 
 
 if __name__ == "__main__":

@@ -137,14 +137,11 @@ class Answer:
     def ranked(self) -> list[str]:
         """Return the settings in the order of the question; if they are very many or picked by a
         search, those with most whole runs first, of these the best."""
-
-        def rank(setting: str) -> tuple[int, float]:
-            mean = Mean.of(self.values(setting, self.choose)).value
-            return len(self.whole[setting]), self.sign * mean
-
-        if len(self.settings) > SHOWN or self.question.search:
-            return sorted(self.settings, key=rank, reverse=True)
-        return list(self.settings)
+        if len(self.settings) <= SHOWN and not self.question.search:
+            return list(self.settings)
+        means = {name: Mean.of(self.values(name, self.choose)) for name in self.settings}
+        ranks = {name: (mean.count, self.sign * mean.value) for name, mean in means.items()}
+        return sorted(ranks, key=lambda name: ranks[name], reverse=True)
 
     def values(self, setting: str, key: str) -> Floats:
         """Return a number of each whole run of a setting, float64 [seeds], NaN where it lacks."""
@@ -224,20 +221,16 @@ class Answer:
         lines += [remark for remark, holds in remarks.items() if holds]
         return lines + [f"{name}: {why}." for name, why in ended.items() if why]
 
-    def _detectable(self) -> list[str]:
-        """Return for each comparison the true difference that such a study finds with a power of
-        80 %, by the spread of its pairs; a dash if it can find none, or there is no spread."""
+    def _detectable(self) -> dict[tuple[str, int], float]:
+        """Return for comparisons of a factor with so many pairs the true difference that such a
+        study finds with a power of 80 %, in standard deviations of a pair's difference."""
         ends = [((d.factor, d.one), (d.factor, d.other)) for d in self.differences]
         names = list(dict.fromkeys(itertools.chain(*ends)))
         pairs = [(names.index(one), names.index(other)) for one, other in ends]
-        found, sizes = [], dict[tuple[str, int], float]()
+        found: dict[tuple[str, int], float] = {}
         for d, pair in zip(self.differences, pairs, strict=True):
-            key = d.factor, d.mean.count
-            if key not in sizes:
-                sizes[key] = detectable(d.mean.count, [pair, *(p for p in pairs if p != pair)])
-            size = sizes[key] * float(np.nanstd(d.gains, ddof=1))
-            text = f"{100 * size:.1f}" if self.is_percent else f"{size:.3f}"
-            found.append(text if size > 0 else "-")
+            if (key := (d.factor, d.mean.count)) not in found:
+                found[key] = detectable(key[1], [pair, *(p for p in pairs if p != pair)])
         return found
 
     def _text(self, mean: Mean, sign: str = "") -> str:
@@ -272,9 +265,12 @@ class Answer:
     def compared_columns(self) -> Columns:
         """Return the table of comparisons; of very many those that come closest."""
         is_long = len(self.differences) > SHOWN
-        sizes = dict(zip(map(id, self.differences), self._detectable(), strict=True))
         shown = sorted(self.differences, key=lambda d: d.p if is_long else 0)[:SHOWN]
-        unit = ", points" if self.is_percent else ""
+        stds, sizes = self._detectable(), list[Mean]()
+        for d in shown:  # a dash if none is found, or there is no spread
+            size = stds[d.factor, d.mean.count] * float(np.nanstd(d.gains, ddof=1))
+            sizes.append(Mean(size or math.nan))
+        unit, format_, scale = (", points", ".1f", 100) if self.is_percent else ("", ".3f", 1)
         return {
             "compared": [_joined(f"{d.other} - {d.one}", d.factor) for d in shown],
             "n": [str(d.mean.count) for d in shown],
@@ -282,7 +278,7 @@ class Answer:
             "in test/acc, points": [Mean.of(d.tested).text("+.2f", 100) for d in shown],
             "p": [f"{d.p:.3f}" for d in shown],
             "significant": [self.verdict(d) for d in shown],
-            f"80 % power at{unit}": [sizes[id(d)] for d in shown],
+            f"80 % power at{unit}": [size.text(format_, scale) for size in sizes],
         }
 
     def _every_run(self) -> Columns:
@@ -301,14 +297,17 @@ class Answer:
         given, defaults = settings["trainer"], inspect.signature(Trainer.__init__).parameters
         recipe = [f"`{file}`" for file in question.files()]
         recipe += [f"`{key}` {json.dumps(value)}" for key, value in question.fixed.items()]
-        named = {flag for of in (question.fixed, question.grid, question.search) for flag in of}
+        asked = (question.fixed, question.grid, question.search, *question.variants.values())
+        named = {flag for of in asked for flag in of}
         recipe += [
             f"{key} {given[key]}"
             for key in LIMITS
             if given[key] != defaults[key].default and f"trainer.{key}" not in named
         ]
         sizes = sorted({run.record["settings"]["data"]["val_size"] for run in self.runs})
-        split = "Each seed has its own split" if "split" in question.vary else "One split"
+        splits = {run.record["settings"]["data"]["split_seed"] for run in self.runs}
+        split = "One split" if len(splits) == 1 else "Several splits"
+        split = "Each seed has its own split" if "split" in question.vary else split
         text = f"Recipe: {', '.join(recipe)}. {split}, {' or '.join(map(str, sizes))} images for "
         made_by = Counter(run.made_by for run in self.runs)
         runs = [f"{count} on {machine_and_code}" for machine_and_code, count in made_by.items()]

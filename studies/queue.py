@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from optuna.storages import JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from optuna.storages.journal._file import get_lock_file
 from optuna.trial import FrozenTrial, TrialState
 
 from runs import ranked, write_whole
@@ -31,8 +32,9 @@ from studies.question import Flags, Question, planned
 from studies.record import Plan, Record, best_of, other_code, rows_of
 
 HEARTBEAT = 60  # seconds; a worker elsewhere that is silent for twice as long is taken for dead
-DOUBLES = 20  # a search that picks known settings so often in a row has picked them all
+DOUBLES = 100  # a search that picks known settings so often in a row has picked them all
 PRUNED = TrialState.PRUNED
+SETTINGS, CODE = "have other settings", "are by other code"  # reasons not to count a run
 STORAGE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
 
 Key = tuple[str, int]  # the name of a run's setting and its seed: what no two runs share
@@ -53,33 +55,22 @@ def is_free(lock: Path) -> bool:
 
 
 def open_storage(url: str) -> optuna.storages.BaseStorage:
-    """Open `journal:FILE` or a database.
-
-    Raises:
-        MisconfigurationException: It can't be opened.
-    """
-    try:
-        if url.startswith("sqlite:"):  # its transactions don't keep two workers apart
-            raise ValueError("SQLite can hand one run to two workers: use journal:FILE")
-        if url.startswith("journal:"):
-            path = url.removeprefix("journal:")
-            _mend(Path(path), lock := JournalFileSymlinkLock(path))
-            return JournalStorage(JournalFileBackend(path, lock))
-        return RDBStorage(url, heartbeat_interval=HEARTBEAT)
-    except (*STORAGE_ERRORS, ImportError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise MisconfigurationException(without_password(f"storage {url}: {reason}")) from error
+    """Open `journal:FILE` or a database."""
+    if url.startswith("sqlite:"):  # its transactions don't keep two workers apart
+        raise ValueError("SQLite can hand one run to two workers: use journal:FILE")
+    if url.startswith("journal:"):
+        path = url.removeprefix("journal:")
+        _mend(Path(path), lock := JournalFileSymlinkLock(path))
+        return JournalStorage(JournalFileBackend(path, lock))
+    return RDBStorage(url, heartbeat_interval=HEARTBEAT)
 
 
 def _mend(journal: Path, lock: JournalFileSymlinkLock) -> None:
     """Cut off half a line at the end of a journal, which a full disk has left."""
-    lock.acquire()
-    try:
+    with get_lock_file(lock):
         content = journal.read_bytes() if journal.exists() else b""
         if content and not content.endswith(b"\n"):
             write_whole(journal, content[: content.rfind(b"\n") + 1])
-    finally:
-        lock.release()
 
 
 @dataclass
@@ -99,32 +90,33 @@ class Queue:
         question, folder, self.space = self.question, self.folder, self.question.distributions()
         url, name = self.url or f"journal:{folder / 'journal.log'}", folder.name
         if self.space or question.pruner:  # which learn from all runs, so all must be of one kind
-            asked = [question.choose, question.fixed, list(map(vars, self.plans.values()))]
+            its = list(map(vars, self.plans.values())) if self.space else question.files()
+            asked = [question.choose, question.fixed, its]
             name += f" {hashlib.sha256(repr(asked).encode()).hexdigest()[:8]}"
         # Beside a journal, as it may lie on a disk that several machines share.
         place = Path(url.removeprefix("journal:")).parent if url.startswith("journal:") else folder
         self.workers = place / ".workers"
+        # Its default ignores the settings that other workers are trying.
+        self.sampler = question.sampler or optuna.samplers.TPESampler(constant_liar=True)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.workers.mkdir(exist_ok=True)
-        except OSError as error:
-            which = f"storage {without_password(url)}: " if self.url else ""
-            raise MisconfigurationException(f"{which}{error.filename}: {error.strerror}") from error
-        with FileLock(folder / ".lock"):  # two that make the tables at once get in each other's way
-            self.study = optuna.create_study(
-                study_name=name,
-                storage=open_storage(url),
-                direction="maximize" if question.choose.endswith("acc") else "minimize",
-                # Its default ignores the settings that other workers are trying.
-                sampler=question.sampler or optuna.samplers.TPESampler(constant_liar=True),
-                pruner=question.pruner or optuna.pruners.NopPruner(),
-                load_if_exists=True,
-            )
+            with FileLock(folder / ".lock"):  # two can't make the tables at once
+                self.study = optuna.create_study(
+                    study_name=name,
+                    storage=open_storage(url),
+                    direction="maximize" if question.choose.endswith("acc") else "minimize",
+                    sampler=self.sampler,
+                    pruner=question.pruner or optuna.pruners.NopPruner(),
+                    load_if_exists=True,
+                )
+        except (*STORAGE_ERRORS, ImportError, OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise MisconfigurationException(without_password(f"storage {url}: {reason}")) from error
         self.tried: set[Key] = set()  # by this worker, which does no run twice
         self.failed: set[Key] = set()  # of these
-        # What is other in the code or the settings of a run that was done.
-        self.other_code: dict[Key, list[str]] = {}
-        self.other_settings: dict[Key, list[str]] = {}
+        # What is other in runs that were done, and don't count or are by other code.
+        self.others: dict[str, dict[Key, list[str]]] = {SETTINGS: {}, CODE: {}}
         self.doubles = 0
         self.lock = threading.RLock()
         self.name = uuid.uuid4().hex
@@ -176,27 +168,19 @@ class Queue:
     def _rank(self, record: Record, flags: Flags, seed: int) -> int:
         """Return 2 if a run that was done is the one with these flags, and by the same code, 1 if
         it counts though it is by other code, 0 if it does not count."""
-        is_pruned = record["ended"].startswith("pruned")
-        key = self.question.name_of(flags), seed
-        if changed := self.plan(flags, seed).differs(record):
-            self.other_settings[key] = changed
-            return 0
-        if is_pruned > bool(self.question.pruner):
-            self.other_settings[key] = ["pruner"]
-            return 0
-        if not (changed := other_code(record)):
-            return 2
-        self.other_code[key] = changed
-        return int(self.any_code)
+        is_pruned = record["ended"].startswith("pruned") and not self.question.pruner
+        settings = self.plan(flags, seed).differs(record) or ["pruner"] * is_pruned
+        code = other_code(record)
+        if settings or code:
+            others = self.others[SETTINGS if settings else CODE]
+            others[self.question.name_of(flags), seed] = settings or code
+        return 0 if settings else int(self.any_code) if code else 2
 
     def other(self) -> list[str]:
         """Say which runs that were done do not count for this answer, and why."""
-        self.other_settings = {}  # not of every run of a file that was looked through
+        self.others[SETTINGS] = {}  # not of every run of a file that was looked through
         done, said = self.records(), []
-        for others, words in (
-            (self.other_settings, "have other settings"),
-            (self.other_code, "are by other code"),
-        ):
+        for words, others in self.others.items():
             left = {key: names for key, names in others.items() if key not in done}
             if left:
                 names = sorted(set[str]().union(*left.values()))
@@ -257,6 +241,8 @@ class Queue:
                 states = {trial.state for trial in runs.values() if trial}
                 if not (missing or TrialState.WAITING in states or self._may_pick()):
                     return None
+                random = optuna.samplers.RandomSampler()  # TPE may repeat its favourite for ever
+                self.study.sampler = random if self.doubles else self.sampler
                 trial = self.study.ask(self.space)
                 if self._accepts(trial):
                     return trial
@@ -294,12 +280,11 @@ class Queue:
     def _free_the_dead(self) -> None:
         """Free the runs of workers that have ended without a word."""
         optuna.storages.fail_stale_trials(self.study)  # of a database, by its heartbeats
+        locks = (lock for lock in self.workers.iterdir() if lock.name != self.name)
+        dead = {lock.name for lock in locks if is_free(lock)}
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            worker, now = trial.user_attrs.get("worker"), datetime.datetime.now()
+            now = datetime.datetime.now()
             # One that was killed between taking a trial and putting its name to it has no name.
-            is_dead = now - (trial.datetime_start or now) > datetime.timedelta(minutes=1)
-            if worker is not None:
-                lock = self.workers / worker
-                is_dead = worker != self.name and lock.exists() and is_free(lock)
-            if is_dead:
+            is_old = now - (trial.datetime_start or now) > datetime.timedelta(minutes=1)
+            if trial.user_attrs["worker"] in dead if "worker" in trial.user_attrs else is_old:
                 self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)

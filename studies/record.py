@@ -4,7 +4,6 @@ Two runs are the same if all settings agree that a result depends on, the images
 device, the packages, and every file of this project and of the user's that the run imported.
 """
 
-import copy
 import csv
 import functools
 import importlib.util
@@ -62,9 +61,8 @@ class Plan:
 
 
 def without_places(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return settings, nested as in `config.yaml`, without what no result depends on: where things
-    lie, and which checkpoints are kept."""
-    settings = copy.deepcopy(settings)
+    """Remove from settings, nested as in `config.yaml`, what no result depends on: where things
+    lie, and which checkpoints are kept; return them."""
     for key in (*WHERE, "checkpoint"):
         part, _, name = key.rpartition(".")
         (settings[part] if part else settings).pop(name, None)
@@ -115,7 +113,10 @@ def finished(
     unseen = {"machine": "", "parts": [{}], "code": code, "versions": versions, "epochs": {}}
     record = read_run(version) if version else {"seed": seed, **vars(plan), **unseen}
     last = (rows_of(record) or [{}])[-1]
-    loss, before = last.get("train/loss", 0.0), record["epochs"].get("train/loss", [0.0])[0]
+    loss, before = (
+        last.get("train/loss", 0.0),
+        (record["epochs"].get("train/loss") or [0.0])[0] or 0.0,
+    )
     # Above that of guessing it may still fall from a bad start.
     if not (loss < 1.05 * GUESSING or before > loss < 3 * GUESSING):  # NaN is neither
         ended = ended or f"diverged: train/loss {loss:.3g} in epoch {last['epoch']:.0f}"

@@ -22,7 +22,7 @@ from optuna.trial import TrialState
 import runs
 from studies.question import Flags
 from studies.queue import Queue, is_free
-from studies.record import Plan, Record, best_of, finished, other_code, read_run, rows_of
+from studies.record import Plan, best_of, finished, other_code, read_run, rows_of
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 
@@ -94,7 +94,7 @@ class Work:
                         state, value = self._do(trial, env)
                     study.tell(trial, value, state, skip_if_finished=True)
                 elif any(t and t.state == TrialState.RUNNING for t in self.queue.runs().values()):
-                    time.sleep(0.5)  # others may leave theirs to this worker, if they die
+                    time.sleep(2)  # others may leave theirs to this worker, if they die
                 else:
                     return
         except BaseException:
@@ -116,16 +116,18 @@ class Work:
         if self.stopped:
             return TrialState.FAIL, None
         record = finished(kept, plan, flags, choose, ended)
-        best = best_of(record, choose)
-        if best is None or record["ended"]:
-            self._say(folder, record["ended"], trial, record)
-            return TrialState.PRUNED, None
-        value = f"{best[choose]:.2%}" if choose.endswith("acc") else f"{best[choose]:.4f}"
-        test = f", test/acc {best['test/acc']:.2%}" if "test/acc" in best else ""
-        seconds = sum(row["seconds"] for row in rows_of(record))
-        how = f"{choose} {value} in epoch {best['epoch']:.0f}{test}, {seconds:.0f} s"
-        self._say(folder, how, trial, record)
-        return TrialState.COMPLETE, best[choose]
+        best, how = best_of(record, choose), record["ended"]
+        result: tuple[TrialState, float | None] = TrialState.PRUNED, None
+        if best and not how:
+            result = TrialState.COMPLETE, best[choose]
+            value = f"{best[choose]:.2%}" if choose.endswith("acc") else f"{best[choose]:.4f}"
+            test = f", test/acc {best['test/acc']:.2%}" if "test/acc" in best else ""
+            seconds = sum(row["seconds"] for row in rows_of(record))
+            how = f"{choose} {value} in epoch {best['epoch']:.0f}{test}, {seconds:.0f} s"
+        with self.queue.lock:  # so that the printed lines count on
+            trial.set_user_attr("record", record)
+            self._say(folder, how)
+        return result
 
     def _train(
         self, trial: optuna.Trial, flags: Flags, plan: Plan, env: dict[str, str]
@@ -139,11 +141,13 @@ class Work:
         seed = plan.settings["seed_everything"]
         parent = self.folder / self.question.folder_of(flags, seed)
         parent.mkdir(parents=True, exist_ok=True)
-        if not _is_left(parent):
-            print(f"waits for {parent}: its study was killed, but not the run", flush=True)
-        while not _is_left(parent):
+        has_said = False
+        while not all(map(is_free, parent.glob("version_*/.lock"))):
             if self.stopped:
                 return None, ""
+            if not has_said:
+                print(f"waits for {parent}: its study was killed, but not the run", flush=True)
+            has_said = True
             time.sleep(0.5)
         kept = _kept(parent, plan)
         if kept and (kept / "model.md").exists():  # with which a run ends
@@ -179,16 +183,19 @@ class Work:
                 [sys.executable, str(TRAIN), *command],
                 env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
             )  # fmt: skip
-        while process.poll() is None:
-            if self.stopped:
-                process.kill() if self.is_urgent else process.terminate()
-            elif is_watched and not ended and (kept := _kept(parent, plan)):
-                reported = self._report(trial, kept, reported)
-                if reported >= 0 and trial.should_prune():
-                    ended = f"pruned after epoch {reported}"
-                    process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=1.0)
+        try:
+            while process.poll() is None:
+                if self.stopped:
+                    process.kill() if self.is_urgent else process.terminate()
+                elif is_watched and not ended and (kept := _kept(parent, plan)):
+                    reported = self._report(trial, kept, reported)
+                    if reported >= 0 and trial.should_prune():
+                        ended = f"pruned after epoch {reported}"
+                        process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=1.0)
+        finally:
+            process.terminate()  # if the storage or the pruner fails; nothing if it has ended
         said = log.read_bytes()[before:].decode(errors="replace")
         last = said.strip().rpartition("\n")[2]
         diverged = re.search(r"error: training (diverged.*?), at ", last)
@@ -202,25 +209,14 @@ class Work:
                 trial.report(row[self.question.choose], after)
         return after
 
-    def _say(
-        self, name: str, how: str, trial: optuna.Trial | None = None, record: Record | None = None
-    ) -> None:
-        """Put a run on record if it has ended; print a line on it, how many of all have ended, and
-        about how long the rest takes."""
-        with self.queue.lock:
-            if trial:
-                trial.set_user_attr("record", record)
-            count, total = len(self.queue.records()), self.queue.total()
-            left, new, rest = total - count, count - self.before, ""
-            if left and new > 0:
-                minutes = (time.monotonic() - self.started) / new * left / 60
-                rest = f"; {left} left, about {max(1, round(minutes))} min"
-            print(f"[{count}/{total}] {name}: {how}{rest}", flush=True)
-
-
-def _is_left(parent: Path) -> bool:
-    """Return whether no process trains in a run's folder."""
-    return all(map(is_free, parent.glob("version_*/.lock")))
+    def _say(self, name: str, how: str) -> None:
+        """Print a line on a run, how many of all have ended, and about how long the rest takes."""
+        count, total = len(self.queue.records()), self.queue.total()
+        left, new, rest = total - count, count - self.before, ""
+        if left and new > 0:
+            minutes = (time.monotonic() - self.started) / new * left / 60
+            rest = f"; {left} left, about {max(1, round(minutes))} min"
+        print(f"[{count}/{total}] {name}: {how}{rest}", flush=True)
 
 
 def _kept(parent: Path, plan: Plan) -> Path | None:

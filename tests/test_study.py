@@ -32,7 +32,8 @@ import study
 from reports.card import LIMITS
 from studies.answer import Answer
 from studies.question import Question, check
-from studies.queue import without_password
+from studies.queue import Queue, without_password
+from studies.record import Plan
 from studies.statistics import corrected_p, smallest_p
 from studies.work import shares
 from tests.conftest import BASE, Run
@@ -462,6 +463,53 @@ def test_a_search_resumes_with_what_it_picked_and_ends_when_all_is_picked(
     study.main([str(file), "--jobs", "2"])
     assert sorted(setting for setting, _ in table()) == ["batch_size=100", "batch_size=200"]
     assert len([trial for trial in trials() if trial.state == TrialState.COMPLETE]) == 2
+
+
+def test_a_search_picks_every_setting_that_it_is_asked_for_and_none_twice(tmp_path: Path) -> None:
+    search: Any = {"data.batch_size": [1, 2, 3, 4, 5], "model.label_smoothing": [0, 1, 2, 3]}
+    question = Question("Q?", str(BASE), search=search, trials=20, seeds=[0])
+    queue = Queue(question, {}, tmp_path / "runs", None, False)
+    picked = []
+    while trial := queue.take():  # of which the sampler has a favourite
+        picked.append(trial.user_attrs["flags"])
+        queue.study.tell(trial, float(trial.params["data.batch_size"] == 3))
+    assert len({json.dumps(flags) for flags in picked}) == len(picked) == 20
+
+
+class BrokenPruner(optuna.pruners.BasePruner):
+    """Fails when it is asked."""
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        """Fail."""
+        raise RuntimeError("out of order")
+
+
+@pytest.mark.slow
+def test_a_mistake_in_a_pruner_has_its_traceback_and_leaves_no_run_behind(
+    ask: Callable[..., Path],
+) -> None:
+    waits = {"trainer.callbacks": [{"class_path": "tests.small.Slow"}], "trainer.max_epochs": 50}
+    file = ask(waits, variants={"one": {}}, pruner="tests.test_study.BrokenPruner")
+    with pytest.raises(RuntimeError, match="out of order"):
+        study.main([str(file)])
+    time.sleep(5)
+    assert len(rows(runs()["one,seed=0"])) < 10
+    with FileLock(runs()["one,seed=0"] / ".lock", timeout=0):
+        pass
+
+
+def test_another_value_beside_a_pruner_leaves_the_runs_that_were_done(tmp_path: Path) -> None:
+    pruner, lr = optuna.pruners.MedianPruner(), "model.optimizer.lr"
+    before = Question("Q?", str(BASE), grid={lr: [0.1]}, seeds=[0], pruner=pruner)
+    after = Question("Q?", str(BASE), grid={lr: [0.1, 0.2]}, seeds=[0], pruner=pruner)
+    queue = Queue(before, {"lr=0.1": Plan({lr: 0.1}, {}, "cpu")}, tmp_path / "runs", None, False)
+    trial = queue.take()
+    assert trial
+    queue.study.tell(trial, 0.5)
+    plans = {f"lr={of}": Plan({lr: of}, {}, "cpu") for of in (0.1, 0.2)}
+    then = Queue(after, plans, tmp_path / "runs", None, False).take()
+    assert then
+    assert then.user_attrs["flags"] == {lr: 0.2}
 
 
 @pytest.mark.slow
