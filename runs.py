@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import sys
 import sysconfig
@@ -31,7 +32,7 @@ WHERE = {  # where things lie, on which no result depends; the device is on reco
     "name", "ckpt_path", "config", "trainer.default_root_dir", "trainer.accelerator", "data.root",
     "data.sources", "data.download",
 }  # fmt: skip
-OFF = ("null", "false", "0", "0.0", '"off"', '""', "[]", "{}")  # as JSON
+OFF = {"null", "false", "0", "0.0", '"off"', '"none"', '"auto"', '""', "[]", "{}"}  # as JSON
 RUN_SETTINGS = ("seed_everything", "name", "trainer", "checkpoint")
 LARGE = 1e9  # bytes of checkpoints that are worth a word
 
@@ -283,16 +284,19 @@ def ranked(rows: list[Row], monitor: str, mode: str) -> list[Row]:
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
     """Return the settings that differ, by dotted name, with their values before and now, without
-    those of where things lie. One that another version lacks is the same only if it is off."""
+    those of where things lie. An argument that another version lacks is the same only if it is
+    off."""
     before, now = flat(before), flat(now)
     its, ours = ({k: json.dumps(v) for k, v in of.items()} for of in (before, now))  # 1 is not 1.0
     both, every = its.keys() & ours.keys(), {**its, **ours}
-    return {
-        key: [before.get(key), now.get(key)]
-        for key in sorted(every)
-        if not any(f"{key}.".startswith(f"{place}.") for place in WHERE)
-        and (its[key] != ours[key] if key in both else every[key] not in OFF)
-    }
+    place = re.compile(rf"({'|'.join(map(re.escape, WHERE))})(\..*)?")
+    argument = re.compile(r"(\w+\.|.*\.init_args\.)?\w+|.*\.(init_args|dict_kwargs)")
+    changed = {}
+    for key in sorted(every):
+        is_off = key not in both and every[key] in OFF and argument.fullmatch(key)
+        if not (its.get(key) == ours.get(key) or is_off or place.fullmatch(key)):
+            changed[key] = [before.get(key), now.get(key)]
+    return changed
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

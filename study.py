@@ -93,8 +93,9 @@ def _main(args: list[str]) -> None:
     answer = Answer(question, command, levels, done)
     answer.write(folder)
     write_figures(answer, folder)
-    if queue.failed:
-        sys.exit(f"error: {len(queue.failed)} failed, see above: the same command tries again")
+    if given.jobs and (missing := queue.total() - len(done)):
+        why = f"{len(queue.failed)} failed, see above" if queue.failed else "others had them"
+        sys.exit(f"error: {missing} runs are missing ({why}): the same command tries again")
 
 
 def _with_file_first(args: list[str]) -> list[str]:

@@ -23,7 +23,7 @@ import sqlalchemy
 from filelock import FileLock, Timeout
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from optuna.storages import JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.storages.journal._file import get_lock_file
 from optuna.trial import FrozenTrial, TrialState
 
@@ -60,12 +60,12 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
         raise ValueError("SQLite can hand one run to two workers: use journal:FILE")
     if url.startswith("journal:"):
         path = url.removeprefix("journal:")
-        _mend(Path(path), lock := JournalFileSymlinkLock(path))
+        _mend(Path(path), lock := JournalFileOpenLock(path))
         return JournalStorage(JournalFileBackend(path, lock))
     return RDBStorage(url, heartbeat_interval=HEARTBEAT)
 
 
-def _mend(journal: Path, lock: JournalFileSymlinkLock) -> None:
+def _mend(journal: Path, lock: JournalFileOpenLock) -> None:
     """Cut off half a line at the end of a journal, which a full disk has left."""
     with get_lock_file(lock):
         content = journal.read_bytes() if journal.exists() else b""
@@ -230,7 +230,7 @@ class Queue:
 
     def take(self) -> optuna.Trial | None:
         """Return a trial that from now on is this worker's; None if there is none to be had now."""
-        with self.lock:
+        with self.lock, FileLock(self.folder / ".lock"):  # no two pick the same setting at once
             while True:
                 self._free_the_dead()
                 settings, runs = self.settings(), self.runs()
@@ -280,9 +280,10 @@ class Queue:
     def _free_the_dead(self) -> None:
         """Free the runs of workers that have ended without a word."""
         optuna.storages.fail_stale_trials(self.study)  # of a database, by its heartbeats
+        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         locks = (lock for lock in self.workers.iterdir() if lock.name != self.name)
         dead = {lock.name for lock in locks if is_free(lock)}
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        for trial in running:
             now = datetime.datetime.now()
             # One that was killed between taking a trial and putting its name to it has no name.
             is_old = now - (trial.datetime_start or now) > datetime.timedelta(minutes=1)

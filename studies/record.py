@@ -118,7 +118,8 @@ def finished(
         (record["epochs"].get("train/loss") or [0.0])[0] or 0.0,
     )
     # Above that of guessing it may still fall from a bad start.
-    if not (loss < 1.05 * GUESSING or before > loss < 3 * GUESSING):  # NaN is neither
+    may_fall = before > loss or len(rows_of(record)) == 1
+    if not (loss < 1.05 * GUESSING or (may_fall and loss < 3 * GUESSING)):  # NaN is neither
         ended = ended or f"diverged: train/loss {loss:.3g} in epoch {last['epoch']:.0f}"
     elif best_of(record, choose) is None:
         ended = ended or "without a validation"

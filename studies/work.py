@@ -47,6 +47,7 @@ class Work:
 
     def __post_init__(self) -> None:
         self.question, self.folder = self.queue.question, self.queue.folder
+        self.code = runs.code_version()
         self.started, self.before = time.monotonic(), len(self.queue.records())
 
     def do_all(self, jobs: int) -> None:
@@ -150,7 +151,7 @@ class Work:
             has_said = True
             time.sleep(0.5)
         kept = _kept(parent, plan)
-        if kept and (kept / "model.md").exists():  # with which a run ends
+        if kept and _has_ended(kept):
             if self.question.pruner:
                 self._report(trial, kept, -1)
             return kept, ""
@@ -161,7 +162,9 @@ class Work:
             command = ["fit", f"--ckpt_path={checkpoint}", *here]
         code, ended, last = self._run(trial, command, parent, plan, env)
         kept = _kept(parent, plan)
-        if not (ended or self.stopped) and (code or kept is None):
+        if ended and not kept and not self.code.items() <= runs.code_version().items():
+            raise MisconfigurationException("the code changed while it ran")
+        if not (ended or self.stopped) and (code or not kept or not _has_ended(kept)):
             why = f"exit code {code}" if code < 0 else last.removeprefix("error: ")
             why = why if code else "the code or the recipe changed while it ran"
             raise MisconfigurationException(f"{why}, see {parent / 'fit.log'}")
@@ -176,6 +179,7 @@ class Work:
         # A setting of a search whose first run was not pruned is worth the runs of its other seeds.
         is_first = not self.queue.space or plan.settings["seed_everything"] == first
         is_watched = bool(self.question.pruner) and is_first
+        last_epoch = plan.settings["trainer"]["max_epochs"] - 1
         reported, ended, log = -1, "", parent / "fit.log"
         with log.open("ab") as output:
             before = output.tell()
@@ -189,7 +193,7 @@ class Work:
                     process.kill() if self.is_urgent else process.terminate()
                 elif is_watched and not ended and (kept := _kept(parent, plan)):
                     reported = self._report(trial, kept, reported)
-                    if reported >= 0 and trial.should_prune():
+                    if 0 <= reported < last_epoch and trial.should_prune():
                         ended = f"pruned after epoch {reported}"
                         process.terminate()
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -220,10 +224,19 @@ class Work:
 
 
 def _kept(parent: Path, plan: Plan) -> Path | None:
-    """Return the newest version of a run that began as planned, by the code as it is now."""
-    for _, version in sorted(runs.versions(parent).items(), reverse=True):
+    """Return the newest version of a run that began as planned, by the code as it is now, of those
+    that have ended, if there are any."""
+    found = [
+        (_has_ended(folder), number, folder) for number, folder in runs.versions(parent).items()
+    ]
+    for _, _, version in sorted(found, reverse=True):
         if (version / "run.json").exists():  # else it has not begun to train
             record = read_run(version)
             if not plan.differs(record) and not other_code(record):
                 return version
     return None
+
+
+def _has_ended(version: Path) -> bool:
+    """Return whether a run was trained to its end."""
+    return (version / "model.md").exists()

@@ -326,8 +326,11 @@ def test_checkpoints_of_released_versions_are_read_for_ever(
     run("test", "--ckpt_path", path)
     result = json.loads(Path("test.json").read_text())
     assert {key: result[key] for key in EXPECTED[name]} == pytest.approx(EXPECTED[name], abs=1e-4)
+    assert result["changed"] == {}, "arguments that it lacks are off"
     epochs = torch.load(path, weights_only=True)["epoch"] + 1
     out = run("fit", "--ckpt_path", path, "--trainer.max_epochs", epochs + 1)
     assert "restarts" not in out, "the optimizer keeps its state"
     (folder,) = Path("runs").glob("*/version_0")
     assert [row["epoch"] for row in rows(folder)] == list(range(epochs + 1))
+    changed = json.loads((folder / "run.json").read_text())["parts"][-1]["changed"]
+    assert {key for key in changed if "." in key and " " not in key} <= {"trainer.max_epochs"}

@@ -30,6 +30,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 import study
 from reports.card import LIMITS
+from runs import differences
 from studies.answer import Answer
 from studies.question import Question, check
 from studies.queue import Queue, without_password
@@ -324,6 +325,40 @@ def test_a_record_is_taken_only_for_the_settings_that_it_had(
     variants = {"fast": {"model.optimizer.lr": 0.002}, "slow": {"model.optimizer.lr": 0.0001}}
     assert taken({}, nothing, grid={}, variants=variants) == 4
     assert {setting for setting, _ in table()} == {"fast", "slow"}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "changed"),
+    [
+        ({"dropout": 0.1}, {"dropout": 0.1}, []),
+        ({"dropout": 1}, {"dropout": 1.0}, ["dropout"]),
+        ({}, {"dropout": 0}, []),
+        ({}, {"dropout": 0.1}, ["dropout"]),
+        ({"options": None}, {"options": {"bias": False}}, ["options.bias"]),
+        ({"options": {}}, {"options": {"bias": False}}, ["options.bias"]),
+        ({"widths": [8]}, {"widths": [8, 0]}, ["widths.1"]),
+    ],
+)
+def test_settings_differ_by_all_but_arguments_that_another_version_lacks(
+    before: dict[str, Any], now: dict[str, Any], changed: list[str]
+) -> None:
+    its, ours = ({"model": {"network": {"init_args": of}}} for of in (before, now))
+    names = [f"model.network.init_args.{key}" for key in changed]
+    assert [*differences(its, ours)] == [*differences(ours, its)] == names
+
+
+def test_a_run_by_hand_beside_one_that_has_ended_is_not_taken_for_it(
+    after: Callable[..., Path],
+) -> None:
+    file, before = after(TWO, grid=GRID, seeds=[0, 1]), table()
+    ended = runs()["lr=0.002,seed=1"]
+    shutil.copytree(ended, by_hand := ended.with_name("version_1"))
+    (by_hand / "model.md").unlink()
+    metrics = by_hand / "metrics.csv"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:2]))
+    (FOLDER / "journal.log").unlink()
+    study.main([str(file)])
+    assert table() == before
 
 
 def test_a_class_does_not_reset_its_arguments_whatever_stands_first() -> None:
