@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -94,7 +95,9 @@ def test_a_result_says_on_which_images_and_how(
     assert "trained on other images" in fails("fit", *elsewhere, "--trainer.max_epochs", "3")
 
 
-def test_a_card_tells_how_a_run_was_resumed_and_trained(run: Run) -> None:
+def test_a_card_tells_how_a_run_was_resumed_and_trained(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run("fit", "--config", BASE, "--trainer.limit_train_batches", "5")
     assert "5 of 16 batches an epoch" in (RUN_0 / "model.md").read_text()
     run("fit", "--ckpt_path", LAST, "--trainer.max_epochs", "3", "--model.optimizer.lr", "0.001")
@@ -106,6 +109,9 @@ def test_a_card_tells_how_a_run_was_resumed_and_trained(run: Run) -> None:
         assert settings["model"]["optimizer"]["init_args"]["lr"] == lr
     settings = yaml.safe_load((RUN_0 / "hparams.yaml").read_text())
     assert settings["optimizer"]["init_args"]["lr"] == 0.001
+    monkeypatch.setattr(torchvision, "__version__", "99.0")
+    run("fit", "--ckpt_path", LAST, "--trainer.max_epochs", "4")
+    assert "torchvision version 99.0 (was 0." in (RUN_0 / "model.md").read_text()
     run("fit", "--config", BASE, "--trainer.max_epochs", "1", "--trainer.precision", "16-mixed",
         "--model.label_smoothing", "0.1", "--model.softmax_before_loss", "true")  # fmt: skip
     card = (RUN_1 / "model.md").read_text()
