@@ -3,15 +3,22 @@
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.conftest import Run
+import export
+import study
+from tests.conftest import Run, made_up
 from tests.test_train import rows
 
 ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)  # its language, and its lines
 
 
 def test_parts_of_ones_own_are_made_as_the_guide_says(
@@ -21,7 +28,7 @@ def test_parts_of_ones_own_are_made_as_the_guide_says(
     monkeypatch.syspath_prepend(tmp_path)
     text = (ROOT / "docs" / "develop.md").read_text()
     said, files = "", list[Path]()
-    for kind, block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S):
+    for kind, block in BLOCK.findall(text):
         if name := re.match(r"# (\w+\.(py|yaml))\n", block):
             files.append(Path(name[1]))
             files[-1].write_text(block)
@@ -44,3 +51,42 @@ def test_parts_of_ones_own_are_made_as_the_guide_says(
     assert len(events.Scalars("train/gradient_norm")) == 2
     for file in files:
         sys.modules.pop(file.stem, None)
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/usage.md"])
+def test_commands_of_the_documentation_run(
+    run: Run, batches: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    Path("photos").mkdir()
+    Image.new("RGB", (40, 30), "blue").save("photos/sky.jpg")
+    Path("my-batches").mkdir()
+    for file, content in batches.items():
+        Path("my-batches", file).write_bytes(content)
+
+    def ask(*words: str) -> None:
+        with pytest.raises(SystemExit, match="no run has ended yet"):
+            study.main([*words, "--jobs", "0"])
+
+    programs: dict[str, Callable[..., Any]] = {
+        "train.py": run, "export.py": lambda *words: export.main([*words]), "study.py": ask,
+    }  # fmt: skip
+    blocks, ran = BLOCK.findall((ROOT / name).read_text()), 0
+    Path("mine.yaml").write_text(next(block for kind, block in blocks if kind == "yaml"))
+    for kind, block in blocks:
+        if kind == "python":
+            exec(block, {})
+        for command in block.splitlines() if not kind else ():
+            program, *words = shlex.split(small(command), comments=True)[1:]
+            if program in programs:
+                programs[program](*words)
+                ran += 1
+    assert ran >= 5
+    if name == "docs/usage.md":
+        images = np.load("data/cifar-10-arrays/train_images.npy")
+        assert np.array_equal(images, made_up()["train_images"])
+
+
+def small(command: str) -> str:
+    """Return a command of the documentation as one for runs of two epochs."""
+    return command.replace("epoch_28", "epoch_01").replace("max_epochs 50", "max_epochs 3")
