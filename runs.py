@@ -311,6 +311,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         if len(others) > 4:
             others[2:-1] = ["..."]
         there = f"; {path.parent} has {', '.join(others)}" if others else ""
+        if path.is_dir() and (files := sorted(path.rglob("*.ckpt"))):
+            raise MisconfigurationException(f"{path} is a folder: name a file in it: {files[-1]}")
         raise MisconfigurationException(f"no checkpoint {path}{there}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -28,7 +28,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from studies.answer import Answer
 from studies.question import Question, check
 from studies.queue import STORAGE_ERRORS, Queue, without_password
-from studies.record import read_records
+from studies.record import other_code, read_records
 from studies.work import Work
 from terminal import ShortParser, innermost, quieten, refused, short_errors
 
@@ -66,7 +66,7 @@ def _main(args: list[str]) -> None:
     folder = Path(given.folder or Path("runs", Path(str(given.file[-1])).stem))
     records = {file: read_records(Path(file)) for file in given["from"]}
     plans = check(question)
-    nothing = MisconfigurationException(f"{folder}: no run has ended yet, so there is no answer")
+    nothing = MisconfigurationException(f"{folder}: no run has ended yet that counts")
     if not (given.jobs or given.storage or records or folder.exists()):
         raise nothing
     try:
@@ -86,6 +86,8 @@ def _main(args: list[str]) -> None:
         raise MisconfigurationException(f"{reason}: the same command resumes") from error
     if not done:
         raise nothing
+    if other := sorted({name for record in done.values() for name in other_code(record)}):
+        print(f"runs by other code than this are counted: it differs in {', '.join(other)}")
     from studies.figures import write_figures  # Matplotlib is slow to import
 
     command = shlex.join(["python", "study.py", *_that_ask(args[1:])])

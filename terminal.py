@@ -6,17 +6,24 @@ import difflib
 import errno
 import logging
 import os
+import re
 import signal
 import sys
 import threading
 import traceback
 import warnings
+from argparse import ArgumentError
 from collections.abc import Iterator
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 # What PyTorch and Lightning say only in the middle of a run, as a RuntimeError.
 MENDS = {
@@ -30,6 +37,15 @@ MENDS = {
     "does not allow for gradient clipping": "trainer.gradient_clip_val with mixed precision needs "
     "an optimizer that is not fused: add --model.optimizer.fused false",
 }
+
+
+# What people try, from other projects.
+MEANT = {
+    "lr": "model.optimizer.lr", "learning_rate": "model.optimizer.lr", "seed": "seed_everything",
+    "epochs": "trainer.max_epochs", "gpus": "trainer.devices", "device": "trainer.accelerator",
+    "optimizer": "model.optimizer", "network": "model.network", "weight_decay":
+    "model.optimizer.weight_decay",
+}  # fmt: skip
 
 
 def innermost(error: BaseException) -> BaseException:
@@ -51,7 +67,11 @@ def refused(error: BaseException) -> MisconfigurationException:
 
 
 class ShortParser(LightningArgumentParser):
-    """Says what is wrong in one line, where jsonargparse prints the usage first."""
+    """Says what is wrong in one line, where jsonargparse prints the usage first; flags have no
+    abbreviations, which another version may read otherwise."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the key and the innermost cause, or the keys near an unknown one; exit with 2."""
@@ -61,7 +81,7 @@ class ShortParser(LightningArgumentParser):
             parser = getattr(ex, "subcommand_parser", None) or self
             message = _unknown(message.split("'")[-2], parser)
         elif words == message and key and ex is not None:
-            message = f"{key}: {innermost(ex)}"
+            message = _about(key, str(innermost(ex)))
         elif words != message and words.startswith("--"):
             message = _unknown(words[2:].split("=")[0].split(" ")[0], self)
         elif words != message:
@@ -69,6 +89,8 @@ class ShortParser(LightningArgumentParser):
             message += (
                 f": did you mean --config {words}?" if is_config else ": quote patterns of files"
             )
+        if not self.exit_on_error:  # the parser of a class's arguments: the one around it says it
+            raise ArgumentError(None, message) from None
         if os.environ.get("LAB_DEBUG") and ex is not None:
             raise ex
         self.exit(2, f"error: {' '.join(message.split())}\n")
@@ -77,13 +99,45 @@ class ShortParser(LightningArgumentParser):
 def _unknown(name: str, parser: LightningArgumentParser) -> str:
     """Return what to say of an unknown option: the nearest one, or all if there are few."""
     known = [a.dest for a in parser._actions if not a.dest.endswith(("help", "config"))]
-    if near := difflib.get_close_matches(name, known, n=1, cutoff=0.75):
+    if name in MEANT and "trainer.max_epochs" in known:
+        hint = f": did you mean {MEANT[name]}?"
+    elif "fixed" in known and "." in name:  # of a study
+        hint = ": flags of fit go into fixed, grid or variants of its file"
+    elif near := difflib.get_close_matches(name, known, n=1, cutoff=0.75):
         hint = f": did you mean {near[0]}?"
     elif len(known) < 12:
         hint = f": there are {', '.join(known)}" if known else ": that class takes none"
     else:
         hint = ""
     return f"unknown option {name}{hint}"
+
+
+def _about(key: str, root: str) -> str:
+    """Return what to say of the value of a key, by the cause that was found."""
+    if name := root.partition("dot import path string: ")[2]:
+        return f"{key}: {_no_class(name)}"
+    if names := root.partition("arguments are required: ")[2]:
+        return f"{key} needs {', '.join(f'--{key}.{name}' for name in names.split(', '))}"
+    return f"{key}: {root}"
+
+
+def _no_class(name: str) -> str:
+    """Return what to say of a class that is not known by its name alone."""
+    for file in sorted(Path().glob("*.py")):
+        if re.search(rf"^class {re.escape(name)}\b", file.read_text(errors="replace"), re.M):
+            return f"did you mean {file.stem}.{name}?"
+    known = {
+        of.__name__ for base in (nn.Module, Optimizer, LRScheduler, Callback) for of in _all(base)
+    }
+    near = " or ".join(difflib.get_close_matches(name, sorted(known), n=2, cutoff=0.75))
+    return f"no class {name}: " + (f"did you mean {near}?" if near else "name it as file.Class")
+
+
+def _all(base: type[Any]) -> Iterator[type[Any]]:
+    """Yield all classes that are derived from one and have been imported."""
+    for derived in base.__subclasses__():
+        yield derived
+        yield from _all(derived)
 
 
 def _is_full_disk(error: BaseException | None) -> bool:

@@ -55,7 +55,8 @@ class Mean:
         if math.isnan(self.value):
             return "-"
         half = "" if math.isnan(self.half) else f" ± {scale * self.half:{format_.lstrip('+')}}"
-        return f"{scale * self.value:{format_}}{half}"
+        rounded = float(f"{scale * self.value:{format_}}") + 0.0  # of -0.0 makes 0.0
+        return f"{rounded:{format_}}{half}"
 
 
 class Run:
@@ -209,7 +210,7 @@ class Answer:
         lengths = {len(run.rows) for runs in self.whole.values() for run in runs}
         remarks = {
             f"{pairs} seeds can't show a significant difference: the smallest p that they can "
-            f"reach is {smallest_p(pairs):.2g}; it takes {enough} seeds.": 0 < pairs < enough,
+            f"reach is {smallest_p(pairs):.3g}; it takes {enough} seeds.": 0 < pairs < enough,
             "Some runs have more epochs, of which the best is higher by chance too: their "
             "test/acc tells more.": len(lengths) > 1,
             f"The best of {len(self.settings)} settings looks better by {self.choose} than "
@@ -289,7 +290,7 @@ class Answer:
         }
         if len({run.code for run in self.runs}) > 1:
             table["code"] = [run.code for run in self.runs]
-        return table | {"": [run.record["ended"] for run in self.runs]}
+        return table | {"ended": [run.record["ended"] for run in self.runs]}
 
     def _what_was_run(self) -> str:
         """Say what is not in the tables: recipe, flags, limits, split, machines, code."""
@@ -329,7 +330,8 @@ class Answer:
                 "Paired over n seeds. p by all flips of the signs of these differences, corrected "
                 f"for {count} comparison{'s' * (count > 1)} by their maximum; significant means p "
                 f"< {ALPHA}. The intervals are not corrected. 80 % power at: the true difference "
-                "that four of five such studies would find, by the spread of these pairs."
+                "that four of five such studies would find, by the spread of these pairs; a dash: "
+                "none, with so few seeds or without a spread."
             )
             of_grid = " A factor's levels are compared over all levels of the others."
             parts = [_markdown(self.compared_columns()), said + of_grid * (len(self.factors) > 1)]
@@ -340,9 +342,9 @@ class Answer:
             *lines[len(self.factors) :],
             _markdown(self.columns()),
             "± is half the 95 % interval of the mean over seeds (Student's t). The best epoch is "
-            f"that of the best {self.choose}; the test set was evaluated there, and chose nothing. "
-            "Epochs count from 0. A run that diverged, was pruned or had no validation is in no "
-            "mean.",
+            f"that of the best {self.choose}; the test set was evaluated there, and not used to "
+            "choose anything. Epochs count from 0. Runs that diverged, were pruned or had no "
+            "validation are left out of the means.",
             *parts,
             self._what_was_run(),
             "![Each run, mean and interval of each setting](summary.png)",
@@ -360,7 +362,9 @@ class Answer:
         write_whole(folder / "answer.md", text.encode())
         console = Console(width=None if sys.stdout.isatty() else 120)
         console.print(Markdown(text.partition("\n![")[0]))  # without figures and single runs
-        print(f"\nanswer  {folder / 'answer.md'}\nview    tensorboard --logdir {folder}")
+        print(f"\nanswer  {folder / 'answer.md'}")
+        if any(folder.glob("*/version_*")):
+            print(f"view    tensorboard --logdir {folder}")
 
 
 def _joined(text: str, note: str) -> str:

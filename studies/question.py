@@ -215,10 +215,14 @@ def planned(question: Question, flags: Flags) -> Plan:
     config = cli.config.fit
     is_kept = config.checkpoint.save_last and config.checkpoint.save_top_k != 0
     kept = (config.checkpoint.monitor, config.trainer.default_root_dir, config.name)
+    asked = {**question.fixed, **flags}  # `--fixed.trainer.max_epochs 3` comes as {trainer: ...}
+    sections = [key for key in asked if "." not in key and isinstance(asked[key], dict)]
     _refuse({
         f"{setting}: data.val_size 0 leaves no validation": config.data.val_size == 0,
         f"{setting}: what is kept of a run, and where, belongs to the study": not is_kept
         or kept != (question.choose, "runs", question.folder_of(flags, seed)),
+        f"{setting}: write flags of {', '.join(sections)} by their dotted names, such as "
+        "trainer.max_epochs": sections != [],
         f"{setting}: trainer.max_epochs must be a number": (config.trainer.max_epochs or 0) <= 0,
     })  # fmt: skip
     device = cli.trainer.strategy.root_device.type

@@ -1,6 +1,7 @@
 """The work of a study: each run is a program, `train.py`, with its share of the machine."""
 
 import contextlib
+import math
 import os
 import re
 import signal
@@ -48,7 +49,7 @@ class Work:
     def __post_init__(self) -> None:
         self.question, self.folder = self.queue.question, self.queue.folder
         self.code = runs.code_version()
-        self.started, self.before = time.monotonic(), len(self.queue.records())
+        self.seconds: list[float] = []  # of the runs that this worker has put on record
 
     def do_all(self, jobs: int) -> None:
         """Do every run that is missing; others may do some of them at the same time.
@@ -56,10 +57,9 @@ class Work:
         Raises:
             SystemExit: It was stopped by Ctrl-C or SIGTERM.
         """
-        total = self.queue.total()
+        total, done = self.queue.total(), len(self.queue.records())
         print(
-            f"{total} runs in {self.folder}: {self.before} done, {total - self.before} to do, "
-            f"{jobs} at a time",
+            f"{total} runs in {self.folder}: {done} done, {total - done} to do, {jobs} at a time",
             flush=True,
         )
         with contextlib.ExitStack() as stack:
@@ -71,7 +71,7 @@ class Work:
         for job in started:
             job.result()
         if self.stopped:
-            print("stopped; the same command resumes", file=sys.stderr)
+            print("stopped; the same command resumes its runs", file=sys.stderr)
             sys.exit(128 + self.stopped)
 
     def _stop(self, number: int, _frame: Any = None) -> None:
@@ -118,14 +118,15 @@ class Work:
             return TrialState.FAIL, None
         record = finished(kept, plan, flags, choose, ended)
         best, how = best_of(record, choose), record["ended"]
+        seconds = sum(row["seconds"] for row in rows_of(record))
         result: tuple[TrialState, float | None] = TrialState.PRUNED, None
         if best and not how:
             result = TrialState.COMPLETE, best[choose]
             value = f"{best[choose]:.2%}" if choose.endswith("acc") else f"{best[choose]:.4f}"
             test = f", test/acc {best['test/acc']:.2%}" if "test/acc" in best else ""
-            seconds = sum(row["seconds"] for row in rows_of(record))
             how = f"{choose} {value} in epoch {best['epoch']:.0f}{test}, {seconds:.0f} s"
         with self.queue.lock:  # so that the printed lines count on
+            self.seconds.append(seconds)
             trial.set_user_attr("record", record)
             self._say(folder, how)
         return result
@@ -216,10 +217,12 @@ class Work:
     def _say(self, name: str, how: str) -> None:
         """Print a line on a run, how many of all have ended, and about how long the rest takes."""
         count, total = len(self.queue.records()), self.queue.total()
-        left, new, rest = total - count, count - self.before, ""
-        if left and new > 0:
-            minutes = (time.monotonic() - self.started) / new * left / 60
-            rest = f"; {left} left, about {max(1, round(minutes))} min"
+        rest = ""
+        if self.seconds and count < total:
+            states = [trial.state for trial in self.queue.runs().values() if trial]
+            seconds = sum(self.seconds) / len(self.seconds) * (total - count)
+            minutes = seconds / max(1, states.count(TrialState.RUNNING)) / 60
+            rest = f"; {total - count} left, about {math.ceil(minutes)} min"
         print(f"[{count}/{total}] {name}: {how}{rest}", flush=True)
 
 

@@ -800,6 +800,8 @@ def test_two_processes_share_a_study_in_postgresql(ask: Callable[..., Path], pos
             "use grid",
         ),
         ({"variants": {"a": {"checkpoint": {"monitor": "train/acc"}}}}, "belongs to the study"),
+        ({"grid": {"trainer.max_epoch": [1]}}, "did you mean trainer.max_epochs?"),
+        ({"variants": {"a": {"trainer": {"max_epochs": 3}}}}, "by their dotted names"),
         ({"grid": {"trainer.max_epochs": [-1]}}, "trainer.max_epochs must be a number"),
         ({"grid": {"trainer.max_epochs": [1]}, "config": "nowhere.yaml"}, "nowhere.yaml"),
     ],
@@ -820,6 +822,8 @@ def test_wrong_calls_are_refused_in_one_line(
     assert "nowhere.yaml" in fails(capsys, "nowhere.yaml")
     assert "name the file" in fails(capsys)
     assert "jobs" in fails(capsys, file, "--jobs", "-1")
+    assert "did you mean jobs?" in fails(capsys, file, "--job", "2")
+    assert "flags of fit go into fixed" in fails(capsys, file, "--trainer.max_epochs", "2")
     assert "--from nowhere.jsonl: No such file" in fails(capsys, file, "--from", "nowhere.jsonl")
     assert "base.yaml is not a study: it asks no question" in fails(capsys, BASE)
 

@@ -518,8 +518,17 @@ def test_a_wrong_yaml_is_refused(fails: Run, tmp_path: Path, text: str, message:
         (["--model.optimizer.lr", "x"], "lr: Expected a <class 'float'>. Got value: x"),
         (
             ["--model.lr_scheduler", "Cos"],
-            "model.lr_scheduler: Expected a dot import path string: Cos",
+            "model.lr_scheduler: no class Cos: name it as file.Class",
         ),
+        (["--model.optimizer", "Adma"], "model.optimizer: no class Adma: did you mean Adam"),
+        (
+            ["--model.lr_scheduler", "CosineAnnealingLR"],
+            "model.lr_scheduler needs --model.lr_scheduler.T_max",
+        ),
+        (["--lr", "1"], "did you mean model.optimizer.lr?"),
+        (["--epochs", "1"], "did you mean trainer.max_epochs?"),
+        (["--seed", "1"], "did you mean seed_everything?"),
+        (["--ckpt_path", "."], "no checkpoint ."),
         (
             ["--data.augment+=RandomCrop"],
             "to avoid ambiguity: torchvision.transforms.RandomCrop",
@@ -555,6 +564,11 @@ def test_a_wrong_argument_is_refused_and_leaves_nothing(
     assert message in fails("fit", *args)
     assert not Path("runs").exists()
     assert not Path("empty").exists()
+
+
+def test_a_class_without_its_file_is_named_with_it(fails: Run) -> None:
+    Path("mynet.py").write_text("class SmallResNet:\n    pass\n")
+    assert "did you mean mynet.SmallResNet?" in fails("fit", "--model.network", "SmallResNet")
 
 
 @pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
