@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from cifar10 import archive
 from cifar10.augment import average_over_views
 from lightning_module import ImageClassifier
-from runs import read_checkpoint, settings_of
+from runs import named, read_checkpoint, settings_of
 from terminal import ShortParser, innermost, quieten, short_errors
 
 Card = dict[str, Any]
@@ -63,7 +63,7 @@ class Classifier(nn.Module):
         return average_over_views(self.model, pixels / 255, self.model.tta).softmax(dim=1)
 
 
-def load(path: str, root: str | None) -> tuple[Classifier, Card, Tensor]:
+def load(path: Path, root: str | None) -> tuple[Classifier, Card, Tensor]:
     """Return the classifier of a checkpoint, its card, and test images uint8 [N, 3, 32, 32] from
     the folder `root`, by default the checkpoint's. It is read as data, and runs no code."""
     checkpoint = read_checkpoint(path)
@@ -256,6 +256,7 @@ def export(args: list[str]) -> None:
     """Export as the command line says."""
     parser = ShortParser(prog="export.py", description="Export a checkpoint.")
     parser.add_argument("--ckpt_path", type=str, required=True, help="the checkpoint")
+    parser.add_argument("--name", type=str, default="default", help="of the run of best or last")
     parser.add_argument("--format", type=str, required=True, help=" | ".join(FORMATS))
     parser.add_argument("--out", type=str, required=True, help="a file; for a page a folder")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
@@ -263,7 +264,8 @@ def export(args: list[str]) -> None:
     options = parser.parse_args(args)
     out, format_ = Path(options.out), options.format
     _check(format_, out, options.overwrite)
-    classifier, card, images = load(options.ckpt_path, options.data.root)
+    path = named(options.ckpt_path, Path("runs", options.name))
+    classifier, card, images = load(path, options.data.root)
     classifier(EXAMPLE)  # a bug in the network's code shows its traceback here
     with _exporting(format_, classifier.model.network):
         exported, predict = FORMATS[format_](classifier, card)

@@ -399,6 +399,28 @@ def newest(folder: Path) -> tuple[int, Path]:
     return max(steps, key=lambda pair: (pair[0], pair[1].name == "last.ckpt"))
 
 
+def named(path: str, parent: Path) -> Path:
+    """Return the checkpoint that a command names: a path, or `last` or `best` of the newest run of
+    a recipe, in whose folder its runs are."""
+    if path not in ("last", "best"):
+        return Path(path)
+    last = last_of_newest_run(parent)
+    return last if path == "last" else best(last)
+
+
+def best(last: Path) -> Path:
+    """Return the checkpoint of the epoch that validation chose, of a run by its last one."""
+    checkpoint = read_checkpoint(last)
+    if "run" not in checkpoint:
+        raise MisconfigurationException(f"--ckpt_path best: {last} does not say: name the file")
+    rows = checkpoint["callbacks"]["History"]["rows"]
+    by = checkpoint["run"]["chosen_by"]
+    found = chosen(rows, EpochCheckpoint(dirpath=last.parent, **by)) if by["monitor"] else None
+    if found is None:
+        raise MisconfigurationException(f"--ckpt_path best: {run_of(last)} chose no epoch")
+    return found[1]
+
+
 def last_of_newest_run(parent: Path) -> Path:
     """Return the newest checkpoint of the newest run of a recipe that has one."""
     for _, folder in sorted(versions(parent).items(), reverse=True):

@@ -98,7 +98,7 @@ class ShortParser(LightningArgumentParser):
 
 def _unknown(name: str, parser: LightningArgumentParser) -> str:
     """Return what to say of an unknown option: the nearest one, or all if there are few."""
-    known = [a.dest for a in parser._actions if not a.dest.endswith(("help", "config"))]
+    known = [a.dest for a in parser._actions if not a.dest.endswith(("help", "config", "shtab"))]
     if name in MEANT and "trainer.max_epochs" in known:
         hint = f": did you mean {MEANT[name]}?"
     elif "fixed" in known and "." in name:  # of a study

@@ -103,28 +103,10 @@ def _find_checkpoint(args: list[str]) -> Path | None:
         if not saved:
             return None
         path = str(saved[-1])
-    if path == "last":
-        return runs.last_of_newest_run(parent)
-    if path == "best":
-        return _best(runs.last_of_newest_run(parent))
     if args[0] == "fit" and Path(path).parts[-2:] == ("checkpoints", "last.ckpt"):
         runs.read_checkpoint(path)  # which says what is wrong with it
         return runs.newest(Path(path).parent)[1]
-    return Path(path)
-
-
-def _best(last: Path) -> Path:
-    """Return the checkpoint of the epoch that validation chose, of a run by its last one."""
-    checkpoint = runs.read_checkpoint(last)
-    if "run" not in checkpoint:
-        raise MisconfigurationException(f"--ckpt_path best: {last} does not say: name the file")
-    rows = checkpoint["callbacks"]["History"]["rows"]
-    by = checkpoint["run"]["chosen_by"]
-    is_choice = by["monitor"] is not None
-    best = runs.chosen(rows, runs.EpochCheckpoint(dirpath=last.parent, **by)) if is_choice else None
-    if best is None:
-        raise MisconfigurationException(f"--ckpt_path best: {runs.run_of(last)} chose no epoch")
-    return best[1]
+    return runs.named(path, parent)
 
 
 def _job(args: list[str]) -> str:

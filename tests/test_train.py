@@ -567,8 +567,8 @@ def test_a_wrong_argument_is_refused_and_leaves_nothing(
 
 
 def test_a_class_without_its_file_is_named_with_it(fails: Run) -> None:
-    Path("mynet.py").write_text("class SmallResNet:\n    pass\n")
-    assert "did you mean mynet.SmallResNet?" in fails("fit", "--model.network", "SmallResNet")
+    Path("mynet.py").write_text("class LonelyNet:\n    pass\n")
+    assert "did you mean mynet.LonelyNet?" in fails("fit", "--model.network", "LonelyNet")
 
 
 @pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
