@@ -5,9 +5,10 @@
     python export.py --ckpt_path X --format safetensors --out model.safetensors    # weights, card
     python export.py --ckpt_path X --format page --out page             # to try it in a browser
 
-All but safetensors map pixels uint8 [B, 3, 32, 32] to probabilities float32 [B, 10]: normalisation,
-test-time augmentation and softmax are inside. Every export is loaded again and compared with the
-checkpoint on 1,000 test images before it is written; docs/export.md shows how to use each.
+X is a path, or `best --name base`: of the newest run of that name. All but safetensors map pixels
+uint8 [B, 3, 32, 32] to probabilities float32 [B, 10]: normalisation, test-time augmentation and
+softmax are inside. Every export is loaded again and compared with the checkpoint on 1,000 test
+images before it is written; docs/export.md shows how to use each.
 """
 
 import contextlib
@@ -256,7 +257,9 @@ def export(args: list[str]) -> None:
     """Export as the command line says."""
     parser = ShortParser(prog="export.py", description="Export a checkpoint.")
     parser.add_argument("--ckpt_path", type=str, required=True, help="the checkpoint")
-    parser.add_argument("--name", type=str, default="default", help="of the run of best or last")
+    parser.add_argument(
+        "--name", type=str, default="default", help="with --ckpt_path best or last: the recipe"
+    )
     parser.add_argument("--format", type=str, required=True, help=" | ".join(FORMATS))
     parser.add_argument("--out", type=str, required=True, help="a file; for a page a folder")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")

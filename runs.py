@@ -5,6 +5,7 @@ figures, `model.pth` and `checkpoints/`.
 """
 
 import contextlib
+import functools
 import glob
 import hashlib
 import io
@@ -127,10 +128,11 @@ def package_version(name: str) -> str:
     """Return the version of an imported package; nothing if it has none, as the user's own."""
     if version := getattr(sys.modules.get(name), "__version__", ""):
         return str(version)
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return ""
+    names = _distributions().get(name)
+    return metadata.version(names[0]) if names else ""
+
+
+_distributions = functools.cache(metadata.packages_distributions)  # by module; it reads all
 
 
 def machine(device: torch.device) -> str:
@@ -287,7 +289,9 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[A
     those of where things lie. An argument that another version lacks is the same only if it is
     off."""
     before, now = flat(before), flat(now)
-    its, ours = ({k: json.dumps(v) for k, v in of.items()} for of in (before, now))  # 1 is not 1.0
+    its, ours = (
+        {k: json.dumps(v, default=str) for k, v in of.items()} for of in (before, now)
+    )  # 1 is not 1.0
     both, every = its.keys() & ours.keys(), {**its, **ours}
     place = re.compile(rf"({'|'.join(map(re.escape, WHERE))})(\..*)?")
     argument = re.compile(r"(\w+\.|.*\.init_args\.)?\w+|.*\.(init_args|dict_kwargs)")
@@ -311,8 +315,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         if len(others) > 4:
             others[2:-1] = ["..."]
         there = f"; {path.parent} has {', '.join(others)}" if others else ""
-        if path.is_dir() and (files := sorted(path.rglob("*.ckpt"))):
-            raise MisconfigurationException(f"{path} is a folder: name a file in it: {files[-1]}")
+        files = [f for where in ("", "checkpoints/") for f in path.glob(f"{where}*.ckpt")]
+        if files:
+            raise MisconfigurationException(f"{path} is a folder: name a file in it: {max(files)}")
         raise MisconfigurationException(f"no checkpoint {path}{there}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

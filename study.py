@@ -4,7 +4,7 @@
     python study.py configs/studies/batch_size.yaml --jobs 2              # two runs at a time
     python study.py configs/studies/batch_size.yaml --jobs 0              # the answer so far
     python study.py configs/studies/batch_size.yaml --seeds '[6, 7]'      # other seeds
-    python study.py configs/studies/epochs.yaml --from docs/studies/epochs/runs.jsonl
+    python study.py configs/studies/epochs.yaml --from runs.jsonl         # resume another folder's
 
 Every run is one of `python train.py fit`, in runs/<study>/<setting>,seed=<seed>/version_0/. The
 same command resumes a study that was stopped, in whatever way; started again while it runs, here or
@@ -96,12 +96,13 @@ def _main(args: list[str]) -> None:
     answer.write(folder)
     write_figures(answer, folder)
     if given.jobs and (missing := queue.total() - len(done)):
-        why = f"{len(queue.failed)} failed, see above" if queue.failed else "others had them"
+        why = f"{len(queue.failed)} failed, see above" if queue.failed else "other workers had them"
         sys.exit(f"error: {missing} runs are missing ({why}): the same command tries again")
 
 
 def _with_file_first(args: list[str]) -> list[str]:
     """Return a command line with the study's file, behind its flag, first: the others override."""
+    args = [word for word in args if word != "--file"]
     if {"--help", "-h"} & {*args}:
         return args
     is_value = [before.startswith("--") and "=" not in before for before in ["", *args]]

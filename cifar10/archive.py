@@ -220,7 +220,7 @@ def _known_bytes(file: Path, md5: str) -> bytes:
     if hashlib.md5(content).hexdigest() != md5:
         raise CIFAR10Error(
             f"{file} is missing, truncated or altered (its MD5 is not the official one): fetch it "
-            f"again; an altered version of CIFAR-10 is read from {FOLDER}/ only, see README.md"
+            f"again; an altered version of CIFAR-10 is read from {FOLDER}/ only, see docs/usage.md"
         )
     return content
 

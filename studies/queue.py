@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import hashlib
 import itertools
+import json
 import re
 import threading
 import uuid
@@ -32,10 +33,12 @@ from studies.question import Flags, Question, planned
 from studies.record import Plan, Record, best_of, other_code, rows_of
 
 HEARTBEAT = 60  # seconds; a worker elsewhere that is silent for twice as long is taken for dead
-DOUBLES = 100  # a search that picks known settings so often in a row has picked them all
+DRAWS = 10_000  # at random; if all are known settings, a search has picked every one
 PRUNED = TrialState.PRUNED
 SETTINGS, CODE = "have other settings", "are by other code"  # reasons not to count a run
-STORAGE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
+STORAGE_ERRORS = (
+    sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, json.JSONDecodeError,
+)  # fmt: skip
 
 Key = tuple[str, int]  # the name of a run's setting and its seed: what no two runs share
 
@@ -90,34 +93,38 @@ class Queue:
         question, folder, self.space = self.question, self.folder, self.question.distributions()
         url, name = self.url or f"journal:{folder / 'journal.log'}", folder.name
         if self.space or question.pruner:  # which learn from all runs, so all must be of one kind
-            its = list(map(vars, self.plans.values())) if self.space else question.files()
+            its = list(map(vars, self.plans.values()))
+            if not self.space:  # another value keeps the runs of the others
+                its = [{"images": its[0]["images"], "device": its[0]["device"]}]
+                its += [{file: Path(file).read_text()} for file in question.files()]
             asked = [question.choose, question.fixed, its]
             name += f" {hashlib.sha256(repr(asked).encode()).hexdigest()[:8]}"
         # Beside a journal, as it may lie on a disk that several machines share.
         place = Path(url.removeprefix("journal:")).parent if url.startswith("journal:") else folder
-        self.workers = place / ".workers"
-        # Its default ignores the settings that other workers are trying.
-        self.sampler = question.sampler or optuna.samplers.TPESampler(constant_liar=True)
+        self.workers, self.turn = place / ".workers", place / ".lock"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.workers.mkdir(exist_ok=True)
-            with FileLock(folder / ".lock"):  # two can't make the tables at once
-                self.study = optuna.create_study(
-                    study_name=name,
-                    storage=open_storage(url),
-                    direction="maximize" if question.choose.endswith("acc") else "minimize",
-                    sampler=self.sampler,
-                    pruner=question.pruner or optuna.pruners.NopPruner(),
-                    load_if_exists=True,
-                )
+            with FileLock(self.turn):  # two can't make the tables at once
+                storage = open_storage(url)
         except (*STORAGE_ERRORS, ImportError, OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise MisconfigurationException(without_password(f"storage {url}: {reason}")) from error
+        with FileLock(self.turn):
+            self.study = optuna.create_study(
+                study_name=name,
+                storage=storage,
+                direction="maximize" if question.choose.endswith("acc") else "minimize",
+                # Its default ignores the settings that other workers are trying.
+                sampler=question.sampler or optuna.samplers.TPESampler(constant_liar=True),
+                pruner=question.pruner or optuna.pruners.NopPruner(),
+                load_if_exists=True,
+            )
         self.tried: set[Key] = set()  # by this worker, which does no run twice
         self.failed: set[Key] = set()  # of these
         # What is other in runs that were done, and don't count or are by other code.
         self.others: dict[str, dict[Key, list[str]]] = {SETTINGS: {}, CODE: {}}
-        self.doubles = 0
+        self.has_all = False  # picked every setting that the search has
         self.lock = threading.RLock()
         self.name = uuid.uuid4().hex
         self.at_work = FileLock(self.workers / self.name)  # free when this worker is dead
@@ -209,10 +216,11 @@ class Queue:
         settings, done = self.settings(r["flags"] for r in records), self.records()
         taken = 0
         for (name, flags), seed in itertools.product(settings.items(), self.question.seeds):
-            ranks = [self._rank(record, flags, seed) for record in records]
+            its = [record for record in records if record["seed"] == seed]
+            ranks = [self._rank(record, flags, seed) for record in its]
             if not any(ranks) or (name, seed) in done:
                 continue
-            record = records[ranks.index(max(ranks))] | {"flags": flags}
+            record = its[ranks.index(max(ranks))] | {"flags": flags}
             best, choose = best_of(record, self.question.choose), self.question.choose
             rows = ranked(rows_of(record), choose, "")
             with contextlib.suppress(ValueError):  # outside of the ranges of this question
@@ -230,7 +238,7 @@ class Queue:
 
     def take(self) -> optuna.Trial | None:
         """Return a trial that from now on is this worker's; None if there is none to be had now."""
-        with self.lock, FileLock(self.folder / ".lock"):  # no two pick the same setting at once
+        with self.lock, FileLock(self.turn):  # no two here pick the same setting at once
             while True:
                 self._free_the_dead()
                 settings, runs = self.settings(), self.runs()
@@ -241,8 +249,6 @@ class Queue:
                 states = {trial.state for trial in runs.values() if trial}
                 if not (missing or TrialState.WAITING in states or self._may_pick()):
                     return None
-                random = optuna.samplers.RandomSampler()  # TPE may repeat its favourite for ever
-                self.study.sampler = random if self.doubles else self.sampler
                 trial = self.study.ask(self.space)
                 if self._accepts(trial):
                     return trial
@@ -252,10 +258,16 @@ class Queue:
         """Return whether a trial is a run to do; a new one of a search becomes one."""
         trial.set_user_attr("worker", self.name)
         if "seed" not in trial.user_attrs:
-            flags = {flag: self._rounded(flag, value) for flag, value in trial.params.items()}
-            is_known = flags in self.settings().values()
-            self.doubles = self.doubles + 1 if is_known else 0
-            if is_known or not self._may_pick():
+            flags, known = self._flags(trial.params), [*self.settings().values()]
+            if not self._may_pick():
+                return False
+            if flags in known:  # TPE may repeat its favourite for ever
+                random = optuna.create_study(sampler=optuna.samplers.RandomSampler(len(known)))
+                picks = (random.ask(self.space).params for _ in range(DRAWS))
+                other = next((pick for pick in picks if self._flags(pick) not in known), None)
+                self.has_all = other is None
+                if other:
+                    self.study.enqueue_trial(other)
                 return False
             trial.set_user_attr("flags", flags)
             trial.set_user_attr("seed", self.question.seeds[0])
@@ -263,6 +275,10 @@ class Queue:
         if is_ours := first is not None and first.number == trial.number:
             self.tried.add(self.key_of(trial))
         return is_ours
+
+    def _flags(self, params: dict[str, Any]) -> Flags:
+        """Return what a search has picked, as flags."""
+        return {flag: self._rounded(flag, value) for flag, value in params.items()}
 
     def _rounded(self, flag: str, value: Any) -> Any:
         """Return a value that a search has picked, with four digits that count if it is a float, as
@@ -274,7 +290,7 @@ class Queue:
 
     def _may_pick(self) -> bool:
         """Return whether the search is to pick more settings."""
-        is_open = bool(self.space) and self.doubles < DOUBLES
+        is_open = bool(self.space) and not self.has_all
         return is_open and len(self.settings()) < self.question.trials
 
     def _free_the_dead(self) -> None:

@@ -112,15 +112,11 @@ def finished(
     seed, versions = plan.settings["seed_everything"], package_versions(plan.settings)
     unseen = {"machine": "", "parts": [{}], "code": code, "versions": versions, "epochs": {}}
     record = read_run(version) if version else {"seed": seed, **vars(plan), **unseen}
-    last = (rows_of(record) or [{}])[-1]
-    loss, before = (
-        last.get("train/loss", 0.0),
-        (record["epochs"].get("train/loss") or [0.0])[0] or 0.0,
-    )
-    # Above that of guessing it may still fall from a bad start.
-    may_fall = before > loss or len(rows_of(record)) == 1
+    rows = rows_of(record) or [{}]
+    before, loss = (rows[i].get("train/loss", 0.0) for i in (0, -1))
+    may_fall = before > loss or len(rows) == 1  # above that of guessing, from a bad start
     if not (loss < 1.05 * GUESSING or (may_fall and loss < 3 * GUESSING)):  # NaN is neither
-        ended = ended or f"diverged: train/loss {loss:.3g} in epoch {last['epoch']:.0f}"
+        ended = ended or f"diverged: train/loss {loss:.3g} in epoch {rows[-1]['epoch']:.0f}"
     elif best_of(record, choose) is None:
         ended = ended or "without a validation"
     return {"flags": flags, "ended": ended, **record}

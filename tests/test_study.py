@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -501,14 +502,14 @@ def test_a_search_resumes_with_what_it_picked_and_ends_when_all_is_picked(
 
 
 def test_a_search_picks_every_setting_that_it_is_asked_for_and_none_twice(tmp_path: Path) -> None:
-    search: Any = {"data.batch_size": [1, 2, 3, 4, 5], "model.label_smoothing": [0, 1, 2, 3]}
-    question = Question("Q?", str(BASE), search=search, trials=20, seeds=[0])
+    search: Any = {"data.batch_size": [*range(1, 11)], "model.label_smoothing": [0, 1, 2, 3, 4]}
+    question = Question("Q?", str(BASE), search=search, trials=60, seeds=[0])
     queue = Queue(question, {}, tmp_path / "runs", None, False)
     picked = []
     while trial := queue.take():  # of which the sampler has a favourite
         picked.append(trial.user_attrs["flags"])
         queue.study.tell(trial, float(trial.params["data.batch_size"] == 3))
-    assert len({json.dumps(flags) for flags in picked}) == len(picked) == 20
+    assert len({json.dumps(flags) for flags in picked}) == len(picked) == 50
 
 
 class BrokenPruner(optuna.pruners.BasePruner):
@@ -545,6 +546,15 @@ def test_another_value_beside_a_pruner_leaves_the_runs_that_were_done(tmp_path: 
     then = Queue(after, plans, tmp_path / "runs", None, False).take()
     assert then
     assert then.user_attrs["flags"] == {lr: 0.2}
+
+    # of another recipe it would learn what is not so of this one
+    (tmp_path / "recipe.yaml").write_text("model: {label_smoothing: 0.1}")
+    other = replace(after, config=[str(BASE), str(tmp_path / "recipe.yaml")])
+    for smoothing in (0.1, 0.2):
+        (tmp_path / "recipe.yaml").write_text(f"model: {{label_smoothing: {smoothing}}}")
+        trial = Queue(other, plans, tmp_path / "runs", None, False).take()
+        assert trial
+        assert trial.user_attrs["flags"] == {lr: 0.1}
 
 
 @pytest.mark.slow
