@@ -195,16 +195,16 @@ class Answer:
             level = self.question.baseline or self._best(factor)
             ours = [d for d in self.differences if d.factor == factor]
             against = [d.against(level) for d in ours if level in (d.one, d.other)]
-            line = "too few runs to compare"
+            line = f"Too few runs to compare {factor}".rstrip()
             if against:
                 mean = Mean.of(self._by_level(factor, self.choose)[level]).value
-                which = "baseline" if self.question.baseline else "best"
+                which = "Baseline" if self.question.baseline else f"Best {factor}".rstrip()
                 line = f"{which}: {level} ({self._text(Mean(mean))})"
             for verdict, words in VERDICTS.items():
                 said = [d for d in against if self.verdict(d) == verdict]
                 gains = [f"{d.other} ({self._text(d.mean, '+')})" for d in said]
                 line += f"; {words}: {', '.join(gains)}" if gains else ""
-            lines.append(f"{factor}: {line}." if factor else f"{line[:1].upper()}{line[1:]}.")
+            lines.append(f"{line}.")
         pairs = max((d.mean.count for d in self.differences), default=0)
         enough = next(seeds for seeds in itertools.count() if smallest_p(seeds) < ALPHA)
         lengths = {len(run.rows) for runs in self.whole.values() for run in runs}

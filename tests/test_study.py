@@ -1096,9 +1096,9 @@ def test_factors_of_a_grid_are_compared_over_the_levels_of_the_others() -> None:
     assert by_x.gains == pytest.approx(gains)
     assert by_x.p < 0.05 < by_y.p
     lines = answer(values, levels).conclusion()
-    assert lines[0].startswith("x: best: q (")
+    assert lines[0].startswith("Best x: q (")
     assert "significantly worse: p (-" in lines[0]
-    assert re.match(r"y: best: [rs] .*; no significant difference: [rs] ", lines[1])
+    assert re.match(r"Best y: [rs] .*; no significant difference: [rs] ", lines[1])
 
 
 def test_a_loss_chooses_the_lowest() -> None:
