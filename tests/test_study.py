@@ -502,14 +502,14 @@ def test_a_search_resumes_with_what_it_picked_and_ends_when_all_is_picked(
 
 
 def test_a_search_picks_every_setting_that_it_is_asked_for_and_none_twice(tmp_path: Path) -> None:
-    search: Any = {"data.batch_size": [*range(1, 11)], "model.label_smoothing": [0, 1, 2, 3, 4]}
-    question = Question("Q?", str(BASE), search=search, trials=60, seeds=[0])
+    search: Any = {"data.batch_size": [1, 2, 3, 4, 5], "model.label_smoothing": [0, 1, 2, 3, 4]}
+    question = Question("Q?", str(BASE), search=search, trials=30, seeds=[0])
     queue = Queue(question, {}, tmp_path / "runs", None, False)
     picked = []
     while trial := queue.take():  # of which the sampler has a favourite
         picked.append(trial.user_attrs["flags"])
         queue.study.tell(trial, float(trial.params["data.batch_size"] == 3))
-    assert len({json.dumps(flags) for flags in picked}) == len(picked) == 50
+    assert len({json.dumps(flags) for flags in picked}) == len(picked) == 25
 
 
 class BrokenPruner(optuna.pruners.BasePruner):
