@@ -289,9 +289,8 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[A
     those of where things lie. An argument that another version lacks is the same only if it is
     off."""
     before, now = flat(before), flat(now)
-    its, ours = (
-        {k: json.dumps(v, default=str) for k, v in of.items()} for of in (before, now)
-    )  # 1 is not 1.0
+    # As JSON, where 1 is not 1.0.
+    its, ours = ({k: json.dumps(v, default=str) for k, v in of.items()} for of in (before, now))
     both, every = its.keys() & ours.keys(), {**its, **ours}
     place = re.compile(rf"({'|'.join(map(re.escape, WHERE))})(\..*)?")
     argument = re.compile(r"(\w+\.|.*\.init_args\.)?\w+|.*\.(init_args|dict_kwargs)")
@@ -405,8 +404,8 @@ def newest(folder: Path) -> tuple[int, Path]:
 
 
 def named(path: str, parent: Path) -> Path:
-    """Return the checkpoint that a command names: a path, or `last` or `best` of the newest run of
-    a recipe, in whose folder its runs are."""
+    """Return the checkpoint that a command names: by its path, or as `last` or `best` of the newest
+    run in `parent`, the folder of a recipe's runs."""
     if path not in ("last", "best"):
         return Path(path)
     last = last_of_newest_run(parent)
