@@ -33,6 +33,7 @@ from runs import natural_mode, read_checkpoint
 CompileMode = Literal[
     "off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
 ]
+FINDERS = (BatchSizeFinder, LearningRateFinder)
 INIT_IMAGES = 5000  # that a network's `init_from` sees
 
 
@@ -218,8 +219,15 @@ class ImageClassifier(RecordableModule):
                 "scheduler": scheduler,
                 "interval": default if self.lr_interval == "auto" else self.lr_interval,
                 "monitor": _monitor(scheduler),
+                "frequency": self._frequency(scheduler),
             },
         }
+
+    def _frequency(self, scheduler: Any) -> int:
+        """Return after how many epochs or steps a scheduler is stepped: with each validation, if it
+        waits for one."""
+        epochs = self.trainer.check_val_every_n_epoch
+        return epochs if epochs and isinstance(scheduler, ReduceLROnPlateau) else 1
 
     def _scheduler(self, optimizer: Optimizer) -> Any:
         make = self.make_lr_scheduler
@@ -244,7 +252,7 @@ class ImageClassifier(RecordableModule):
                     f"a schedule over {scheduler.total_steps} steps ends before the training, "
                     f"which takes {total}"
                 )
-            if self._has(LearningRateFinder) and isinstance(scheduler, OneCycleLR | CyclicLR):
+            if isinstance(scheduler, OneCycleLR | CyclicLR) and any(map(self._has, FINDERS)):
                 raise ValueError(f"{type(scheduler).__name__} has rates of its own: use no finder")
             if isinstance(scheduler, ReduceLROnPlateau):
                 if self.lr_interval == "step":
@@ -384,8 +392,10 @@ class ImageClassifier(RecordableModule):
         if trainer.state.status == "running" and trainer.is_last_batch:
             states = checkpoint.get("lr_schedulers", [])
             for config, state in zip(trainer.lr_scheduler_configs, states, strict=False):
-                if config.reduce_on_plateau and config.monitor in trainer.callback_metrics:
-                    state["pending"] = float(trainer.callback_metrics[config.monitor])
+                is_due = (self.current_epoch + 1) % config.frequency == 0
+                metric = trainer.callback_metrics.get(str(config.monitor))
+                if config.reduce_on_plateau and is_due and metric is not None:
+                    state["pending"] = float(metric)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let OneCycleLR run to what may be another end, with the rates of what may be groups in

@@ -25,7 +25,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-# What PyTorch and Lightning say only in the middle of a run, as a RuntimeError.
+# What PyTorch and Lightning say only in the middle of a run.
 MENDS = {
     "No working C++ compiler": "model.compile needs a C++ compiler: install g++, or leave it off",
     "Failed to find C compiler": "model.compile needs a C compiler: install gcc, or leave it off",
@@ -34,6 +34,8 @@ MENDS = {
     " by peer": "another process of this run has ended: resume from its last checkpoint",
     "Early stopping conditioned on metric": "EarlyStopping's monitor is not logged: use val/loss "
     "or val/acc, with data.val_size above 0",
+    "or equal to the number of the training batches": "trainer.val_check_interval is more than an "
+    "epoch has batches: add --trainer.check_val_every_n_epoch null, which counts on over epochs",
     "does not allow for gradient clipping": "trainer.gradient_clip_val with mixed precision needs "
     "an optimizer that is not fused: add --model.optimizer.fused false",
 }
@@ -163,8 +165,6 @@ def short_errors() -> Iterator[None]:
             raise
         if _is_full_disk(root := innermost(error)):  # loggers raise it as a ValueError
             sys.exit(f"error: {root}: free some space")
-        if isinstance(error, OSError | ValueError):
-            raise
         if isinstance(error, KeyboardInterrupt):
             print("stopped", file=sys.stderr)
             sys.exit(128 + signal.SIGINT)
@@ -186,6 +186,8 @@ def quieten() -> None:
     """Keep tips of the frameworks, and what they don't know of this project, off the terminal."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("profilers", "callbacks"):  # their tables, and why they end a run
+        logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.INFO)
     # A compilation on a machine without a GPU says that there is none.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     if sys.warnoptions:  # python -W default train.py ... shows all

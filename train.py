@@ -38,12 +38,14 @@ from lightning.pytorch.callbacks import (
     LearningRateMonitor,
     ModelCheckpoint,
     ProgressBar,
+    Timer,
     TQDMProgressBar,
 )
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
+from lightning_utilities.core.enums import StrEnum
 from PIL import Image
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
@@ -63,7 +65,10 @@ register_type(
     numbers.Number, deserializer=lambda value: int(value) if value == int(value) else value
 )
 register_type(torch.device, str, torch.device)
+# Of defaults such as that of Lightning's Timer.
+yaml.SafeDumper.add_multi_representer(StrEnum, lambda dumper, of: dumper.represent_str(of.value))
 FINDERS = (BatchSizeFinder, LearningRateFinder)
+BAREBONES = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
 
 
@@ -232,7 +237,10 @@ class CLI(LightningCLI):
             raise MisconfigurationException("ckpt_path belongs on the command line: --ckpt_path")
         if self.subcommand != "fit" and not self.checkpoint:
             raise MisconfigurationException(f"{self.subcommand} needs --ckpt_path CHECKPOINT")
-        config.trainer.default_root_dir = config.trainer.default_root_dir or "runs"
+        options = config.trainer
+        options.default_root_dir = options.default_root_dir or "runs"
+        for flag in BAREBONES if options.barebones else ():
+            options[flag] = False
         if not config.name:
             files = [Path(str(file)) for file in config.config or [] if file]
             config.name = files[-1].stem if files else "default"
@@ -250,6 +258,7 @@ class CLI(LightningCLI):
         self.config_dump = yaml.safe_load(text)
         if self.subcommand == "fit":
             runs.check_monitors(self.config_dump)
+            _check_trainer(options)
         for key, value in runs.flat(self.config_dump).items():
             if "Unable to serialize instance" in str(value):
                 raise MisconfigurationException(f"{key} can't be saved in config.yaml: {value}")
@@ -331,7 +340,7 @@ class CLI(LightningCLI):
                 plugins=plugins,
                 enable_progress_bar=has_bar,
                 enable_checkpointing=saves,
-                profiler=options.profiler or NoProfiler(),
+                profiler=options.profiler or (None if options.barebones else NoProfiler()),
                 **kwargs,
             )
         except (TypeError, ValueError) as error:
@@ -387,6 +396,10 @@ class CLI(LightningCLI):
     def _fit(self, **kwargs: Any) -> None:
         try:
             self.trainer.fit(**kwargs)
+            timers = (c for c in self.trainer.callbacks if isinstance(c, Timer))  # type: ignore[attr-defined]
+            left = [seconds for c in timers if (seconds := c.time_remaining()) is not None]
+            if min(left, default=1.0) <= 0:
+                self.trainer.print("stopped by its Timer: the time is over")
         except SystemExit as stop:  # by which Lightning ends after Ctrl-C or SIGTERM
             if stop.code not in (None, 1):
                 raise
@@ -419,8 +432,9 @@ class CLI(LightningCLI):
         history = next(c for c in self.trainer.callbacks if isinstance(c, History))  # type: ignore[attr-defined]
         saved = next(c for c in self.trainer.callbacks if isinstance(c, SaveSettings))  # type: ignore[attr-defined]
         run = {"commit": code, "images": saved.made_by["images"], "parts": saved.parts}
-        keeper: Any = self.trainer.checkpoint_callback
-        best = runs.chosen(history.rows, keeper) if isinstance(keeper, ModelCheckpoint) else None
+        keepers = (c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint))
+        keeper: Any = next(keepers, None)
+        best = runs.chosen(history.rows, keeper) if keeper else None
         step, path = runs.newest(self.run_folder / "checkpoints")
         if keeper and not keeper.monitor and Path(keeper.best_model_path).parent == path.parent:
             path = Path(keeper.best_model_path)  # the last one that it kept
@@ -545,6 +559,21 @@ class CLI(LightningCLI):
             sys.exit(f"error: {skipped} of {total} files skipped")
 
 
+def _check_trainer(options: Any) -> None:
+    """Refuse what Lightning would take, and fail with later or do nothing."""
+    if options.limit_train_batches == 0:
+        raise MisconfigurationException("trainer.limit_train_batches 0 trains nothing")
+    if re.search("spawn|fork|notebook", str(options.strategy)):
+        raise MisconfigurationException(
+            f"trainer.strategy {options.strategy} loses what its processes measure: use ddp"
+        )
+    names = [getattr(c, "class_path", "") for c in _listed(options.callbacks)]
+    if any(name.endswith(".BackboneFinetuning") for name in names):
+        raise MisconfigurationException(
+            "BackboneFinetuning needs a module with a `backbone`: here it is the whole network"
+        )
+
+
 @rank_zero_only
 def _note(text: str) -> None:
     print(f"note: {text}", file=sys.stderr)
@@ -563,6 +592,8 @@ def main(args: list[str] | None = None) -> None:
     keep_freed_memory()
     if "" not in sys.path:
         sys.path.append("")  # the current folder, for classes of the user's own
+    if "SLURM_STEP_ID" not in os.environ:  # not started by srun: one process, whatever a job has
+        os.environ.pop("SLURM_NTASKS", None)
     with short_errors():
         CLI(sys.argv[1:] if args is None else args)
         if torch.distributed.is_initialized():

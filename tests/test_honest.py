@@ -6,14 +6,13 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torchvision
 import yaml
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
@@ -298,58 +297,6 @@ def test_a_refused_argument_gives_the_innermost_cause(
     with pytest.raises(Exception, match="the folder X is missing") as raised:
         run("fit", "--config", BASE, "--trainer.callbacks+=tests.test_honest.Picky")
     assert not isinstance(raised.value, SystemExit)
-
-
-# ------------------------------------------------------------------------ Lightning's own parts
-
-
-class Sorting(torch.optim.SGD):
-    """Sorts its parameters, as optimizers of one's own do."""
-
-    def __init__(self, params: Any, lr: float = 0.01) -> None:
-        super().__init__(sorted(params, key=lambda p: p.ndim), lr=lr)
-
-
-class LogsF1(Callback):
-    """Logs a metric of its own."""
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pl_module.log("val/f1", float(trainer.current_epoch == 0))
-
-
-PARTS = {
-    "LBFGS": ["--model.optimizer", "LBFGS", "--model.optimizer.max_iter", "2"],
-    "pruning": ["--trainer.callbacks+=ModelPruning",
-                "--trainer.callbacks.pruning_fn", "l1_unstructured",
-                "--trainer.callbacks.amount", "0.1",
-                "--trainer.callbacks.use_global_unstructured", "false"],
-    "rate finder": ["--trainer.callbacks+=LearningRateFinder"],
-    "batch size finder": ["--trainer.callbacks+=BatchSizeFinder",
-                          "--trainer.callbacks.init_val", "40",
-                          "--trainer.callbacks.max_trials", "1"],
-    "averaging": ["--trainer.callbacks+=StochasticWeightAveraging",
-                  "--trainer.callbacks.swa_lrs", "0.001",
-                  "--trainer.callbacks.swa_epoch_start", "1"],
-    "rich bar": ["--trainer.callbacks+=RichProgressBar"],
-    "own optimizer": ["--model.optimizer", "tests.test_honest.Sorting"],
-    "own metric": ["--trainer.callbacks+=tests.test_honest.LogsF1",
-                   "--checkpoint.monitor", "val/f1"],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("part", PARTS)
-def test_parts_of_lightnings_and_ones_own_run_and_resume(run: Run, part: str) -> None:
-    flags = PARTS[part]
-    first = [word for word in flags if word != "--model.optimizer.lr"]
-    words = ["fit", "--config", BASE, *first]
-    out = run(*words)
-    epochs = 3 if part == "averaging" else 2  # whose last one is for the statistics of batch norm
-    assert len(rows(RUN_0)) == epochs
-    if part == "own metric":
-        assert "best  epoch 0, val/f1 1.0000" in out
-    run("fit", "--ckpt_path", LAST, "--trainer.max_epochs", "4")
-    assert len(rows(RUN_0)) == 4 + (part == "averaging")
-    run("fit", "--config", RUN_0 / "config.yaml", "--trainer.max_epochs", "1")
 
 
 def test_a_network_in_the_current_folder_is_found(
