@@ -28,7 +28,7 @@ from cifar10.archive import CLASSES
 from cifar10.augment import MEAN, STD, Augment, TestTimeAugmentation, average_over_views
 from cifar10.batches import Batch, Batches
 from cuda_graph import RecordableModule
-from runs import natural_mode, read_checkpoint
+from runs import natural_mode, read_checkpoint, read_weights
 
 CompileMode = Literal[
     "off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
@@ -59,6 +59,11 @@ class ImageClassifier(RecordableModule):
             std: [r, g, b]}.
         label_smoothing: Of the training loss, in [0, 1]: the share of the target that is spread
             evenly over all classes.
+        class_weights: Of the training loss, one for each class: PyTorch's `CrossEntropyLoss`
+            divides the sum of a batch's weighted losses by the sum of their weights.
+        weights: Start from the weights in this file: a checkpoint, or the `model.pth` of a run.
+        decay_matrices_only: Apply the optimizer's weight decay to no vector: neither to biases nor
+            to the scales of normalisation.
         softmax_before_loss: Apply softmax to the logits before the loss, which applies its own: the
             mistake in the report's code, kept to measure what it costs.
         compile: Compile the training step with `torch.compile` in this mode, from pixels to loss;
@@ -78,6 +83,7 @@ class ImageClassifier(RecordableModule):
 
     mean: Tensor
     std: Tensor
+    class_weights: Tensor | None
     compiled_for: int  # images
     counted: int  # the last batch whose metrics were counted
 
@@ -89,6 +95,9 @@ class ImageClassifier(RecordableModule):
         lr_interval: Literal["auto", "step", "epoch"] = "auto",
         normalize: Literal["cifar10"] | dict[str, list[float]] | None = None,
         label_smoothing: ClosedUnitInterval = 0.0,
+        class_weights: list[float] | None = None,
+        weights: str | None = None,
+        decay_matrices_only: bool = False,
         softmax_before_loss: bool = False,
         compile: CompileMode | bool = "off",
         cuda_graph: bool | Literal["auto"] = "auto",
@@ -109,6 +118,12 @@ class ImageClassifier(RecordableModule):
         self.log_steps = log_steps
         self.lr: float | None = None  # found by Lightning's LearningRateFinder
         self.label_smoothing = label_smoothing
+        if class_weights is not None and len(class_weights) != len(CLASSES):
+            raise MisconfigurationException(f"model.class_weights: {len(CLASSES)} numbers")
+        of_classes = None if class_weights is None else torch.tensor(class_weights)
+        self.register_buffer("class_weights", of_classes, persistent=False)
+        self.weights = weights
+        self.decay_matrices_only = decay_matrices_only
         self.tta = self.views = tta
         for name, values in _normalization(normalize).items():
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
@@ -169,8 +184,11 @@ class ImageClassifier(RecordableModule):
     def _score(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits = logits.float()  # of weights in bfloat16 too
         scores = logits.softmax(dim=1) if self.softmax_before_loss else logits
-        smoothing = self.label_smoothing if self.training else 0.0
-        loss = F.cross_entropy(scores, labels, label_smoothing=smoothing)
+        if self.training:
+            smoothing = self.label_smoothing
+            loss = F.cross_entropy(scores, labels, self.class_weights, label_smoothing=smoothing)
+        else:
+            loss = F.cross_entropy(scores, labels)
         return loss, (logits.argmax(dim=1) == labels).sum()
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
@@ -200,8 +218,12 @@ class ImageClassifier(RecordableModule):
     def configure_optimizers(self) -> Any:
         """Return the optimizer, with a scheduler if there is one; name what refuses values."""
         named = [(n, p) for n, p in self.network.named_parameters() if p.requires_grad]
-        parameters = Parameters(p for _, p in named)
+        parameters: Any = Parameters(p for _, p in named)
         parameters.named = named
+        if self.decay_matrices_only:
+            vectors = [p for p in parameters if p.ndim < 2]
+            matrices = {"params": [p for p in parameters if p.ndim >= 2]}
+            parameters = [matrices, {"params": vectors, "weight_decay": 0.0}]
         with _refused("model.optimizer"):
             optimizer = self.make_optimizer(parameters)
         for group in optimizer.param_groups if self.lr is not None else ():
@@ -303,8 +325,8 @@ class ImageClassifier(RecordableModule):
     # ---------------------------------------------------------------------------------- hooks
 
     def setup(self, stage: str) -> None:
-        """Take the augmentation from the data module; prepare the step; show training images to a
-        network that has `init_from`."""
+        """Take the augmentation from the data module; prepare the step; load `weights`, or show
+        training images to a network that has `init_from`."""
         self.views = "none" if stage == "fit" else self.tta
         data = getattr(self.trainer, "datamodule", None)
         self.augment = getattr(data, "augmentation", self.augment)
@@ -324,7 +346,9 @@ class ImageClassifier(RecordableModule):
         self.compiled_loss, self.compiled_for = self._loss, 0
         if self.compile_mode != "off":
             self.compiled_loss = torch.compile(self._loss, mode=self.compile_mode, dynamic=False)
-        if data is not None and hasattr(self.network, "init_from"):
+        if self.weights is not None:
+            self.network.load_state_dict(read_weights(self.weights))
+        elif data is not None and hasattr(self.network, "init_from"):
             pixels = data.train_set.images[data.train_set.indices[:INIT_IMAGES]]
             with torch.no_grad():
                 self.network.init_from(self.to(pixels.device).normalized(pixels / 255))  # type: ignore[operator]

@@ -74,8 +74,11 @@ class MuonSGD(Optimizer):
     is_recordable = True  # as a CUDA graph: nothing is decided on the CPU
 
     def __init__(self, params: Iterable[tuple[str, Tensor]], groups: dict[str, Group]) -> None:
+        pairs = list(getattr(params, "named", params))
+        if not all(isinstance(pair, tuple) for pair in pairs):  # those of model.decay_matrices_only
+            raise ValueError("MuonSGD has groups of its own: say their weight_decay there")
         taken: dict[str, list[Tensor]] = {name: [] for name in groups}
-        for name, parameter in getattr(params, "named", params):
+        for name, parameter in pairs:
             fitting = [key for key in groups if fnmatchcase(name, groups[key].parameters)]
             if len(fitting) != 1:
                 who = " and ".join(fitting) or "none"

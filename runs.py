@@ -117,15 +117,20 @@ def file_version(file: Path) -> str:
 
 
 def package_versions(settings: dict[str, Any]) -> dict[str, str]:
-    """Return the versions of the packages that a run with these settings computes with."""
+    """Return the versions of the packages that a run with these settings computes with, and of the
+    file of weights that it starts from."""
     classes = [str(v) for key, v in flat(settings).items() if key.endswith("class_path")]
     names = {"torch", "torchvision", "lightning", *(c.partition(".")[0] for c in classes)}
-    found = {name: package_version(name) for name in sorted(names & sys.modules.keys())}
+    names = names & sys.modules.keys() | ({settings["model"].get("weights")} - {None})
+    found = {name: package_version(name) for name in sorted(names)}
     return {name: version for name, version in found.items() if version}
 
 
 def package_version(name: str) -> str:
-    """Return the version of an imported package; nothing if it has none, as the user's own."""
+    """Return the version of an imported package, or of a file; nothing if it has none, as the
+    user's own packages."""
+    if Path(name).is_file():
+        return file_version(Path(name))
     if version := getattr(sys.modules.get(name), "__version__", ""):
         return str(version)
     names = _distributions().get(name)
@@ -308,7 +313,24 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         MisconfigurationException: No such file, or not a checkpoint.
     """
-    path = Path(path)
+    keys = ("state_dict", "epoch", "global_step", "pytorch-lightning_version")
+    return migrate(load(Path(path), keys))
+
+
+def read_weights(path: str | Path) -> dict[str, Any]:
+    """Return the weights of a network by name, of a checkpoint or of a file that has nothing else.
+
+    Raises:
+        MisconfigurationException: No such file, or none that PyTorch saved.
+    """
+    content = load(Path(path))
+    named = content.get("state_dict", {}).items()
+    prefix = "network."
+    return {k.removeprefix(prefix): v for k, v in named if k.startswith(prefix)} or content
+
+
+def load(path: Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the content of a file that PyTorch saved, which has these keys, as plain data."""
     if not path.is_file():
         others = sorted(p.name for p in path.parent.glob("*.ckpt"))
         if len(others) > 4:
@@ -320,14 +342,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise MisconfigurationException(f"no checkpoint {path}{there}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        for key in ("state_dict", "epoch", "global_step", "pytorch-lightning_version"):
+        for key in keys:
             checkpoint[key]
     except Exception as error:  # a file that is no checkpoint can fail in any way
         raise MisconfigurationException(
             f"{path} is not a checkpoint of this project, or it is damaged; it was not loaded "
             f"({type(error).__name__})"
         ) from error
-    return migrate(checkpoint)
+    return checkpoint
 
 
 def migrate(checkpoint: dict[str, Any]) -> dict[str, Any]:

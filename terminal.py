@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import threading
 import traceback
 import warnings
@@ -176,7 +177,7 @@ def short_errors() -> Iterator[None]:
                 sys.exit(f"error: {mend}")
         if "loading state_dict" not in text:
             raise
-        mismatch = str(error).splitlines()[1].strip()
+        mismatch = textwrap.shorten(str(error).splitlines()[1], 200)
         sys.exit(f"error: the checkpoint does not fit the network of the settings: {mismatch}")
     finally:
         threading.excepthook = tell

@@ -249,8 +249,15 @@ class CLI(LightningCLI):
                 raise MisconfigurationException("there is no validation set: data.val_size is 0")
             if str(config.checkpoint.monitor).startswith("val/"):
                 config.checkpoint.monitor = None  # there is nothing to choose by
+        weights = config.model.weights
         if self.checkpoint:
-            self._refuse_seen(config)
+            before = runs.settings_of(self.checkpoint)["model"].get("weights")
+            if self.subcommand == "fit" and weights != before:
+                raise MisconfigurationException("model.weights starts a run: leave out --ckpt_path")
+            self._refuse_seen(self.path, self.checkpoint.get("datamodule_hyper_parameters"))
+        elif weights is not None:
+            data = runs.load(Path(weights)).get("datamodule_hyper_parameters")
+            self._refuse_seen(weights, data)
         self._dump_config()
         # jsonargparse says so even of a text, where a function would do too.
         text = yaml.safe_dump(self.config_dump, sort_keys=False)
@@ -263,18 +270,18 @@ class CLI(LightningCLI):
             if "Unable to serialize instance" in str(value):
                 raise MisconfigurationException(f"{key} can't be saved in config.yaml: {value}")
 
-    def _refuse_seen(self, config: Any) -> None:
-        """Refuse a validation set with images that the checkpoint was trained on."""
-        before, now = self.checkpoint.get("datamodule_hyper_parameters"), config.data
+    def _refuse_seen(self, path: Any, before: dict[str, Any] | None) -> None:
+        """Refuse a validation set with images that a checkpoint was trained on, by its data."""
+        now = self.config[self.subcommand].data
         if not now.val_size or not before or self.subcommand == "predict":
             return
         if now.val_size > before["val_size"] or now.split_seed != before["split_seed"]:
             raise MisconfigurationException(
-                f"{self.path} was trained on images of this validation set: keep its "
+                f"{path} was trained on images of this validation set: keep its "
                 f"data.split_seed {before['split_seed']}, and at most its data.val_size "
                 f"{before['val_size']}"
             )
-        if self.subcommand == "fit" and now.val_size != before["val_size"]:
+        if self.subcommand == "fit" and self.checkpoint and now.val_size != before["val_size"]:
             raise MisconfigurationException(
                 f"data.val_size {now.val_size}: epochs before and after would be compared on other "
                 f"images: keep its {before['val_size']}, or use 0 for no validation"
@@ -296,6 +303,8 @@ class CLI(LightningCLI):
             # `load_from_checkpoint` builds objects from their class paths by the instantiator.
             by_name = {"_instantiator": "lightning.pytorch.cli.instantiate_module"}
             part.save_hyperparameters({**self.config_dump[key], **by_name})
+        if self.checkpoint:  # which has later ones
+            self.model.weights = None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Return a trainer that writes into the run's folder, with the callbacks of every run."""
@@ -431,7 +440,7 @@ class CLI(LightningCLI):
         runs.write_whole(self.run_folder / "model.pth", weights.getvalue())
         history = next(c for c in self.trainer.callbacks if isinstance(c, History))  # type: ignore[attr-defined]
         saved = next(c for c in self.trainer.callbacks if isinstance(c, SaveSettings))  # type: ignore[attr-defined]
-        run = {"commit": code, "images": saved.made_by["images"], "parts": saved.parts}
+        run = {**saved.made_by, "commit": code, "parts": saved.parts}
         keepers = (c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint))
         keeper: Any = next(keepers, None)
         best = runs.chosen(history.rows, keeper) if keeper else None

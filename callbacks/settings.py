@@ -92,7 +92,7 @@ class SaveSettings(Callback):
         self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]
     ) -> None:
         """Restart optimizer and schedule if the command line gives another one."""
-        for key in ("model.optimizer", "model.lr_scheduler"):
+        for key in ("model.optimizer", "model.decay_matrices_only", "model.lr_scheduler"):
             if any(name.startswith(key) for name in self.changed):
                 checkpoint["optimizer_states"] = checkpoint["lr_schedulers"] = []
                 if key == "model.optimizer":

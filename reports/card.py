@@ -70,11 +70,16 @@ def model_card(
         + f", of {some} of {every} batches an epoch" * (some < every),
         "Batches": f"{batch_size} images"
         + ", found by BatchSizeFinder" * (batch_size != data["batch_size"]),
+        "Weights": f"at first those of {weights}, SHA-256 {run['versions'].get(weights)}..."
+        if (weights := model["weights"])
+        else "",
         "Optimizer": _call(model["optimizer"])
-        + (f", learning rate {module.lr:.3g} found by LearningRateFinder" if module.lr else ""),
+        + (f", learning rate {module.lr:.3g} found by LearningRateFinder" if module.lr else "")
+        + ", weight decay of matrices only" * model["decay_matrices_only"],
         "Schedule": _call(model["lr_scheduler"]) if model["lr_scheduler"] else "",
         "Loss": ", ".join(
             [f"label smoothing {model['label_smoothing']}"] * bool(model["label_smoothing"])
+            + [f"class weights {model['class_weights']}"] * bool(model["class_weights"])
             + ["softmax before the cross entropy"] * model["softmax_before_loss"]
         ),
         "Seed": settings["seed_everything"],

@@ -18,7 +18,7 @@ import train
 from cifar10 import archive
 from datamodule import CIFAR10DataModule
 from lightning_module import ImageClassifier
-from runs import EpochCheckpoint, chosen
+from runs import EpochCheckpoint, chosen, file_version
 from tests.conftest import BASE, QUIET, Run
 from tests.small import Flat
 from tests.test_train import RUN_0, rows
@@ -128,6 +128,32 @@ def test_epochs_are_compared_on_the_same_images(run: Run, fails: Run) -> None:
     assert "keep its 200" in fails(*longer, "--data.val_size", "10")
     run(*longer, "--data.val_size", "0")
     assert "val/acc" not in rows(RUN_0)[2]
+
+
+@pytest.mark.parametrize("file", ["checkpoints/last.ckpt", "model.pth"])
+def test_a_run_can_start_from_weights(run: Run, fails: Run, file: str) -> None:
+    run(*FLAT, once=True)
+    given = str(Path("weights", *(RUN_0 / file).parts[-1:]))
+    Path("weights").mkdir()
+    Path(given).write_bytes((RUN_0 / file).read_bytes())
+    start = (*FLAT, "--model.weights", given, "--name", "fine")
+    run(*start, "--model.optimizer.lr", "0")
+    fine = Path("runs/fine/version_0")
+    weights = [torch.load(of / "model.pth", weights_only=True) for of in (RUN_0, fine)]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert [row["epoch"] for row in rows(fine)] == [0, 1]
+    assert f"{given}, SHA-256 {file_version(Path(given))}" in (fine / "model.md").read_text()
+    again = ("fit", "--ckpt_path", "last", "--name", "fine", "--trainer.max_epochs", "3")
+    assert "leave out --ckpt_path" in fails(*again, "--model.weights", RUN_0 / "model.pth")
+    Path(given).unlink()
+    run(*again)
+    assert len(rows(fine)) == 3
+    if file.endswith("ckpt"):
+        message = fails(*start[:-4], "--model.weights", LAST, "--data.split_seed", "1")
+        assert "was trained on images of this validation set" in message
+    assert "no checkpoint nowhere.pth" in fails(*FLAT, "--model.weights", "nowhere.pth")
+    other = ("--model.network", "ConvNet", "--model.weights", RUN_0 / "model.pth")
+    assert "does not fit the network" in fails("fit", "--config", BASE, *other)
 
 
 def test_a_seed_is_drawn(run: Run) -> None:

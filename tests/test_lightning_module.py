@@ -52,6 +52,43 @@ def test_metrics_are_means_over_images_whatever_the_batches(
         torch.testing.assert_close(trainer.callback_metrics[f"{stage}/acc"], accuracy)
 
 
+def test_class_weights_are_those_of_pytorchs_loss_and_of_training_only(arrays: Path) -> None:
+    logits, weights = torch.randn(10), torch.linspace(0.1, 3, 10).tolist()
+    model = ImageClassifier(
+        Constant(logits),
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.0),
+        class_weights=weights,
+    )
+    data = CIFAR10DataModule(str(arrays), verify=False, batch_size=800, val_size=200)
+    trainer = Trainer(max_epochs=1, **QUIET)
+    trainer.fit(model, datamodule=data)
+    for stage, images, of_classes in (
+        ("train", data.train_set, torch.tensor(weights)),
+        ("val", data.val_set, None),
+    ):
+        labels = images.labels[images.indices]
+        loss = nn.CrossEntropyLoss(of_classes)(logits.expand(len(labels), 10), labels)
+        torch.testing.assert_close(trainer.callback_metrics[f"{stage}/loss"], loss)
+
+
+def test_vectors_can_be_left_out_of_weight_decay(arrays: Path) -> None:
+    network, parts = ConvNet(), dict[bool, list[nn.Parameter]]()
+    trainer = fitted(
+        arrays,
+        ImageClassifier(
+            network,
+            optimizer=lambda params: torch.optim.AdamW(params, weight_decay=0.1),
+            decay_matrices_only=True,
+        ),
+        limit_train_batches=1,
+    )
+    for group in trainer.optimizers[0].param_groups:
+        parts[group["weight_decay"] > 0] = group["params"]
+    assert sum(map(len, parts.values())) == len(list(network.parameters()))
+    assert all(p.ndim >= 2 for p in parts[True])
+    assert all(p.ndim == 1 for p in parts[False])
+
+
 def test_a_model_built_by_hand_makes_checkpoints_that_are_plain_data(
     arrays: Path, tmp_path: Path
 ) -> None:
