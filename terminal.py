@@ -13,7 +13,7 @@ import textwrap
 import threading
 import traceback
 import warnings
-from argparse import ArgumentError
+from argparse import SUPPRESS, ArgumentError
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -50,6 +50,15 @@ MEANT = {
     "model.optimizer.weight_decay",
 }  # fmt: skip
 
+# Lightning's flags that the help explains, and what it says of others.
+SHOWN = {*MEANT.values(), *(f"checkpoint.{name}" for name in ("monitor", "mode", "filename",
+         "save_top_k", "save_last"))}  # fmt: skip
+HELP = {
+    "ckpt_path": "A checkpoint; `last` or `best` of the newest run (--name, or --config's file).",
+    "model.optimizer": "Makes the optimizer from the parameters. Arguments of a class are flags "
+    "too: --model.optimizer SGD --model.optimizer.lr 0.05; --model.optimizer.help SGD lists them.",
+}
+
 
 def innermost(error: BaseException) -> BaseException:
     """Return the exception at the root of a chain of them."""
@@ -70,11 +79,30 @@ def refused(error: BaseException) -> MisconfigurationException:
 
 
 class ShortParser(LightningArgumentParser):
-    """Says what is wrong in one line, where jsonargparse prints the usage first; flags have no
-    abbreviations, which another version may read otherwise."""
+    """Says what is wrong in one line, where jsonargparse prints the usage first, and helps on two
+    pages; flags have no abbreviations, which another version may read otherwise."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def format_help(self, *args: Any) -> str:
+        """Return the help: this project's flags with their meaning, of Lightning's the most used
+        ones and the names of the others, and no list of all classes that there are."""
+        for group in self._action_groups:
+            others = []
+            for action in group._group_actions:
+                name = action.dest
+                if name.startswith(("trainer.", "checkpoint.")) and name not in SHOWN:
+                    others.append(name)
+                is_whole = name in ("model", "data", "trainer", "checkpoint")
+                if name in others or name.endswith(".help") or is_whole:
+                    action.help = SUPPRESS
+                action.help = HELP.get(name, action.help)
+            if others := [name for name in others if not name.endswith(".help")]:
+                group.description = f"Lightning's others: {', '.join(others)}"
+        self._action_groups.sort(key=lambda g: any("trainer" in a.dest for a in g._group_actions))
+        self.usage = SUPPRESS
+        return re.sub(r",\s+known\s+subclasses:[^)]*\)", ")", super().format_help(*args))
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the key and the innermost cause, or the keys near an unknown one; exit with 2."""

@@ -566,6 +566,21 @@ def test_a_wrong_argument_is_refused_and_leaves_nothing(
     assert not Path("empty").exists()
 
 
+def test_help_is_a_few_pages_and_begins_with_this_projects_flags(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["fit", "--help"])
+    out = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert len(out.splitlines()) < 250
+    places = [out.index(flag) for flag in ("--model.network", "--data.val_size", "--trainer.max_")]
+    assert places == sorted(places)
+    assert "torch.nn.modules" not in out
+    assert "trainer.gradient_clip_val" in out
+    assert "--model.optimizer.lr 0.05" in out
+
+
 def test_a_class_without_its_file_is_named_with_it(fails: Run) -> None:
     Path("mynet.py").write_text("class LonelyNet:\n    pass\n")
     assert "did you mean mynet.LonelyNet?" in fails("fit", "--model.network", "LonelyNet")
