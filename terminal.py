@@ -79,7 +79,7 @@ def refused(error: BaseException) -> MisconfigurationException:
 
 
 class ShortParser(LightningArgumentParser):
-    """Says what is wrong in one line, where jsonargparse prints the usage first, and helps on two
+    """Says what is wrong in one line, where jsonargparse prints the usage first, and helps in four
     pages; flags have no abbreviations, which another version may read otherwise."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -100,7 +100,9 @@ class ShortParser(LightningArgumentParser):
                 action.help = HELP.get(name, action.help)
             if others := [name for name in others if not name.endswith(".help")]:
                 group.description = f"Lightning's others: {', '.join(others)}"
-        self._action_groups.sort(key=lambda g: any("trainer" in a.dest for a in g._group_actions))
+        self._action_groups = sorted(
+            self._action_groups, key=lambda g: any("trainer" in a.dest for a in g._group_actions)
+        )
         self.usage = SUPPRESS
         return re.sub(r",\s+known\s+subclasses:[^)]*\)", ")", super().format_help(*args))
 
