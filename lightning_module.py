@@ -28,6 +28,7 @@ from cifar10.archive import CLASSES
 from cifar10.augment import MEAN, STD, Augment, TestTimeAugmentation, average_over_views
 from cifar10.batches import Batch, Batches
 from cuda_graph import RecordableModule
+from networks import has_large_stem
 from runs import natural_mode, read_checkpoint, read_weights
 
 CompileMode = Literal[
@@ -61,7 +62,8 @@ class ImageClassifier(RecordableModule):
             evenly over all classes.
         class_weights: Of the training loss, one for each class: PyTorch's `CrossEntropyLoss`
             divides the sum of a batch's weighted losses by the sum of their weights.
-        weights: Start from the weights in this file: a checkpoint, or the `model.pth` of a run.
+        weights: Start from the weights in this file: a checkpoint, or the network's alone, as in
+            `model.pth`. Those of other shapes are named and left out.
         decay_matrices_only: Apply the optimizer's weight decay to no vector: neither to biases nor
             to the scales of normalisation.
         softmax_before_loss: Apply softmax to the logits before the loss, which applies its own: the
@@ -346,12 +348,26 @@ class ImageClassifier(RecordableModule):
         self.compiled_loss, self.compiled_for = self._loss, 0
         if self.compile_mode != "off":
             self.compiled_loss = torch.compile(self._loss, mode=self.compile_mode, dynamic=False)
+        if has_large_stem(self.network) and self.trainer.is_global_zero:
+            print(
+                "model.network: a stem for large images, which makes 8 x 8 pixels of 32 x 32: "
+                "networks.library_network has one for these"
+            )
         if self.weights is not None:
-            self.network.load_state_dict(read_weights(self.weights))
+            self._start_from(read_weights(self.weights))
         elif data is not None and hasattr(self.network, "init_from"):
             pixels = data.train_set.images[data.train_set.indices[:INIT_IMAGES]]
             with torch.no_grad():
                 self.network.init_from(self.to(pixels.device).normalized(pixels / 255))  # type: ignore[operator]
+
+    def _start_from(self, weights: dict[str, Tensor]) -> None:
+        """Load weights; say which have other shapes, such as the last layer of a network for other
+        classes, and so remain random."""
+        own = self.network.state_dict()
+        others = [n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape]
+        self.network.load_state_dict({**weights, **{name: own[name] for name in others}})
+        if others and self.trainer.is_global_zero:
+            print(f"model.weights: of other shapes, so not loaded: {', '.join(sorted(others))}")
 
     def on_train_start(self) -> None:
         """Start an epoch, as Lightning calls no hook when it resumes in the middle of one."""

@@ -140,6 +140,8 @@ def _unknown(name: str, parser: LightningArgumentParser) -> str:
         hint = f": did you mean {near[0]}?"
     elif len(known) < 12:
         hint = f": there are {', '.join(known)}" if known else ": that class takes none"
+        is_class = known and not parser.exit_on_error
+        hint += f"; if it takes **kwargs: dict_kwargs.{name}" * bool(is_class)
     else:
         hint = ""
     return f"unknown option {name}{hint}"

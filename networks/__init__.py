@@ -2,8 +2,8 @@
 
 from networks.convnet import ConvNet
 from networks.deep_convnet import DeepConvNet
+from networks.library import has_large_stem, library_network
 from networks.max_pool import MaxPool2x2
-from networks.resnet import resnet18
 from networks.speedrun import SpeedrunNet
 
 
@@ -13,4 +13,7 @@ def default_network() -> ConvNet:
     return ConvNet()
 
 
-__all__ = ["ConvNet", "DeepConvNet", "MaxPool2x2", "SpeedrunNet", "default_network", "resnet18"]
+__all__ = [
+    "ConvNet", "DeepConvNet", "MaxPool2x2", "SpeedrunNet", "default_network", "has_large_stem",
+    "library_network",
+]  # fmt: skip

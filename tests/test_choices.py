@@ -152,6 +152,10 @@ def test_a_run_can_start_from_weights(run: Run, fails: Run, file: str) -> None:
         message = fails(*start[:-4], "--model.weights", LAST, "--data.split_seed", "1")
         assert "was trained on images of this validation set" in message
     assert "no checkpoint nowhere.pth" in fails(*FLAT, "--model.weights", "nowhere.pth")
+    one = torch.load(RUN_0 / "model.pth", weights_only=True)
+    torch.save(one | {"1.weight": torch.zeros(1000, 3072)}, "thousand.pth")
+    said = run(*FLAT, "--model.weights", "thousand.pth", "--trainer.max_epochs", "1")
+    assert "of other shapes, so not loaded: 1.weight\n" in said
     other = ("--model.network", "ConvNet", "--model.weights", RUN_0 / "model.pth")
     assert "does not fit the network" in fails("fit", "--config", BASE, *other)
 

@@ -23,7 +23,7 @@ from cifar10.augment import AlternatingFlip, RandomCrop
 from cuda_graph import STEPS_A_CALL, decides_on_cpu
 from datamodule import CIFAR10DataModule
 from lightning_module import Diverged, ImageClassifier
-from networks import ConvNet, DeepConvNet, SpeedrunNet, resnet18
+from networks import ConvNet, DeepConvNet, SpeedrunNet, library_network
 from optimization import WarmupCosine
 from tests.conftest import QUIET
 
@@ -270,7 +270,7 @@ def test_nothing_is_saved_of_half_a_call(
 
 
 def test_networks_of_this_project_decide_nothing_on_the_cpu() -> None:
-    for network in (ConvNet(), DeepConvNet(), SpeedrunNet(), resnet18()):
+    for network in (ConvNet(), DeepConvNet(), SpeedrunNet(), library_network("resnet18")):
         assert not decides_on_cpu(network)
     assert "RandomHorizontalFlip" in decides_on_cpu(nn.Sequential(v2.RandomHorizontalFlip()))
 

@@ -11,7 +11,7 @@ MAY = {
     "callbacks": {"cifar10", "runs", "reports"},
     "cuda_graph": {"cifar10", "overhead"},
     "datamodule": {"cifar10", "runs"},
-    "lightning_module": {"cifar10", "cuda_graph", "runs"},
+    "lightning_module": {"cifar10", "cuda_graph", "networks", "runs"},
     "train": {*LOW, "callbacks", "datamodule", "lightning_module", "optimization", "reports"},
     "export": {*LOW, "lightning_module"},
     "studies": {"train", "runs", "reports", "terminal"},

@@ -1,12 +1,13 @@
 """The shapes and sizes that the report gives."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from networks import ConvNet, MaxPool2x2
+from networks import ConvNet, MaxPool2x2, has_large_stem, library_network
 
 
 def test_output_shapes_of_every_part_are_those_of_the_report() -> None:
@@ -83,3 +84,23 @@ def test_a_number_that_is_none_is_not_hidden_by_max_pooling() -> None:
     images = torch.tensor([[[[1.0, float("nan")], [2.0, 3.0]]]])
     assert MaxPool2x2()(images).isnan().all()
     assert F.max_pool2d(images, 2).isnan().all()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "timm/resnet18"])
+def test_resnets_of_libraries_see_small_images_whole(name: str) -> None:
+    shapes: list[torch.Size] = []
+    for stem, size in (("small", 32), ("own", 8)):
+        network: Any = library_network(name, stem)  # type: ignore[arg-type]
+        network.layer1.register_forward_hook(lambda _m, _i, out: shapes.append(out.shape))
+        assert network.eval()(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+        assert shapes.pop() == (2, 64, size, size)
+        assert has_large_stem(network) == (stem == "own")
+
+
+def test_other_networks_of_libraries_take_arguments() -> None:
+    arguments = {"img_size": 32, "patch_size": 8, "depth": 1}
+    network = library_network("timm/vit_tiny_patch16_224", arguments=arguments)
+    assert network.eval()(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+    for name in ("resnet19", "timm/resnet19"):
+        with pytest.raises(ValueError, match=f"no network {name}: did you mean resnet"):
+            library_network(name)

@@ -1,0 +1,53 @@
+"""Networks of torchvision and timm, made for ten classes and images of 32 x 32 pixels."""
+
+from difflib import get_close_matches
+from typing import Any, Literal
+
+import torch
+import torchvision
+from torch import nn
+
+
+def library_network(
+    name: str, stem: Literal["small", "own"] = "small", arguments: dict[str, Any] | None = None
+) -> nn.Module:
+    """Return a network of torchvision's or timm's: images [B, 3, 32, 32] to logits [B, 10].
+
+    Args:
+        name: `resnet18` or another of torchvision's (`torchvision.models.list_models()`), or
+            `timm/resnet18` (`timm.list_models()`). It begins with random weights.
+        stem: Of the ResNet family, whose own stem makes 8 x 8 pixels of 32 x 32 before the first
+            block. `small`: a convolution of 3 x 3 with stride 1 and no pooling, as He et al., arXiv
+            1512.03385, section 4.2, have it for CIFAR-10. Others keep theirs.
+        arguments: Further arguments of the network, such as timm's {img_size: 32, patch_size: 4}.
+
+    Raises:
+        ValueError: There is no such network.
+        ImportError: timm is not installed.
+
+    """
+    library, _, model = name.rpartition("/")
+    if library == "timm":
+        try:
+            from timm import create_model, list_models  # an extra
+        except ImportError as error:
+            raise ImportError("timm is not installed: pip install timm") from error
+    else:
+        create_model, list_models = torchvision.models.get_model, torchvision.models.list_models
+    if model not in list_models():
+        near = " or ".join(get_close_matches(model, list_models(), n=2))
+        raise ValueError(f"there is no network {name}" + f": did you mean {near}?" * bool(near))
+    network: Any = create_model(model, num_classes=10, **(arguments or {}))
+    if stem == "small" and has_large_stem(network):
+        network.conv1 = nn.Conv2d(3, network.conv1.out_channels, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+        network.maxpool = nn.Identity()
+    return network.to(memory_format=torch.channels_last)
+
+
+def has_large_stem(network: nn.Module) -> bool:
+    """Return whether a network begins as ResNets for large images do: a convolution with stride 2,
+    and pooling."""
+    first, pool = getattr(network, "conv1", None), getattr(network, "maxpool", None)
+    halves = isinstance(first, nn.Conv2d) and first.stride == (2, 2)
+    return halves and isinstance(pool, nn.MaxPool2d)
