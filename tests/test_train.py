@@ -538,7 +538,7 @@ def test_a_wrong_yaml_is_refused(fails: Run, tmp_path: Path, text: str, message:
             "unknown option width: that class takes none",
         ),
         (
-            ["--model.network", "torchvision.models.resnet18", "--model.network.num_classes", "10"],
+            ["--model.network", "timm.create_model", "--model.network.num_classes", "10"],
             "if it takes **kwargs: dict_kwargs.num_classes",
         ),
         (["--data.val_size", "1000"], "leaves no training image of 1000: choose at most 999"),
