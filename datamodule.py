@@ -49,6 +49,7 @@ class CIFAR10DataModule(LightningDataModule):
 
     """
 
+    classes = archive.CLASSES  # by label
     steps_a_call = 1  # optimizer steps that one batch is for; the model says how many
 
     def __init__(

@@ -98,7 +98,8 @@ class ConfusionMatrix(PredictionsKeeper):
 
 class PredictionTable(Callback):
     """Writes the two most probable classes of every image to a CSV file at the end, and shows those
-    of the first pictures. `files` are the pictures' own, None if the images have numbers only."""
+    of the first pictures. `files` are the pictures' own, None for images that have numbers and
+    labels."""
 
     def __init__(self, path: Path, files: list[Path] | None) -> None:
         self.path, self.files = path, files
@@ -110,10 +111,13 @@ class PredictionTable(Callback):
     ) -> None:
         """Keep the best of probabilities [B, 10]; name the files that could not be read."""
         best, indices = outputs.topk(2), batch.indices.tolist()
-        columns = indices, best.values.tolist(), best.indices.tolist()
-        for index, (p, q), (first, second) in zip(*columns, strict=True):
-            name = str(index) if self.files is None else _printable(self.files[index])
-            self.rows.append([name, CLASSES[first], f"{p:.4f}", CLASSES[second], f"{q:.4f}"])
+        columns = indices, best.values.tolist(), best.indices.tolist(), batch.labels.tolist()
+        for index, (p, q), (first, second), label in zip(*columns, strict=True):
+            row = [CLASSES[first], f"{p:.4f}", CLASSES[second], f"{q:.4f}"]
+            if self.files is None:
+                self.rows.append([str(index), *row, CLASSES[label]])
+            else:
+                self.rows.append([_printable(self.files[index]), *row])
         start = BATCH_SIZE * batch_idx
         for index, file in enumerate((self.files or [])[start : start + BATCH_SIZE], start):
             if index not in indices:
@@ -126,8 +130,8 @@ class PredictionTable(Callback):
             return
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        name = "image" if self.files is None else "file"
-        writer.writerow([name, "class", "probability", "runner_up", "runner_up_probability"])
+        columns = ["class", "probability", "runner_up", "runner_up_probability"]
+        writer.writerow(["image", *columns, "label"] if self.files is None else ["file", *columns])
         writer.writerows(self.rows)
         write_whole(self.path, text.getvalue().encode())
         if self.files is not None:

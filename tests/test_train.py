@@ -466,12 +466,11 @@ def test_predict_writes_a_class_for_every_test_image(run: Run) -> None:
     run("fit", "--config", BASE, "--data.test_curve", "true", once=True)
     run("predict", "--ckpt_path", RUN_0 / "checkpoints/last.ckpt")
     with (RUN_0 / "predictions.csv").open() as file:
-        predictions = [row["class"] for row in csv.DictReader(file)]
+        predictions = list(csv.DictReader(file))
     root = yaml.safe_load((RUN_0 / "config.yaml").read_text())["data"]["root"]
-    labels = archive.load(root, verify=False).test_labels
-    right = sum(
-        archive.CLASSES.index(p) == label for p, label in zip(predictions, labels, strict=True)
-    )
+    labels = [archive.CLASSES[i] for i in archive.load(root, verify=False).test_labels]
+    assert [row["label"] for row in predictions] == labels
+    right = sum(row["class"] == row["label"] for row in predictions)
     assert right / len(labels) == pytest.approx(rows(RUN_0)[-1]["test/acc"])
 
 
