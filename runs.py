@@ -444,7 +444,7 @@ def best(last: Path) -> Path:
     found = chosen(rows, EpochCheckpoint(dirpath=last.parent, **by)) if by["monitor"] else None
     if found is None:
         raise MisconfigurationException(f"--ckpt_path best: {run_of(last)} chose no epoch")
-    return found[1]
+    return last.parent / found[1].resolve().relative_to(last.parent.resolve())  # as it was named
 
 
 def last_of_newest_run(parent: Path) -> Path:

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import numpy as np
 import pytest
+from nbclient import NotebookClient
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -90,6 +92,27 @@ def test_commands_of_the_documentation_run(
     if name == "docs/usage.md":
         images = np.load("data/cifar-10-arrays/train_images.npy")
         assert np.array_equal(images, made_up()["train_images"])
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_end_to_end(arrays: Path, tmp_path: Path) -> None:
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "data").symlink_to(arrays)
+    for entry in (*ROOT.glob("*.py"), *(f.parent for f in ROOT.glob("*/*"))):
+        if entry.name not in ("notebooks", "data", "runs") and not (tmp_path / entry.name).exists():
+            (tmp_path / entry.name).symlink_to(entry)
+    notebook = nbformat.read(  # type: ignore[no-untyped-call]
+        ROOT / "notebooks" / "tour.ipynb", as_version=4
+    )
+    for cell in notebook.cells:
+        assert not cell.get("outputs"), "committed without outputs"
+        cell.source = cell.source.replace("Module()", "Module(verify=False, val_size=200)").replace(
+            "base.yaml --name", "base.yaml --data.verify false --data.val_size 200 --name"
+        )
+    folder = str(tmp_path / "notebooks")
+    NotebookClient(notebook, resources={"metadata": {"path": folder}}).execute()
+    assert len(rows(tmp_path / "runs" / "tour" / "version_0")) == 3
+    assert (tmp_path / "runs" / "tour" / "version_0" / "predictions.csv").exists()
 
 
 def small(command: str) -> str:
