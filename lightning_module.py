@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
 )
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -60,12 +61,13 @@ class ImageClassifier(RecordableModule):
             std: [r, g, b]}.
         label_smoothing: Of the training loss, in [0, 1]: the share of the target that is spread
             evenly over all classes.
-        class_weights: Of the training loss, one for each class: PyTorch's `CrossEntropyLoss`
-            divides the sum of a batch's weighted losses by the sum of their weights.
+        class_weights: A weight above 0 for each class, in the training loss: as PyTorch's
+            `CrossEntropyLoss` does, it divides the sum of a batch's weighted losses by the sum of
+            their weights.
         weights: Start from the weights in this file: a checkpoint, or the network's alone, as in
             `model.pth`. Those of other shapes are named and left out.
-        decay_matrices_only: Apply the optimizer's weight decay to no vector: neither to biases nor
-            to the scales of normalisation.
+        decay_matrices_only: Leave vectors (biases, scales of normalisation) out of the optimizer's
+            weight decay.
         softmax_before_loss: Apply softmax to the logits before the loss, which applies its own: the
             mistake in the report's code, kept to measure what it costs.
         compile: Compile the training step with `torch.compile` in this mode, from pixels to loss;
@@ -120,11 +122,13 @@ class ImageClassifier(RecordableModule):
         self.log_steps = log_steps
         self.lr: float | None = None  # found by Lightning's LearningRateFinder
         self.label_smoothing = label_smoothing
-        if class_weights is not None and len(class_weights) != len(CLASSES):
-            raise MisconfigurationException(f"model.class_weights: {len(CLASSES)} numbers")
-        of_classes = None if class_weights is None else torch.tensor(class_weights)
+        of_classes = None if class_weights is None else torch.tensor(class_weights).float()
+        if of_classes is not None and not (len(of_classes) == len(CLASSES) and min(of_classes) > 0):
+            raise MisconfigurationException(
+                f"model.class_weights {class_weights}: expected {len(CLASSES)} numbers above 0"
+            )
         self.register_buffer("class_weights", of_classes, persistent=False)
-        self.weights = weights
+        self.is_new = weights is None  # so its network may still begin in a way of its own
         self.decay_matrices_only = decay_matrices_only
         self.tta = self.views = tta
         for name, values in _normalization(normalize).items():
@@ -135,6 +139,8 @@ class ImageClassifier(RecordableModule):
         self.val_metrics = Means()
         self.test_metrics = Means()
         _check(network)
+        if weights is not None:
+            _start_from(read_weights(weights), network)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map float images [B, 3, 32, 32] in [0, 1] to logits [B, 10].
@@ -187,8 +193,9 @@ class ImageClassifier(RecordableModule):
         logits = logits.float()  # of weights in bfloat16 too
         scores = logits.softmax(dim=1) if self.softmax_before_loss else logits
         if self.training:
+            weights = None if self.class_weights is None else self.class_weights.float()
             smoothing = self.label_smoothing
-            loss = F.cross_entropy(scores, labels, self.class_weights, label_smoothing=smoothing)
+            loss = F.cross_entropy(scores, labels, weights, label_smoothing=smoothing)
         else:
             loss = F.cross_entropy(scores, labels)
         return loss, (logits.argmax(dim=1) == labels).sum()
@@ -228,6 +235,9 @@ class ImageClassifier(RecordableModule):
             parameters = [matrices, {"params": vectors, "weight_decay": 0.0}]
         with _refused("model.optimizer"):
             optimizer = self.make_optimizer(parameters)
+            decays = [group.get("weight_decay") for group in optimizer.param_groups]
+            if self.decay_matrices_only and not any(decays):
+                raise ValueError("model.decay_matrices_only needs an optimizer with weight_decay")
         for group in optimizer.param_groups if self.lr is not None else ():
             group["lr"] = self.lr
         self.choose_steps(optimizer)
@@ -249,9 +259,9 @@ class ImageClassifier(RecordableModule):
 
     def _frequency(self, scheduler: Any) -> int:
         """Return after how many epochs or steps a scheduler is stepped: with each validation, if it
-        waits for one."""
-        epochs = self.trainer.check_val_every_n_epoch
-        return epochs if epochs and isinstance(scheduler, ReduceLROnPlateau) else 1
+        follows a metric of validation."""
+        waits = isinstance(scheduler, ReduceLROnPlateau) and _monitor(scheduler)[:6] != "train/"
+        return (self.trainer.check_val_every_n_epoch or 1) if waits else 1
 
     def _scheduler(self, optimizer: Optimizer) -> Any:
         make = self.make_lr_scheduler
@@ -327,8 +337,8 @@ class ImageClassifier(RecordableModule):
     # ---------------------------------------------------------------------------------- hooks
 
     def setup(self, stage: str) -> None:
-        """Take the augmentation from the data module; prepare the step; load `weights`, or show
-        training images to a network that has `init_from`."""
+        """Take the augmentation from the data module; prepare the step; show training images to a
+        new network that has `init_from`."""
         self.views = "none" if stage == "fit" else self.tta
         data = getattr(self.trainer, "datamodule", None)
         self.augment = getattr(data, "augmentation", self.augment)
@@ -348,26 +358,17 @@ class ImageClassifier(RecordableModule):
         self.compiled_loss, self.compiled_for = self._loss, 0
         if self.compile_mode != "off":
             self.compiled_loss = torch.compile(self._loss, mode=self.compile_mode, dynamic=False)
-        if has_large_stem(self.network) and self.trainer.is_global_zero:
-            print(
-                "model.network: a stem for large images, which makes 8 x 8 pixels of 32 x 32: "
-                "networks.library_network has one for these"
+        if has_large_stem(self.network):
+            rank_zero_only(print)(
+                "model.network: its first layers reduce 32 x 32 images to 8 x 8; "
+                "networks.library_network builds ResNets for small images"
             )
-        if self.weights is not None:
-            self._start_from(read_weights(self.weights))
-        elif data is not None and hasattr(self.network, "init_from"):
+        if self.class_weights is not None and self.trainer.world_size > 1:
+            raise MisconfigurationException("model.class_weights takes one device")
+        if data is not None and self.is_new and hasattr(self.network, "init_from"):
             pixels = data.train_set.images[data.train_set.indices[:INIT_IMAGES]]
             with torch.no_grad():
                 self.network.init_from(self.to(pixels.device).normalized(pixels / 255))  # type: ignore[operator]
-
-    def _start_from(self, weights: dict[str, Tensor]) -> None:
-        """Load weights; say which have other shapes, such as the last layer of a network for other
-        classes, and so remain random."""
-        own = self.network.state_dict()
-        others = [n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape]
-        self.network.load_state_dict({**weights, **{name: own[name] for name in others}})
-        if others and self.trainer.is_global_zero:
-            print(f"model.weights: of other shapes, so not loaded: {', '.join(sorted(others))}")
 
     def on_train_start(self) -> None:
         """Start an epoch, as Lightning calls no hook when it resumes in the middle of one."""
@@ -451,8 +452,16 @@ class ImageClassifier(RecordableModule):
     def load_from_checkpoint(cls, checkpoint_path: Any, **kwargs: Any) -> "ImageClassifier":  # type: ignore[override]
         """Return a trained model, from a checkpoint of this version or an earlier one."""
         settings = read_checkpoint(checkpoint_path).get("hyper_parameters", {})
-        kwargs = {"map_location": "cpu", "weights_only": True, **settings, **kwargs}
-        return super().load_from_checkpoint(checkpoint_path, **kwargs)
+        kwargs = {
+            "map_location": "cpu",
+            "weights_only": True,
+            **settings,
+            "weights": None,
+            **kwargs,
+        }
+        model = super().load_from_checkpoint(checkpoint_path, **kwargs)
+        model.is_new = False
+        return model
 
     @property  # type: ignore[misc]  # Lightning's can also be set
     def example_input_array(self) -> Tensor:
@@ -514,6 +523,17 @@ def _normalization(normalize: str | dict[str, list[float]] | None) -> dict[str, 
             f"model.normalize is {normalize}: expected cifar10, or mean and std of 3 channels"
         )
     return found
+
+
+def _start_from(weights: dict[str, Tensor], network: nn.Module) -> None:
+    """Load weights; say which have other shapes, such as the last layer of a network for other
+    classes, and so remain random."""
+    own = network.state_dict()
+    others = [n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape]
+    network.load_state_dict({**weights, **{name: own[name] for name in others}})
+    if others:
+        names = ", ".join(sorted(others))
+        rank_zero_only(print)(f"model.weights: of other shapes, so not loaded: {names}")
 
 
 def _check(network: nn.Module) -> None:

@@ -23,11 +23,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from filelock import FileLock, Timeout
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
 
 WHERE = {  # where things lie, on which no result depends; the device is on record by itself
     "name", "ckpt_path", "config", "trainer.default_root_dir", "trainer.accelerator", "data.root",
@@ -267,6 +269,12 @@ def check_monitors(settings: dict[str, Any]) -> None:
             )
 
 
+def keeper(trainer: Trainer) -> ModelCheckpoint | None:
+    """Return the ModelCheckpoint that names the best epoch: the first one."""
+    callbacks = trainer.checkpoint_callbacks
+    return next((c for c in callbacks if isinstance(c, ModelCheckpoint)), None)
+
+
 def chosen(rows: list[Row], checkpoint: ModelCheckpoint) -> tuple[Row, Path] | None:
     """Return the epoch that validation chose, and its file: the first best of the metric that is
     monitored, among the epochs whose checkpoint is there, saved when the metric was measured."""
@@ -313,24 +321,42 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         MisconfigurationException: No such file, or not a checkpoint.
     """
-    keys = ("state_dict", "epoch", "global_step", "pytorch-lightning_version")
-    return migrate(load(Path(path), keys))
+    path, what = Path(path), "a checkpoint of this project"
+    checkpoint = _load(path, what)
+    keys = {"state_dict", "epoch", "global_step", "pytorch-lightning_version"}
+    if not (isinstance(checkpoint, dict) and checkpoint.keys() >= keys):
+        raise MisconfigurationException(f"{path} is not {what}")
+    return migrate(checkpoint)
 
 
 def read_weights(path: str | Path) -> dict[str, Any]:
     """Return the weights of a network by name, of a checkpoint or of a file that has nothing else.
 
     Raises:
-        MisconfigurationException: No such file, or none that PyTorch saved.
+        MisconfigurationException: No such file, or one without weights.
     """
-    content = load(Path(path))
-    named = content.get("state_dict", {}).items()
+    content = _load(Path(path), "a file of weights", mmap=False)  # which older files don't allow
+    found = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not (isinstance(found, dict) and all(isinstance(v, Tensor) for v in found.values())):
+        raise MisconfigurationException(f"{path} holds no weights of a network")
     prefix = "network."
-    return {k.removeprefix(prefix): v for k, v in named if k.startswith(prefix)} or content
+    return {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)} or found
 
 
-def load(path: Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return the content of a file that PyTorch saved, which has these keys, as plain data."""
+def origin(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the settings of the run that left a file of weights, and on which images it trained,
+    as the checkpoint says, or `config.yaml` and `run.json` beside `model.pth`; empty if unknown."""
+    content = _load(path, "a file of weights", mmap=False)
+    settings, made_by = path.with_name("config.yaml"), path.with_name("run.json")
+    if isinstance(content, dict) and "val_size" in content.get("datamodule_hyper_parameters", {}):
+        return settings_of(migrate(content)), content.get("run", {}).get("images", {})
+    if path.name == "model.pth" and settings.exists() and made_by.exists():
+        return yaml.safe_load(settings.read_text()), json.loads(made_by.read_text())["images"]
+    return {}, {}
+
+
+def _load(path: Path, what: str, mmap: bool = True) -> Any:
+    """Return the content of a file that PyTorch saved, as plain data."""
     if not path.is_file():
         others = sorted(p.name for p in path.parent.glob("*.ckpt"))
         if len(others) > 4:
@@ -341,15 +367,11 @@ def load(path: Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
             raise MisconfigurationException(f"{path} is a folder: name a file in it: {max(files)}")
         raise MisconfigurationException(f"no checkpoint {path}{there}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        for key in keys:
-            checkpoint[key]
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a file that is no checkpoint can fail in any way
         raise MisconfigurationException(
-            f"{path} is not a checkpoint of this project, or it is damaged; it was not loaded "
-            f"({type(error).__name__})"
+            f"{path} is not {what}, or it is damaged; it was not loaded ({type(error).__name__})"
         ) from error
-    return checkpoint
 
 
 def migrate(checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -411,8 +433,8 @@ def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
 
 def run_of(checkpoint: Path) -> Path:
     """Return the folder of the run that wrote a checkpoint; its own, if it was moved away."""
-    folder = checkpoint.parent
-    return folder.parent if folder.name == "checkpoints" else folder
+    folders = (folder.parent for folder in checkpoint.parents if folder.name == "checkpoints")
+    return next(folders, checkpoint.parent)
 
 
 def newest(folder: Path) -> tuple[int, Path]:
@@ -444,7 +466,7 @@ def best(last: Path) -> Path:
     found = chosen(rows, EpochCheckpoint(dirpath=last.parent, **by)) if by["monitor"] else None
     if found is None:
         raise MisconfigurationException(f"--ckpt_path best: {run_of(last)} chose no epoch")
-    return last.parent / found[1].resolve().relative_to(last.parent.resolve())  # as it was named
+    return last.parent / found[1].relative_to(last.parent.resolve())  # relative, if it was named so
 
 
 def last_of_newest_run(parent: Path) -> Path:

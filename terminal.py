@@ -54,7 +54,7 @@ MEANT = {
 SHOWN = {*MEANT.values(), *(f"checkpoint.{name}" for name in ("monitor", "mode", "filename",
          "save_top_k", "save_last"))}  # fmt: skip
 HELP = {
-    "ckpt_path": "A checkpoint; `last` or `best` of the newest run (--name, or --config's file).",
+    "ckpt_path": "A checkpoint; or `last` or `best` of the newest run of --name.",
     "model.optimizer": "Makes the optimizer from the parameters. Arguments of a class are flags "
     "too: --model.optimizer SGD --model.optimizer.lr 0.05; --model.optimizer.help SGD lists them.",
 }

@@ -32,9 +32,7 @@ from jsonargparse.typing import register_type, restricted_number_type
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import (
-    BatchSizeFinder,
     Checkpoint,
-    LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
     ProgressBar,
@@ -54,7 +52,7 @@ import optimization  # noqa: F401  # so that short names of its classes are know
 import runs
 from callbacks import Board, History, LayerTable, PredictionsKeeper, PredictionTable, SaveSettings
 from datamodule import CIFAR10DataModule
-from lightning_module import Diverged, ImageClassifier
+from lightning_module import FINDERS, Diverged, ImageClassifier
 from memory import keep_freed_memory
 from overhead import NoProfiler
 from reports.card import RESULT, commit, model_card, with_result
@@ -67,7 +65,6 @@ register_type(
 register_type(torch.device, str, torch.device)
 # Of defaults such as that of Lightning's Timer.
 yaml.SafeDumper.add_multi_representer(StrEnum, lambda dumper, of: dumper.represent_str(of.value))
-FINDERS = (BatchSizeFinder, LearningRateFinder)
 BAREBONES = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
 
@@ -235,12 +232,16 @@ class CLI(LightningCLI):
         config = self.config[self.subcommand]
         if config.ckpt_path and not self.checkpoint:
             raise MisconfigurationException("ckpt_path belongs on the command line: --ckpt_path")
+        if self.subcommand != "fit" and config.trainer.barebones:
+            raise MisconfigurationException(
+                f"{self.subcommand}: trainer.barebones measures nothing"
+            )
         if self.subcommand != "fit" and not self.checkpoint:
             raise MisconfigurationException(f"{self.subcommand} needs --ckpt_path CHECKPOINT")
         options = config.trainer
         options.default_root_dir = options.default_root_dir or "runs"
         for flag in BAREBONES if options.barebones else ():
-            options[flag] = False
+            options[flag] = options[flag] or False  # as asked for, it is refused by Lightning
         if not config.name:
             files = [Path(str(file)) for file in config.config or [] if file]
             config.name = files[-1].stem if files else "default"
@@ -252,12 +253,20 @@ class CLI(LightningCLI):
         weights = config.model.weights
         if self.checkpoint:
             before = runs.settings_of(self.checkpoint)["model"].get("weights")
-            if self.subcommand == "fit" and weights != before:
+            if weights != before:
                 raise MisconfigurationException("model.weights starts a run: leave out --ckpt_path")
             self._refuse_seen(self.path, self.checkpoint.get("datamodule_hyper_parameters"))
         elif weights is not None:
-            data = runs.load(Path(weights)).get("datamodule_hyper_parameters")
-            self._refuse_seen(weights, data)
+            its, _ = runs.origin(Path(weights))
+            data, normalize = its.get("data"), its.get("model", {}).get("normalize")
+            if data and normalize != config.model.normalize:
+                _note(f"{weights} was trained with model.normalize {normalize}, unlike this run")
+            if config.data.val_size and not data:
+                _note(
+                    f"nothing says on which images {weights} was trained: if on some of this "
+                    "validation set, its accuracy is too high"
+                )
+            self._refuse_seen(Path(weights), data)
         self._dump_config()
         # jsonargparse says so even of a text, where a function would do too.
         text = yaml.safe_dump(self.config_dump, sort_keys=False)
@@ -270,7 +279,7 @@ class CLI(LightningCLI):
             if "Unable to serialize instance" in str(value):
                 raise MisconfigurationException(f"{key} can't be saved in config.yaml: {value}")
 
-    def _refuse_seen(self, path: Any, before: dict[str, Any] | None) -> None:
+    def _refuse_seen(self, path: Path | None, before: dict[str, Any] | None) -> None:
         """Refuse a validation set with images that a checkpoint was trained on, by its data."""
         now = self.config[self.subcommand].data
         if not now.val_size or not before or self.subcommand == "predict":
@@ -289,6 +298,8 @@ class CLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; arguments that a class refuses are the user's mistake."""
+        if self.checkpoint:  # which has weights of its own
+            self.config[self.subcommand].model.weights = None
         try:
             super().instantiate_classes()
         except (ValueError, OSError, ImportError) as error:
@@ -303,8 +314,6 @@ class CLI(LightningCLI):
             # `load_from_checkpoint` builds objects from their class paths by the instantiator.
             by_name = {"_instantiator": "lightning.pytorch.cli.instantiate_module"}
             part.save_hyperparameters({**self.config_dump[key], **by_name})
-        if self.checkpoint:  # which has later ones
-            self.model.weights = None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Return a trainer that writes into the run's folder, with the callbacks of every run."""
@@ -338,22 +347,30 @@ class CLI(LightningCLI):
             callbacks += [config.checkpoint, *config.checkpoint.also_last()]
         elif saves:
             _note("the ModelCheckpoint in trainer.callbacks replaces checkpoint.*")
+        if options.max_time is not None:  # Lightning's would cut an epoch short
+            callbacks.append(Timer(options.max_time, interval="epoch"))
         plugins = _listed(options.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(runs.WholeCheckpointIO())
         try:
-            return super().instantiate_trainer(
+            trainer = super().instantiate_trainer(
                 default_root_dir=self.run_folder,
                 logger=loggers or False,
                 callbacks=callbacks,
                 plugins=plugins,
                 enable_progress_bar=has_bar,
                 enable_checkpointing=saves,
+                max_time=None,
                 profiler=options.profiler or (None if options.barebones else NoProfiler()),
                 **kwargs,
             )
         except (TypeError, ValueError) as error:
             raise MisconfigurationException(f"trainer: {error}") from error
+        if trainer.world_size == 1 and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+            raise MisconfigurationException(
+                "srun started several processes for one device: give trainer.devices, or srun -n 1"
+            )
+        return trainer
 
     def find_run_folder(self) -> Path:
         """Return the folder of the checkpoint's run, or a new one for what `fit` starts."""
@@ -390,6 +407,8 @@ class CLI(LightningCLI):
             raise MisconfigurationException(
                 f"{self.path} has done {done} epochs: raise --trainer.max_epochs {max_epochs}"
             )
+        if done and done == progress["current"]["ready"] and self._is_cut_short():
+            _note(f"epoch {done - 1} was stopped before its last batch: its rest is left out")
         if self.checkpoint and done == max_epochs:
             self.trainer.print(
                 f"all {done} epochs are done: to train for longer, raise --trainer.max_epochs"
@@ -402,13 +421,21 @@ class CLI(LightningCLI):
             if writes:
                 self._finish(code)
 
+    def _is_cut_short(self) -> bool:
+        """Return whether the last epoch of the checkpoint ended early, such as by max_steps."""
+        batches = self.checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        return not batches["is_last_batch"]
+
     def _fit(self, **kwargs: Any) -> None:
         try:
             self.trainer.fit(**kwargs)
             timers = (c for c in self.trainer.callbacks if isinstance(c, Timer))  # type: ignore[attr-defined]
             left = [seconds for c in timers if (seconds := c.time_remaining()) is not None]
             if min(left, default=1.0) <= 0:
-                self.trainer.print("stopped by its Timer: the time is over")
+                self.trainer.print(
+                    "stopped after its time; to resume, raise trainer.max_time, which counts the "
+                    "time before too"
+                )
         except SystemExit as stop:  # by which Lightning ends after Ctrl-C or SIGTERM
             if stop.code not in (None, 1):
                 raise
@@ -441,8 +468,7 @@ class CLI(LightningCLI):
         history = next(c for c in self.trainer.callbacks if isinstance(c, History))  # type: ignore[attr-defined]
         saved = next(c for c in self.trainer.callbacks if isinstance(c, SaveSettings))  # type: ignore[attr-defined]
         run = {**saved.made_by, "commit": code, "parts": saved.parts}
-        keepers = (c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint))
-        keeper: Any = next(keepers, None)
+        keeper: Any = runs.keeper(self.trainer)
         best = runs.chosen(history.rows, keeper) if keeper else None
         step, path = runs.newest(self.run_folder / "checkpoints")
         if keeper and not keeper.monitor and Path(keeper.best_model_path).parent == path.parent:
@@ -455,10 +481,12 @@ class CLI(LightningCLI):
         print()
         if row:
             print(f"best  epoch {row['epoch']:.0f}, {keeper.monitor} {row[keeper.monitor]:.4f}")
-        if row or step >= 0:
+        if row or (keeper and step >= 0):
             print(f"test  python train.py test --ckpt_path {shlex.quote(str(path))}")
         root = self.config.fit.trainer.default_root_dir
-        print(f"view  tensorboard --logdir {shlex.quote(str(root))}\nrun   {self.run_folder}")
+        if self.trainer.loggers:
+            print(f"view  tensorboard --logdir {shlex.quote(str(root))}")
+        print(f"run   {self.run_folder}")
 
     def after_validate(self) -> None:
         """Print loss and accuracy, unless the images may have been trained on."""
@@ -569,15 +597,21 @@ class CLI(LightningCLI):
 
 
 def _check_trainer(options: Any) -> None:
-    """Refuse what Lightning would take, and fail with later or do nothing."""
+    """Refuse what Lightning accepts, and then fails on or ignores."""
     if options.limit_train_batches == 0:
         raise MisconfigurationException("trainer.limit_train_batches 0 trains nothing")
+    callbacks = _listed(options.callbacks)
+    timers = [c for c in callbacks if c.class_path.endswith(".Timer")]
+    if any(timer.init_args.interval == "step" for timer in timers):
+        raise MisconfigurationException(
+            "a Timer that stops in the middle of an epoch leaves out its rest: give it interval "
+            "epoch, or use --trainer.max_time, which does"
+        )
     if re.search("spawn|fork|notebook", str(options.strategy)):
         raise MisconfigurationException(
             f"trainer.strategy {options.strategy} loses what its processes measure: use ddp"
         )
-    names = [getattr(c, "class_path", "") for c in _listed(options.callbacks)]
-    if any(name.endswith(".BackboneFinetuning") for name in names):
+    if any(c.class_path.endswith(".BackboneFinetuning") for c in callbacks):
         raise MisconfigurationException(
             "BackboneFinetuning needs a module with a `backbone`: here it is the whole network"
         )

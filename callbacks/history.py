@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from tqdm import tqdm
 
 from cifar10.batches import Batch
-from runs import Row, chosen, write_whole
+from runs import Row, chosen, keeper, write_whole
 
 STAGES, NAMES = ("train", "val", "test"), ("loss", "acc")
 
@@ -130,8 +129,8 @@ class History(Callback):
 
     def best(self, trainer: Trainer) -> Row | None:
         """Return the epoch that validation chose (`runs.chosen`)."""
-        callback = trainer.checkpoint_callback
-        found = chosen(self.rows, callback) if isinstance(callback, ModelCheckpoint) else None
+        callback = keeper(trainer)
+        found = chosen(self.rows, callback) if callback else None
         return found[0] if found else None
 
     def _report(self, trainer: Trainer) -> None:
@@ -164,7 +163,7 @@ def _say(line: str) -> None:
 def _measured(trainer: Trainer, *stages: str) -> Row:
     """Return the metrics of these stages; with those of validation, the one that is monitored."""
     metrics = trainer.callback_metrics
-    monitor = str(getattr(trainer.checkpoint_callback, "monitor", None))
+    monitor = str(getattr(keeper(trainer), "monitor", None))
     keys = [f"{stage}/{name}" for stage in stages for name in NAMES]
     if monitor not in keys and monitor.startswith("train/") == ("train" in stages):
         keys.append(monitor)

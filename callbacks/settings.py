@@ -12,7 +12,9 @@ from runs import (
     RUN_SETTINGS,
     code_version,
     differences,
+    keeper,
     machine,
+    origin,
     package_versions,
     settings_of,
     write_whole,
@@ -48,12 +50,18 @@ class SaveSettings(Callback):
             "device": device.type,
             "machine": machine(device),
         }
+        if (weights := self.settings["model"]["weights"]) and self.earlier:  # not read again
+            its = self.earlier.get("versions", {}).get(weights, "")
+            self.made_by["versions"][weights] = its
         before, now = _versions(self.earlier), _versions(self.made_by)
         self.changed |= {k: [v, now.get(k)] for k, v in before.items() if v != now.get(k)}
-        if data.val_size and "train images" in self.changed:
+        known = before.get("train images")
+        if weights and not self.earlier:
+            known = origin(Path(weights))[1].get("train")
+        if data.val_size and known not in (None, now["train images"]):
             raise MisconfigurationException(
-                f"the checkpoint was trained on other images ({before['train images']}), perhaps "
-                "on some of this validation set: resume with its data.root, or data.val_size 0"
+                f"{weights or 'the checkpoint'} was trained on other images ({known}), perhaps on "
+                "some of this validation set: keep its data.root, or use data.val_size 0"
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -85,7 +93,7 @@ class SaveSettings(Callback):
             "started_in": str(Path.cwd()),  # what relative paths start from
             **self.made_by,
             "parts": self.parts,
-            "chosen_by": {key: getattr(trainer.checkpoint_callback, key, None) for key in CHOICE},
+            "chosen_by": {key: getattr(keeper(trainer), key, None) for key in CHOICE},
         }
 
     def on_load_checkpoint(

@@ -1,6 +1,7 @@
 """Networks of torchvision and timm, made for ten classes and images of 32 x 32 pixels."""
 
 from difflib import get_close_matches
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -22,32 +23,43 @@ def library_network(
         arguments: Further arguments of the network, such as timm's {img_size: 32, patch_size: 4}.
 
     Raises:
-        ValueError: There is no such network.
+        ValueError: There is no such network, or it refuses its arguments.
         ImportError: timm is not installed.
 
     """
-    library, _, model = name.rpartition("/")
-    if library == "timm":
+    model = name.removeprefix("timm/")
+    if name != model:
         try:
             from timm import create_model, list_models  # an extra
         except ImportError as error:
             raise ImportError("timm is not installed: pip install timm") from error
     else:
-        create_model, list_models = torchvision.models.get_model, torchvision.models.list_models
-    if model not in list_models():
-        near = " or ".join(get_close_matches(model, list_models(), n=2))
+        create_model = torchvision.models.get_model
+        list_models = partial(torchvision.models.list_models, torchvision.models)
+    known = [f"timm/{other}" if name != model else other for other in list_models()]
+    if name not in known:
+        near = " or ".join(get_close_matches(name, known, n=2))
         raise ValueError(f"there is no network {name}" + f": did you mean {near}?" * bool(near))
-    network: Any = create_model(model, num_classes=10, **(arguments or {}))
+    try:
+        network: Any = create_model(model, num_classes=10, **(arguments or {}))
+    except TypeError as error:  # of its arguments
+        raise ValueError(f"{name}: {error}") from error
+    if hasattr(network, "aux_logits"):  # which would be further outputs in training
+        network.aux_logits = False
     if stem == "small" and has_large_stem(network):
-        network.conv1 = nn.Conv2d(3, network.conv1.out_channels, 3, padding=1, bias=False)
-        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+        if isinstance(network.conv1, nn.Conv2d):
+            network.conv1 = nn.Conv2d(3, network.conv1.out_channels, 3, padding=1, bias=False)
+            nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+        else:  # three convolutions of 3 x 3, the first with stride 2
+            network.conv1[0].stride = (1, 1)
         network.maxpool = nn.Identity()
     return network.to(memory_format=torch.channels_last)
 
 
 def has_large_stem(network: nn.Module) -> bool:
-    """Return whether a network begins as ResNets for large images do: a convolution with stride 2,
-    and pooling."""
+    """Return whether a network begins as ResNets for large images do: with a convolution of stride
+    2, and pooling."""
     first, pool = getattr(network, "conv1", None), getattr(network, "maxpool", None)
+    first = first[0] if isinstance(first, nn.Sequential) else first
     halves = isinstance(first, nn.Conv2d) and first.stride == (2, 2)
     return halves and isinstance(pool, nn.MaxPool2d)

@@ -50,6 +50,7 @@ def model_card(
     module: Any = trainer.lightning_module
     size = sum(p.numel() for p in module.network.parameters())
     some, every = trainer.num_training_batches, len(trainer.train_dataloader)  # type: ignore[arg-type]
+    done: int = trainer.fit_loop.epoch_loop.batch_progress.current.completed
     defaults = inspect.signature(Trainer.__init__).parameters
     limits = {key: settings["trainer"][key] for key in LIMITS}
     batch_size = trainer.datamodule.batch_size  # type: ignore[attr-defined]
@@ -67,7 +68,8 @@ def model_card(
         "Augmentation": ", ".join(_call(step) for step in data["augment"]),
         "Normalisation": model["normalize"] or "",
         "Epochs": f"{len(rows)} of {settings['trainer']['max_epochs']}"
-        + f", of {some} of {every} batches an epoch" * (some < every),
+        + f", of {some} of {every} batches an epoch" * (some < every)
+        + f", the last one stopped after {done} of its batches" * (done < some),
         "Batches": f"{batch_size} images"
         + ", found by BatchSizeFinder" * (batch_size != data["batch_size"]),
         "Weights": f"at first those of {weights}, SHA-256 {run['versions'].get(weights)}..."

@@ -181,6 +181,15 @@ def run(
 
 
 @pytest.fixture
+def printed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What `print` was given, to whatever stream, in place of printing it."""
+    lines: list[str] = []
+    say = lambda *words, **_: lines.append(" ".join(map(str, words)))  # noqa: E731
+    monkeypatch.setattr("builtins.print", say)
+    return lines
+
+
+@pytest.fixture
 def fails(run: Run, capsys: pytest.CaptureFixture[str]) -> Run:
     """Run `python train.py ...`, expect it to fail with one line and no traceback; return it."""
 

@@ -5,9 +5,11 @@ import json
 import math
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -131,7 +133,7 @@ def test_epochs_are_compared_on_the_same_images(run: Run, fails: Run) -> None:
 
 
 @pytest.mark.parametrize("file", ["checkpoints/last.ckpt", "model.pth"])
-def test_a_run_can_start_from_weights(run: Run, fails: Run, file: str) -> None:
+def test_a_run_can_start_from_weights(run: Run, fails: Run, printed: list[str], file: str) -> None:
     run(*FLAT, once=True)
     given = str(Path("weights", *(RUN_0 / file).parts[-1:]))
     Path("weights").mkdir()
@@ -145,19 +147,61 @@ def test_a_run_can_start_from_weights(run: Run, fails: Run, file: str) -> None:
     assert f"{given}, SHA-256 {file_version(Path(given))}" in (fine / "model.md").read_text()
     again = ("fit", "--ckpt_path", "last", "--name", "fine", "--trainer.max_epochs", "3")
     assert "leave out --ckpt_path" in fails(*again, "--model.weights", RUN_0 / "model.pth")
+    tested = ("test", "--ckpt_path", "last", "--name", "fine", "--model.weights", given + "x")
+    assert "leave out --ckpt_path" in fails(*tested)
+    from_run = (*FLAT, "--model.weights", RUN_0 / file, "--model.normalize", "cifar10")
+    run(*from_run, "--trainer.fast_dev_run", "1")
+    assert any("trained with model.normalize None, unlike this run" in line for line in printed)
+    card = (fine / "model.md").read_text()
     Path(given).unlink()
     run(*again)
     assert len(rows(fine)) == 3
-    if file.endswith("ckpt"):
-        message = fails(*start[:-4], "--model.weights", LAST, "--data.split_seed", "1")
-        assert "was trained on images of this validation set" in message
+    assert "SHA-256" in card
+    lines = (line for line in card.splitlines() if "Weights" in line)
+    assert next(lines) in (fine / "model.md").read_text()
+    assert "weights" not in (fine / "model.md").read_text().partition("Resumed")[2]
+    message = fails(*FLAT, "--model.weights", RUN_0 / file, "--data.split_seed", "1")
+    assert "was trained on images of this validation set" in message
+    torch.save([1.0], "list.pth")
+    assert "list.pth holds no weights" in fails(*FLAT, "--model.weights", "list.pth")
     assert "no checkpoint nowhere.pth" in fails(*FLAT, "--model.weights", "nowhere.pth")
     one = torch.load(RUN_0 / "model.pth", weights_only=True)
     torch.save(one | {"1.weight": torch.zeros(1000, 3072)}, "thousand.pth")
-    said = run(*FLAT, "--model.weights", "thousand.pth", "--trainer.max_epochs", "1")
-    assert "of other shapes, so not loaded: 1.weight\n" in said
+    run(*FLAT, "--model.weights", "thousand.pth", "--trainer.max_epochs", "1")
+    for told in ("other shapes, so not loaded: 1.weight", "which images thousand.pth was trained"):
+        assert any(told in line for line in printed)
     other = ("--model.network", "ConvNet", "--model.weights", RUN_0 / "model.pth")
     assert "does not fit the network" in fails("fit", "--config", BASE, *other)
+
+
+def test_weights_of_other_images_are_not_validated_on_them(
+    run: Run, fails: Run, arrays: Path, tmp_path: Path
+) -> None:
+    run(*FLAT, once=True)
+    shutil.copytree(arrays, tmp_path / "mine")
+    labels = tmp_path / "mine" / archive.FOLDER / "train_labels.npy"
+    np.save(labels, np.load(labels)[::-1])
+    other = (*FLAT, "--data.root", tmp_path / "mine", "--name", "other")
+    for file in ("model.pth", "checkpoints/last.ckpt"):
+        message = fails(*other, "--model.weights", RUN_0 / file)
+        assert "was trained on other images" in message
+    run(*other, "--model.weights", RUN_0 / "model.pth", "--data.val_size", "0")
+
+
+def test_a_model_that_began_with_weights_keeps_what_it_learnt(arrays: Path, run: Run) -> None:
+    run(*FLAT, once=True)
+    model = ImageClassifier(
+        Flat(),
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.0),
+        weights=str(RUN_0 / "model.pth"),
+    )
+    given = torch.load(RUN_0 / "model.pth", weights_only=True)["1.weight"]
+    assert torch.equal(model.network[1].weight, given)  # type: ignore[index]
+    with torch.no_grad():
+        model.network[1].weight += 1.0  # type: ignore[index]
+    data = CIFAR10DataModule(str(arrays), verify=False, val_size=200)
+    Trainer(max_epochs=1, **QUIET).fit(model, data)
+    assert torch.equal(model.network[1].weight, given + 1.0)  # type: ignore[index]
 
 
 def test_a_seed_is_drawn(run: Run) -> None:
@@ -170,20 +214,14 @@ def test_a_seed_is_drawn(run: Run) -> None:
     assert len(seeds) == 2
 
 
-def test_what_a_setting_leaves_out_is_told(
-    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(
-        "builtins.print", lambda *words, **_: said.append(" ".join(map(str, words)))
-    )
+def test_what_a_setting_leaves_out_is_told(run: Run, printed: list[str]) -> None:
     run(*FLAT, f"{CALLBACK}+=ModelCheckpoint", "--checkpoint.save_top_k", "1")
-    assert "note: the ModelCheckpoint in trainer.callbacks replaces checkpoint.*" in said
+    assert "note: the ModelCheckpoint in trainer.callbacks replaces checkpoint.*" in printed
     run(*FLAT, "--trainer.max_epochs", "1")
     last = "runs/base/version_1/checkpoints/last.ckpt"
     finder = f"{CALLBACK}+=LearningRateFinder"
     run("fit", "--ckpt_path", last, "--trainer.max_epochs", "2", finder)
-    assert "note: a resumed run keeps its rate and batch size: no LearningRateFinder" in said
+    assert "note: a resumed run keeps its rate and batch size: no LearningRateFinder" in printed
 
 
 def test_other_code_is_told_in_the_card(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,7 +86,7 @@ def test_a_number_that_is_none_is_not_hidden_by_max_pooling() -> None:
     assert F.max_pool2d(images, 2).isnan().all()
 
 
-@pytest.mark.parametrize("name", ["resnet18", "timm/resnet18"])
+@pytest.mark.parametrize("name", ["resnet18", "timm/resnet18", "timm/resnet18d"])
 def test_resnets_of_libraries_see_small_images_whole(name: str) -> None:
     shapes: list[torch.Size] = []
     for stem, size in (("small", 32), ("own", 8)):
@@ -101,6 +101,9 @@ def test_other_networks_of_libraries_take_arguments() -> None:
     arguments = {"img_size": 32, "patch_size": 8, "depth": 1}
     network = library_network("timm/vit_tiny_patch16_224", arguments=arguments)
     assert network.eval()(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+    assert library_network("googlenet")(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+    with pytest.raises(ValueError, match="num_classes"):
+        library_network("resnet18", arguments={"num_classes": 3})
     for name in ("resnet19", "timm/resnet19"):
-        with pytest.raises(ValueError, match=f"no network {name}: did you mean resnet"):
+        with pytest.raises(ValueError, match=f"no network {name}: did you mean {name[:-1]}"):
             library_network(name)

@@ -3,11 +3,14 @@ resuming, or says in one line what is wrong."""
 
 import inspect
 import logging
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, callbacks, loggers, profilers
+from lightning.pytorch.strategies import StrategyRegistry
 
 from tests.conftest import BASE, Run
 from tests.test_train import RUN_0, rows
@@ -47,7 +50,7 @@ OFTEN = {  # what users add most, and what once failed
     "batch size finder": one("BatchSizeFinder", init_val=40, max_trials=1),
     "averaging": one("StochasticWeightAveraging", swa_lrs=0.001, swa_epoch_start=1),
     "moving average": one("EMAWeightAveraging"),
-    "timer": one("Timer", duration="01:00:00:00"),
+    "timer": one("Timer", duration="01:00:00:00", interval="epoch"),
     "own metric": [*one("tests.test_parts.LogsF1"), "--checkpoint.monitor", "val/f1"],
     "own optimizer": ["--model.optimizer", "tests.test_parts.Sorting"],
     "plateau": ["--model.lr_scheduler", "torch.optim.lr_scheduler.ReduceLROnPlateau",
@@ -80,11 +83,11 @@ OTHERS = {
     "CSVLogger": [f"{T}logger", "CSVLogger", f"{T}logger.save_dir", "csv"],
     "TensorBoardLogger": [f"{T}logger", "TensorBoardLogger", f"{T}logger.save_dir", "board"],
     "no logger": [f"{T}logger", "false"],
+    "ddp": [f"{T}strategy", "ddp", f"{T}devices", "1"],
     "single device": [f"{T}strategy", "single_device"],
     "devices, nodes": [f"{T}accelerator", "auto", f"{T}devices", "1", f"{T}num_nodes", "1"],
     "precision": [f"{T}precision", "bf16-mixed"],
     "limits": [f"{T}limit_train_batches", "0.5", f"{T}limit_val_batches", "1"],
-    "other limits": [f"{T}limit_test_batches", "1", f"{T}limit_predict_batches", "1"],
     "overfit": [f"{T}overfit_batches", "2"],
     "epochs": [f"{T}min_epochs", "1", f"{T}min_steps", "1"],
     "time": [f"{T}max_time", "01:00:00:00"],
@@ -111,6 +114,9 @@ REFUSED = {
     "LitLogger": ([f"{T}logger", "lightning.pytorch.loggers.LitLogger"],
                   "does not correspond to a subclass of Logger"),  # nor for LightningCLI
     "XLAProfiler": ([f"{T}profiler", "XLAProfiler"], "torch_xla"),
+    "Timer": (one("Timer", duration="01:00:00:00"), "give it interval epoch"),
+    "ddp_fork": ([f"{T}strategy", "ddp_fork"], "use ddp"),
+    "ddp_notebook": ([f"{T}strategy", "ddp_notebook"], "use ddp"),
     "ddp_spawn": ([f"{T}strategy", "ddp_spawn", f"{T}devices", "2"], "use ddp"),
     "fsdp": ([f"{T}strategy", "fsdp"], "requires a GPU"),
     "deepspeed": ([f"{T}strategy", "deepspeed"], "pip install -U deepspeed"),
@@ -123,6 +129,7 @@ REFUSED = {
 
 ABSTRACT = {"BaseFinetuning", "Callback", "Checkpoint", "ProgressBar", "Logger", "Profiler"}
 ELSEWHERE = {"max_epochs", "max_steps", "fast_dev_run", "enable_checkpointing", "barebones",
+             "limit_test_batches", "limit_predict_batches",
              "model_registry"}  # fmt: skip  # the last one needs an account
 
 
@@ -162,6 +169,17 @@ def test_no_part_is_left_out() -> None:
     flags = {*inspect.signature(Trainer.__init__).parameters} - {"self"} - ELSEWHERE
     assert [name for name in sorted(names) if name not in words] == []
     assert [flag for flag in sorted(flags) if f"{T}{flag}" not in words] == []
+    kinds = {name.partition("_find")[0] for name in StrategyRegistry.available_strategies()}
+    kinds -= {name for name in kinds if re.search("xla|tpu|deepspeed_|fsdp_", name)}
+    assert [kind for kind in sorted(kinds) if kind not in words] == []
+
+
+def test_a_run_that_max_steps_cuts_short_says_so(run: Run, printed: list[str]) -> None:
+    run("fit", "--config", BASE, f"{T}max_steps", "20")
+    assert "the last one stopped after 4 of its batches" in (RUN_0 / "model.md").read_text()
+    printed.clear()
+    run("fit", "--ckpt_path", LAST, f"{T}max_steps", "32")
+    assert "epoch 1 was stopped before its last batch" in printed[0]
 
 
 def test_a_bare_trainer_trains(run: Run) -> None:
@@ -186,6 +204,22 @@ def test_what_callbacks_and_profilers_say_is_shown(
     assert "run_training_batch" in caplog.text
 
 
-def test_a_run_out_of_time_says_so(run: Run) -> None:
-    out = run("fit", "--config", BASE, f"{T}max_time", "00:00:00:01", f"{T}max_epochs", "100000")
-    assert "stopped by its Timer" in out
+def test_a_run_out_of_time_ends_with_an_epoch(run: Run) -> None:
+    many = (f"{T}max_time", "00:00:00:01", f"{T}max_epochs", "100000")
+    out = run("fit", "--config", BASE, *many, "--data.batch_size", "2")
+    assert "stopped after its time" in out
+    assert torch.load(LAST, weights_only=True)["global_step"] % 400 == 0
+    assert "the last one stopped" not in (RUN_0 / "model.md").read_text()
+
+
+def test_a_scheduler_waits_for_validation_only_where_it_follows_it(run: Run) -> None:
+    rates = list[float]()
+    for monitor in ("train/loss", "val/loss"):
+        falls = ("--model.lr_scheduler.patience", "0", "--model.lr_scheduler.threshold", "1e9")
+        run("fit", "--config", BASE, f"{T}check_val_every_n_epoch", "2", f"{T}max_epochs", "4",
+            "--model.lr_scheduler", "lightning.pytorch.cli.ReduceLROnPlateau",
+            "--model.lr_scheduler.monitor", monitor, *falls)  # fmt: skip
+        last = Path("runs/base", f"version_{len(rates)}", "checkpoints", "last.ckpt")
+        groups = torch.load(last, weights_only=True)["optimizer_states"][0]["param_groups"]
+        rates.append(groups[0]["lr"])
+    assert rates == pytest.approx([0.002 * 0.1**3, 0.002 * 0.1])
