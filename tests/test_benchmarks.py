@@ -26,6 +26,7 @@ for epoch in range(1000):
 """
 
 
+@pytest.mark.slow
 def test_programs_run_in_their_turns_only(tmp_path: Path) -> None:
     def epochs() -> int:
         return len(list((tmp_path / "way" / "checkpoints").iterdir()))

@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)  # its language, and its lines
 
 
+@pytest.mark.slow
 def test_parts_of_ones_own_are_made_as_the_guide_says(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,20 +44,20 @@ def one(name: str, **arguments: object) -> list[str]:
     return [f"{CB}+={name}", *given]
 
 
-OFTEN = {  # what users add most, and what once failed
-    "early stopping": one("EarlyStopping", monitor="val/loss", patience=10),
+OFTEN = {  # those that do most to a run
     "rate finder": one("LearningRateFinder"),
     "batch size finder": one("BatchSizeFinder", init_val=40, max_trials=1),
-    "averaging": one("StochasticWeightAveraging", swa_lrs=0.001, swa_epoch_start=1),
-    "moving average": one("EMAWeightAveraging"),
-    "timer": one("Timer", duration="01:00:00:00", interval="epoch"),
     "own metric": [*one("tests.test_parts.LogsF1"), "--checkpoint.monitor", "val/f1"],
-    "own optimizer": ["--model.optimizer", "tests.test_parts.Sorting"],
     "plateau": ["--model.lr_scheduler", "torch.optim.lr_scheduler.ReduceLROnPlateau",
                 f"{T}check_val_every_n_epoch", "2"],
 }  # fmt: skip
 
 OTHERS = {
+    "early stopping": one("EarlyStopping", monitor="val/loss", patience=10),
+    "averaging": one("StochasticWeightAveraging", swa_lrs=0.001, swa_epoch_start=1),
+    "moving average": one("EMAWeightAveraging"),
+    "timer": one("Timer", duration="01:00:00:00", interval="epoch"),
+    "own optimizer": ["--model.optimizer", "tests.test_parts.Sorting"],
     "LBFGS": ["--model.optimizer", "LBFGS", "--model.optimizer.max_iter", "2"],
     "pruning": one("ModelPruning", pruning_fn="l1_unstructured", amount=0.1,
                    use_global_unstructured="false"),

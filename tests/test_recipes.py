@@ -74,7 +74,9 @@ def test_groups_are_known_by_name_when_a_run_goes_on(run: Run) -> None:
     assert is_same(*(weights(checkpoint("fast94", 2, version)) for version in (0, 1)))
 
 
-@pytest.mark.parametrize("scheduler", ["WarmupCosine", "OneCycleLR"])
+@pytest.mark.parametrize(
+    "scheduler", ["WarmupCosine", pytest.param("OneCycleLR", marks=pytest.mark.slow)]
+)
 def test_a_schedule_ends_at_zero_though_an_epoch_has_other_steps(run: Run, scheduler: str) -> None:
     schedule = ["--model.lr_scheduler", scheduler]
     if scheduler == "OneCycleLR":

@@ -688,6 +688,7 @@ def test_the_terminal_shows_the_run_and_nothing_else(arrays: Path, tmp_path: Pat
     assert again.stdout.startswith("epoch 1: test/")
 
 
+@pytest.mark.slow
 def test_a_person_at_a_terminal_sees_a_bar(arrays: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "train.py"), "fit", "--config", str(BASE)]
     command += [*on(arrays), "--trainer.max_epochs", "1", "--data.batch_size", "8"]
