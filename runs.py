@@ -475,4 +475,6 @@ def last_of_newest_run(parent: Path) -> Path:
         step, path = newest(folder / "checkpoints")
         if step >= 0:
             return path
-    raise MisconfigurationException(f"no run in {parent} has a checkpoint: add --name RUN")
+    others = sorted(p.name for p in parent.parent.glob("*") if versions(p) and p != parent)
+    there = f" of {', '.join(others)}" if others else ""
+    raise MisconfigurationException(f"no run in {parent} has a checkpoint: give --name{there}")

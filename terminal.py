@@ -132,8 +132,8 @@ class ShortParser(LightningArgumentParser):
 def _unknown(name: str, parser: LightningArgumentParser) -> str:
     """Return what to say of an unknown option: the nearest one, or all if there are few."""
     known = [a.dest for a in parser._actions if not a.dest.endswith(("help", "config", "shtab"))]
-    if name in MEANT and "trainer.max_epochs" in known:
-        hint = f": did you mean {MEANT[name]}?"
+    if (last := name.rpartition(".")[2]) in MEANT and "trainer.max_epochs" in known:
+        hint = f": did you mean {MEANT[last]}?"
     elif "fixed" in known and "." in name:  # of a study
         hint = ": flags of fit go into fixed, grid or variants of its file"
     elif near := difflib.get_close_matches(name, known, n=1, cutoff=0.75):
@@ -164,7 +164,10 @@ def _no_class(name: str) -> str:
     known = {
         of.__name__ for base in (nn.Module, Optimizer, LRScheduler, Callback) for of in _all(base)
     }
-    near = " or ".join(difflib.get_close_matches(name, sorted(known), n=2, cutoff=0.75))
+    lower = {of.lower(): of for of in sorted(known)}
+    found = [of for of in lower if of.startswith(name.lower())][:2]
+    found = found or difflib.get_close_matches(name.lower(), lower, n=2, cutoff=0.75)
+    near = " or ".join(lower[of] for of in found)
     return f"no class {name}: " + (f"did you mean {near}?" if near else "name it as file.Class")
 
 

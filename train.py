@@ -55,7 +55,7 @@ from datamodule import CIFAR10DataModule
 from lightning_module import FINDERS, Diverged, ImageClassifier
 from memory import keep_freed_memory
 from overhead import NoProfiler
-from reports.card import RESULT, commit, model_card, with_result
+from reports.card import RESULT, commit, early_stops, model_card, with_result
 from terminal import ShortParser, quieten, refused, short_errors
 
 # Types of arguments of torchvision's transforms and of Lightning's callbacks.
@@ -179,7 +179,7 @@ class CLI(LightningCLI):
         self.checkpoint: dict[str, Any] = {}  # that is read; empty if there is none
         if args and args[0] in self.subcommands():
             self.path = _find_checkpoint(args)
-        elif not args or any(arg in self.subcommands() for arg in args):
+        elif not {"--help", "-h"} & {*args}:
             raise MisconfigurationException(
                 f"name the subcommand first: {' or '.join(self.subcommands())}"
             )
@@ -409,6 +409,9 @@ class CLI(LightningCLI):
             )
         if done and done == progress["current"]["ready"] and self._is_cut_short():
             _note(f"epoch {done - 1} was stopped before its last batch: its rest is left out")
+        for state in self.checkpoint.get("callbacks", {}).values():
+            if reason := state.get("stopping_reason_message"):
+                _note(f"the run had been stopped early: {reason}")
         if self.checkpoint and done == max_epochs:
             self.trainer.print(
                 f"all {done} epochs are done: to train for longer, raise --trainer.max_epochs"
@@ -436,6 +439,8 @@ class CLI(LightningCLI):
                     "stopped after its time; to resume, raise trainer.max_time, which counts the "
                     "time before too"
                 )
+            for reason in early_stops(self.trainer):
+                self.trainer.print(f"stopped early: {reason}")
         except SystemExit as stop:  # by which Lightning ends after Ctrl-C or SIGTERM
             if stop.code not in (None, 1):
                 raise
@@ -635,8 +640,8 @@ def main(args: list[str] | None = None) -> None:
     keep_freed_memory()
     if "" not in sys.path:
         sys.path.append("")  # the current folder, for classes of the user's own
-    if "SLURM_STEP_ID" not in os.environ:  # not started by srun: one process, whatever a job has
-        os.environ.pop("SLURM_NTASKS", None)
+    if "SLURM_STEP_ID" not in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1":
+        del os.environ["SLURM_NTASKS"]  # not started by srun: one process, whatever the job has
     with short_errors():
         CLI(sys.argv[1:] if args is None else args)
         if torch.distributed.is_initialized():

@@ -11,6 +11,7 @@ import lightning
 import torch
 import torchvision
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 
 from cifar10 import archive
 from runs import Row, machine
@@ -69,7 +70,8 @@ def model_card(
         "Normalisation": model["normalize"] or "",
         "Epochs": f"{len(rows)} of {settings['trainer']['max_epochs']}"
         + f", of {some} of {every} batches an epoch" * (some < every)
-        + f", the last one stopped after {done} of its batches" * (done < some),
+        + f", the last one stopped after {done} of its batches" * (done < some)
+        + "".join(f"; stopped early: {reason}" for reason in early_stops(trainer)),
         "Batches": f"{batch_size} images"
         + ", found by BatchSizeFinder" * (batch_size != data["batch_size"]),
         "Weights": f"at first those of {weights}, SHA-256 {run['versions'].get(weights)}..."
@@ -102,6 +104,12 @@ def model_card(
         lines["Validation"] = f"accuracy {best['val/acc']:.2%} in the chosen epoch, {best['epoch']}"
     text = "\n".join(f"- **{key}**: {value}" for key, value in lines.items() if value != "")
     return f"# {settings['name']}, {folder.name}\n\n{text}\n"
+
+
+def early_stops(trainer: Trainer) -> list[str]:
+    """Return why EarlyStopping ended a training, if it did."""
+    stoppers = (c for c in trainer.callbacks if isinstance(c, EarlyStopping))  # type: ignore[attr-defined]
+    return [c.stopping_reason_message for c in stoppers if c.stopping_reason_message]
 
 
 def with_result(

@@ -201,6 +201,7 @@ def test_what_callbacks_and_profilers_say_is_shown(
         lightning.removeHandler(caplog.handler)
     assert len(rows(RUN_0)) == 2
     assert "val/acc did not improve in the last 1 records" in caplog.text
+    assert "stopped early: Monitored metric val/acc" in (RUN_0 / "model.md").read_text()
     assert "run_training_batch" in caplog.text
 
 

@@ -517,8 +517,11 @@ def test_a_wrong_yaml_is_refused(fails: Run, tmp_path: Path, text: str, message:
         (["--model.optimizer.lr", "x"], "lr: Expected a <class 'float'>. Got value: x"),
         (
             ["--model.lr_scheduler", "Cos"],
-            "model.lr_scheduler: no class Cos: name it as file.Class",
+            "model.lr_scheduler: no class Cos: did you mean CosineAnnealing",
         ),
+        (["--model.optimizer", "Sgd"], "model.optimizer: no class Sgd: did you mean SGD"),
+        (["--model.lr_scheduler", "Cosine"], "did you mean CosineAnnealing"),
+        (["--trainer.epochs", "2"], "did you mean trainer.max_epochs?"),
         (["--model.optimizer", "Adma"], "model.optimizer: no class Adma: did you mean Adam"),
         (
             ["--model.lr_scheduler", "CosineAnnealingLR"],
