@@ -369,6 +369,7 @@ class ImageClassifier(RecordableModule):
             pixels = data.train_set.images[data.train_set.indices[:INIT_IMAGES]]
             with torch.no_grad():
                 self.network.init_from(self.to(pixels.device).normalized(pixels / 255))  # type: ignore[operator]
+        self.is_new = False  # for another fit in Python
 
     def on_train_start(self) -> None:
         """Start an epoch, as Lightning calls no hook when it resumes in the middle of one."""
