@@ -349,10 +349,28 @@ def origin(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     content = _load(path, "a file of weights", mmap=False)
     settings, made_by = path.with_name("config.yaml"), path.with_name("run.json")
     if isinstance(content, dict) and "val_size" in content.get("datamodule_hyper_parameters", {}):
-        return settings_of(migrate(content)), content.get("run", {}).get("images", {})
+        return settings_of(migrate(content)), images_of(content)
     if path.name == "model.pth" and settings.exists() and made_by.exists():
         return yaml.safe_load(settings.read_text()), json.loads(made_by.read_text())["images"]
     return {}, {}
+
+
+def images_of(checkpoint: dict[str, Any]) -> dict[str, str]:
+    """Return which training and test images the run of a checkpoint had, as far as it says: those
+    of versions up to 0.2.0 say whether they were verified."""
+    is_verified = checkpoint.get("datamodule_hyper_parameters", {}).get("verify")
+    known = dict.fromkeys(("train", "test"), "CIFAR-10") if is_verified else {}
+    return checkpoint.get("run", {}).get("images") or known
+
+
+def refuse_other_images(source: str, known: dict[str, str], now: str) -> None:
+    """Refuse to validate on the images that are there now, if what comes from a checkpoint or a
+    file of weights was trained on others, which are known."""
+    if known.get("train", now) != now:
+        raise MisconfigurationException(
+            f"{source} was trained on other images ({known['train']}), perhaps on some of this "
+            "validation set: keep its data.root, or fit with data.val_size 0"
+        )
 
 
 def _load(path: Path, what: str, mmap: bool = True) -> Any:

@@ -250,23 +250,7 @@ class CLI(LightningCLI):
                 raise MisconfigurationException("there is no validation set: data.val_size is 0")
             if str(config.checkpoint.monitor).startswith("val/"):
                 config.checkpoint.monitor = None  # there is nothing to choose by
-        weights = config.model.weights
-        if self.checkpoint:
-            before = runs.settings_of(self.checkpoint)["model"].get("weights")
-            if weights != before:
-                raise MisconfigurationException("model.weights starts a run: leave out --ckpt_path")
-            self._refuse_seen(self.path, self.checkpoint.get("datamodule_hyper_parameters"))
-        elif weights is not None:
-            its, _ = runs.origin(Path(weights))
-            data, normalize = its.get("data"), its.get("model", {}).get("normalize")
-            if data and normalize != config.model.normalize:
-                _note(f"{weights} was trained with model.normalize {normalize}, unlike this run")
-            if config.data.val_size and not data:
-                _note(
-                    f"nothing says on which images {weights} was trained: if on some of this "
-                    "validation set, its accuracy is too high"
-                )
-            self._refuse_seen(Path(weights), data)
+        self._check_origin()
         self._dump_config()
         # jsonargparse says so even of a text, where a function would do too.
         text = yaml.safe_dump(self.config_dump, sort_keys=False)
@@ -279,14 +263,33 @@ class CLI(LightningCLI):
             if "Unable to serialize instance" in str(value):
                 raise MisconfigurationException(f"{key} can't be saved in config.yaml: {value}")
 
-    def _refuse_seen(self, path: Path | None, before: dict[str, Any] | None) -> None:
-        """Refuse a validation set with images that a checkpoint was trained on, by its data."""
-        now = self.config[self.subcommand].data
-        if not now.val_size or not before or self.subcommand == "predict":
+    def _check_origin(self) -> None:
+        """Note on which images the weights that this begins with were `seen` in training, and in
+        which file they are; refuse a validation set that has some of them."""
+        config = self.config[self.subcommand]
+        weights, now = config.model.weights, config.data
+        self.source, self.seen = str(self.path or weights), dict[str, str]()
+        its: dict[str, Any] = {}
+        if self.checkpoint:
+            its, self.seen = runs.settings_of(self.checkpoint), runs.images_of(self.checkpoint)
+            if weights != its["model"].get("weights"):
+                raise MisconfigurationException("model.weights starts a run: leave out --ckpt_path")
+        elif weights is not None:
+            its, self.seen = runs.origin(Path(weights))
+            normalize = its.get("model", {}).get("normalize")
+            if its and normalize != config.model.normalize:
+                _note(f"{weights} was trained with model.normalize {normalize}, unlike this run")
+            if now.val_size and not its:
+                _note(
+                    f"nothing says on which images {weights} was trained: if on some of this "
+                    "validation set, its accuracy is too high"
+                )
+        before = its.get("data", {})
+        if not now.val_size or "val_size" not in before or self.subcommand == "predict":
             return
         if now.val_size > before["val_size"] or now.split_seed != before["split_seed"]:
             raise MisconfigurationException(
-                f"{path} was trained on images of this validation set: keep its "
+                f"{self.source} was trained on images of this validation set: keep its "
                 f"data.split_seed {before['split_seed']}, and at most its data.val_size "
                 f"{before['val_size']}"
             )
@@ -341,7 +344,8 @@ class CLI(LightningCLI):
         if is_real_fit:
             settings = {**self.config_dump, "ckpt_path": None}  # to repeat the run from its start
             settings.pop("config", None)
-            callbacks += [Board(), SaveSettings(settings, self.checkpoint)]
+            saved = SaveSettings(settings, self.checkpoint, self.source, self.seen)
+            callbacks += [Board(), saved]
             callbacks += [LearningRateMonitor("epoch")] if loggers else []
         if saves and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
             callbacks += [config.checkpoint, *config.checkpoint.also_last()]
@@ -495,18 +499,8 @@ class CLI(LightningCLI):
 
     def after_validate(self) -> None:
         """Print loss and accuracy, unless the images may have been trained on."""
-        before = self._trained_on().get("train")
-        if before not in (None, self.datamodule.identity("train")):
-            raise MisconfigurationException(
-                f"{self.path} was trained on other images ({before}), perhaps on some of these"
-            )
+        runs.refuse_other_images(self.source, self.seen, self.datamodule.identity("train"))
         self._report()
-
-    def _trained_on(self) -> dict[str, str]:
-        """Return what is known of the images of the checkpoint's run."""
-        is_verified = self.checkpoint.get("datamodule_hyper_parameters", {}).get("verify")
-        known = dict.fromkeys(("train", "test"), "CIFAR-10") if is_verified else {}
-        return self.checkpoint.get("run", {}).get("images") or known
 
     def before_test(self) -> None:
         """Keep the predictions."""
@@ -522,12 +516,11 @@ class CLI(LightningCLI):
         results = self._report()
         test, val = self.keeper.predictions(), None
         now = {part: self.datamodule.identity(part) for part in ("train", "test")}
-        trained_on = self._trained_on()
         if test is None or not test.logits.isfinite().all():
             reason = "the network's outputs are NaN" if test else "no image was tested"
             raise MisconfigurationException(f"{self.path}: {reason}")
         # Of other training images some may be among those that it was trained on.
-        if self.config.test.data.val_size and now["train"] == trained_on.get("train"):
+        if self.config.test.data.val_size and now["train"] == self.seen.get("train"):
             self.trainer.validate(self.model, self.datamodule, verbose=False)
             val = self.keeper.predictions()
         if not self.trainer.is_global_zero:
@@ -545,7 +538,7 @@ class CLI(LightningCLI):
         if len(test.labels) < len(self.datamodule.test_set):
             print(f"of {len(test.labels)} images only: nothing is written")
             return
-        is_own = now["test"] == trained_on.get("test", now["test"])
+        is_own = now["test"] == self.seen.get("test", now["test"])
         suffix = "" if is_own else f"_{now['test']}"
         values = {**results, "set": now["test"], "tta": self.model.tta, "changed": changed}
         values |= evaluation.values()

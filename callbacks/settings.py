@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from runs import (
@@ -14,8 +13,8 @@ from runs import (
     differences,
     keeper,
     machine,
-    origin,
     package_versions,
+    refuse_other_images,
     settings_of,
     write_whole,
 )
@@ -26,12 +25,16 @@ CHOICE = ("monitor", "mode", "filename", "auto_insert_metric_name")  # of ModelC
 class SaveSettings(Callback):
     """Saves the run's settings, nested plain data: in `config.yaml`, and in every checkpoint, with
     what they were in earlier parts of a run, of which `resumed` is a checkpoint, or empty; and in
-    `run.json` with what code, packages, images and machine these parts were trained."""
+    `run.json` with what code, packages, images and machine these parts were trained. Refuses to
+    validate on other images than `seen`, on which the weights in the file `source` were trained."""
 
     takes_many_steps = True
 
-    def __init__(self, settings: dict[str, Any], resumed: dict[str, Any]) -> None:
+    def __init__(
+        self, settings: dict[str, Any], resumed: dict[str, Any], source: str, seen: dict[str, str]
+    ) -> None:
         self.settings = settings
+        self.source, self.seen = source, seen
         self.before = settings_of(resumed) if resumed else settings
         self.changed = differences(self.before, settings)
         self.earlier: dict[str, Any] = resumed.get("run", {})
@@ -55,14 +58,8 @@ class SaveSettings(Callback):
             self.made_by["versions"][weights] = its
         before, now = _versions(self.earlier), _versions(self.made_by)
         self.changed |= {k: [v, now.get(k)] for k, v in before.items() if v != now.get(k)}
-        known = before.get("train images")
-        if weights and not self.earlier:
-            known = origin(Path(weights))[1].get("train")
-        if data.val_size and known not in (None, now["train images"]):
-            raise MisconfigurationException(
-                f"{weights or 'the checkpoint'} was trained on other images ({known}), perhaps on "
-                "some of this validation set: keep its data.root, or use data.val_size 0"
-            )
+        if data.val_size:
+            refuse_other_images(self.source, self.seen, self.made_by["images"]["train"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write `config.yaml`; keep the one of a part with other settings under another name."""

@@ -188,6 +188,17 @@ def test_weights_of_other_images_are_not_validated_on_them(
     run(*other, "--model.weights", RUN_0 / "model.pth", "--data.val_size", "0")
 
 
+def test_an_early_version_that_names_no_images_had_the_verified_ones(run: Run, fails: Run) -> None:
+    run(*FLAT, once=True)
+    early = torch.load(LAST, weights_only=True)
+    early["datamodule_hyper_parameters"]["verify"] = True
+    del early["run"]["images"]
+    torch.save(early, LAST.parent / "early.ckpt")
+    resumed = ("fit", "--ckpt_path", LAST.parent / "early.ckpt", "--trainer.max_epochs", "3")
+    message = fails(*resumed, "--data.verify", "false")
+    assert "early.ckpt was trained on other images (CIFAR-10)" in message
+
+
 def test_a_model_that_began_with_weights_keeps_what_it_learnt(arrays: Path, run: Run) -> None:
     run(*FLAT, once=True)
     model = ImageClassifier(

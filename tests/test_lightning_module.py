@@ -9,7 +9,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
-from torch.nn import functional as F
 
 from cifar10.augment import AlternatingFlip
 from cifar10.batches import Batch
@@ -31,44 +30,33 @@ class Constant(nn.Module):
 
 
 @pytest.mark.parametrize("softmax_before_loss", [False, True])
-def test_metrics_are_means_over_images_whatever_the_batches(
-    arrays: Path, softmax_before_loss: bool
+@pytest.mark.parametrize(
+    ("batch_size", "class_weights"), [(300, None), (800, torch.linspace(0.1, 3, 10).tolist())]
+)
+def test_metrics_are_means_over_images_and_class_weights_those_of_pytorchs_training_loss(
+    arrays: Path, softmax_before_loss: bool, batch_size: int, class_weights: list[float] | None
 ) -> None:
     logits = torch.randn(10)
     model = ImageClassifier(
         Constant(logits),
         optimizer=lambda params: torch.optim.SGD(params, lr=0.0),
         softmax_before_loss=softmax_before_loss,
+        class_weights=class_weights,
     )
-    data = CIFAR10DataModule(str(arrays), verify=False, batch_size=300, val_size=200)
+    data = CIFAR10DataModule(str(arrays), verify=False, batch_size=batch_size, val_size=200)
     trainer = Trainer(max_epochs=1, **QUIET)
     trainer.fit(model, datamodule=data)
     scores = logits.softmax(0) if softmax_before_loss else logits
-    for stage, images in (("train", data.train_set), ("val", data.val_set)):
+    training = nn.CrossEntropyLoss(torch.tensor(class_weights) if class_weights else None)
+    for stage, images, criterion in (
+        ("train", data.train_set, training),
+        ("val", data.val_set, nn.CrossEntropyLoss()),
+    ):
         labels = images.labels[images.indices]
-        loss = F.cross_entropy(scores.expand(len(labels), 10), labels)
+        loss = criterion(scores.expand(len(labels), 10), labels)
         accuracy = (labels == logits.argmax()).float().mean()
         torch.testing.assert_close(trainer.callback_metrics[f"{stage}/loss"], loss)
         torch.testing.assert_close(trainer.callback_metrics[f"{stage}/acc"], accuracy)
-
-
-def test_class_weights_are_those_of_pytorchs_loss_and_of_training_only(arrays: Path) -> None:
-    logits, weights = torch.randn(10), torch.linspace(0.1, 3, 10).tolist()
-    model = ImageClassifier(
-        Constant(logits),
-        optimizer=lambda params: torch.optim.SGD(params, lr=0.0),
-        class_weights=weights,
-    )
-    data = CIFAR10DataModule(str(arrays), verify=False, batch_size=800, val_size=200)
-    trainer = Trainer(max_epochs=1, **QUIET)
-    trainer.fit(model, datamodule=data)
-    for stage, images, of_classes in (
-        ("train", data.train_set, torch.tensor(weights)),
-        ("val", data.val_set, None),
-    ):
-        labels = images.labels[images.indices]
-        loss = nn.CrossEntropyLoss(of_classes)(logits.expand(len(labels), 10), labels)
-        torch.testing.assert_close(trainer.callback_metrics[f"{stage}/loss"], loss)
 
 
 def test_vectors_can_be_left_out_of_weight_decay(arrays: Path) -> None:
