@@ -46,13 +46,13 @@ def one(name: str, **arguments: object) -> list[str]:
 
 OFTEN = {  # those that do most to a run
     "rate finder": one("LearningRateFinder"),
-    "batch size finder": one("BatchSizeFinder", init_val=40, max_trials=1),
     "own metric": [*one("tests.test_parts.LogsF1"), "--checkpoint.monitor", "val/f1"],
     "plateau": ["--model.lr_scheduler", "torch.optim.lr_scheduler.ReduceLROnPlateau",
                 f"{T}check_val_every_n_epoch", "2"],
 }  # fmt: skip
 
 OTHERS = {
+    "batch size finder": one("BatchSizeFinder", init_val=40, max_trials=1),
     "early stopping": one("EarlyStopping", monitor="val/loss", patience=10),
     "averaging": one("StochasticWeightAveraging", swa_lrs=0.001, swa_epoch_start=1),
     "moving average": one("EMAWeightAveraging"),
