@@ -344,7 +344,8 @@ class CLI(LightningCLI):
         if is_real_fit:
             settings = {**self.config_dump, "ckpt_path": None}  # to repeat the run from its start
             settings.pop("config", None)
-            saved = SaveSettings(settings, self.checkpoint, self.source, self.seen)
+            command = shlex.join(["python", "train.py", *self.args])
+            saved = SaveSettings(settings, self.checkpoint, command, self.source, self.seen)
             callbacks += [Board(), saved]
             callbacks += [LearningRateMonitor("epoch")] if loggers else []
         if saves and not any(isinstance(c, ModelCheckpoint) for c in callbacks):

@@ -25,19 +25,26 @@ CHOICE = ("monitor", "mode", "filename", "auto_insert_metric_name")  # of ModelC
 class SaveSettings(Callback):
     """Saves the run's settings, nested plain data: in `config.yaml`, and in every checkpoint, with
     what they were in earlier parts of a run, of which `resumed` is a checkpoint, or empty; and in
-    `run.json` with what code, packages, images and machine these parts were trained. Refuses to
-    validate on other images than `seen`, on which the weights in the file `source` were trained."""
+    `run.json` with the `command` that started it, and the code, packages, images and machine of its
+    last part. Refuses to validate on other images than `seen`, on which the weights in the file
+    `source` were trained."""
 
     takes_many_steps = True
 
     def __init__(
-        self, settings: dict[str, Any], resumed: dict[str, Any], source: str, seen: dict[str, str]
+        self,
+        settings: dict[str, Any],
+        resumed: dict[str, Any],
+        command: str,
+        source: str,
+        seen: dict[str, str],
     ) -> None:
         self.settings = settings
         self.source, self.seen = source, seen
         self.before = settings_of(resumed) if resumed else settings
         self.changed = differences(self.before, settings)
         self.earlier: dict[str, Any] = resumed.get("run", {})
+        self.command = self.earlier.get("command", "" if resumed else command)
         first = {"from_epoch": 0, "config": "config.yaml", "changed": {}}
         self.parts: list[dict[str, Any]] = self.earlier.get("parts", [first])
 
@@ -47,6 +54,7 @@ class SaveSettings(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         device = trainer.strategy.root_device
         self.made_by: dict[str, Any] = {
+            "command": self.command,
             "code": code_version(),
             "versions": package_versions(self.settings),
             "images": {part: data.identity(part) for part in ("train", "test")},

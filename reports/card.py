@@ -44,8 +44,8 @@ def model_card(
 ) -> str:
     """Return the card of a run that has been trained, as Markdown, from the settings in its
     `config.yaml`, its epochs and the one that validation chose. `run` has the `commit` of the code,
-    what the training and the test `images` are, and `parts`: in which settings changed when the run
-    was resumed."""
+    the `command` that started it, what the training and the test `images` are, and `parts`: in
+    which settings changed when the run was resumed."""
     model, data = settings["model"], settings["data"]
     device, parts, images = trainer.strategy.root_device, run["parts"], run["images"]
     module: Any = trainer.lightning_module
@@ -56,6 +56,7 @@ def model_card(
     limits = {key: settings["trainer"][key] for key in LIMITS}
     batch_size = trainer.datamodule.batch_size  # type: ignore[attr-defined]
     lines = {
+        "Command": f"`{run['command']}`" if run["command"] else "",
         "Repeat": f"`python train.py fit --config {shlex.quote(str(folder / parts[0]['config']))}`"
         + ", then resume" * (len(parts) > 1),
         "Code": f"commit {run['commit']}",
