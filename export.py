@@ -4,14 +4,17 @@
     python export.py --ckpt_path X --format torch --out model.pt2       # a torch.export program
     python export.py --ckpt_path X --format safetensors --out model.safetensors    # weights, card
     python export.py --ckpt_path X --format page --out page             # to try it in a browser
+    python export.py --ckpt_path X --format checkpoint --out small.ckpt # to share
 
-X is a path, or `best --name base`: of the newest run of that name. All but safetensors map pixels
+X is a path, or `best --name base`: of the newest run of that name. ONNX, torch and page map pixels
 uint8 [B, 3, 32, 32] to probabilities float32 [B, 10]: normalisation, test-time augmentation and
-softmax are inside. Every export is loaded again and compared with the checkpoint on 1,000 test
-images before it is written; docs/export.md shows how to use each.
+softmax are inside. Every export is loaded again and compared with the checkpoint on test images
+before it is written; docs/export.md shows how to use each.
 """
 
 import contextlib
+import copy
+import hashlib
 import importlib.util
 import io
 import json
@@ -35,19 +38,28 @@ from torch import Tensor, nn
 from cifar10 import archive
 from cifar10.augment import average_over_views
 from lightning_module import ImageClassifier
-from runs import named, read_checkpoint, settings_of
+from reports.card import RESULT
+from runs import named, read_checkpoint, run_of, settings_of, write_whole
 from terminal import ShortParser, innermost, quieten, short_errors
 
 Card = dict[str, Any]
 Predict = Callable[[Tensor], Tensor]
 
-SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "safetensors": ".safetensors", "page": ""}
+SUFFIXES = {
+    "onnx": ".onnx", "torch": ".pt2", "safetensors": ".safetensors", "page": "",
+    "checkpoint": ".ckpt",
+}  # fmt: skip
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 RUNTIME = "onnxruntime-web@1.30.0"
 RUNTIME_BYTES = 33_106_585
 RUNTIME_FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
 PAGE_FILES = {"index.html", "model.onnx", *RUNTIME_FILES}
 COMPARED = 1000  # test images
+MAY_DIFFER = 0.0005  # the share of images whose class may change by half precision
+SHARED = (  # the parts of a checkpoint that do not only serve to resume it
+    "epoch", "global_step", "pytorch-lightning_version", "hparams_name", "hyper_parameters",
+    "datamodule_hparams_name", "datamodule_hyper_parameters",
+)  # fmt: skip
 EXAMPLE = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)  # of one image the batch would be fixed
 SHAPES = ({0: torch.export.Dim("batch", min=1)},)
 
@@ -64,10 +76,11 @@ class Classifier(nn.Module):
         return average_over_views(self.model, pixels / 255, self.model.tta).softmax(dim=1)
 
 
-def load(path: Path, root: str | None) -> tuple[Classifier, Card, Tensor]:
+def load(
+    path: Path, checkpoint: dict[str, Any], root: str | None
+) -> tuple[Classifier, Card, Tensor]:
     """Return the classifier of a checkpoint, its card, and test images uint8 [N, 3, 32, 32] from
     the folder `root`, by default the checkpoint's. It is read as data, and runs no code."""
-    checkpoint = read_checkpoint(path)
     try:
         # What builds the model is said here, whatever the file says.
         builder = "lightning.pytorch.cli.instantiate_module"
@@ -150,6 +163,51 @@ FORMATS = {
 }
 
 
+def export_checkpoint(
+    classifier: Classifier, checkpoint: dict[str, Any], images: Tensor
+) -> tuple[bytes, str]:
+    """Return a checkpoint of weights, settings and the metrics of its epoch, and how precise its
+    weights are: half where that changes the class of at most 0.05 % of `images`, otherwise as they
+    were."""
+    weights = checkpoint["state_dict"]
+    halves = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
+    rounded = copy.deepcopy(classifier)
+    rounded.model.load_state_dict(halves)
+    ours, theirs = (predicted(of, images).argmax(dim=1) for of in (classifier, rounded))
+    others = int((ours != theirs).sum())
+    is_half = others <= MAY_DIFFER * len(images)
+    rows = checkpoint.get("callbacks", {}).get("History", {}).get("rows", [])
+    own = [row for row in rows if row["epoch"] == checkpoint["epoch"]]
+    run = {key: value for key, value in checkpoint.get("run", {}).items() if key != "started_in"}
+    shared = {
+        **{key: checkpoint[key] for key in SHARED if key in checkpoint},
+        "state_dict": halves if is_half else weights,
+        "callbacks": {"History": {"rows": own}},
+        "run": run,
+    }
+    shared.get("datamodule_hyper_parameters", {}).pop("root", None)  # a folder of this machine
+    file = io.BytesIO()
+    torch.save(shared, file)
+    changes = f"half precision changes the class of {others} of {len(images):,} test images"
+    return file.getvalue(), f"{changes}{'' if is_half else ', so single is kept'}"
+
+
+def card_of_file(path: Path, out: Path, content: bytes, precision: str) -> str:
+    """Return the card of a checkpoint to share: that of its run, with the result of a test of this
+    epoch, and what the file is."""
+    card = run_of(path) / "model.md"
+    text, _, result = (card.read_text() if card.exists() else f"# {out.stem}\n").partition(RESULT)
+    # The run's own config.yaml is not there for others, but in the checkpoint.
+    text = "".join(line for line in text.splitlines(True) if not line.startswith("- **Repeat**"))
+    text += f"""- **File**: `{out.name}`, from `{path.name}`, {len(content):,} bytes; {precision}
+- **SHA-256**: {hashlib.sha256(content).hexdigest()}
+"""
+    if f"(`{path.name}`)" in result:
+        return f"{text}{RESULT}{result}"
+    print(f"the card has no test result of {path.name}: run `train.py test` before")
+    return text
+
+
 def page_files(model: bytes, card: Card) -> dict[str, bytes]:
     """Return the files of a page: HTML, an ONNX model, and from npm what runs it in a browser."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -173,11 +231,15 @@ def page_files(model: bytes, card: Card) -> dict[str, bytes]:
 
 
 @torch.no_grad()
+def predicted(predict: Predict, images: Tensor) -> Tensor:
+    """Return the probabilities [N, 10] of images uint8 [N, 3, 32, 32]."""
+    return torch.cat([predict(part) for part in torch.split(images, 250)])
+
+
 def compare(expected: Predict, found: Predict, images: Tensor) -> float:
     """Return the largest difference between two predictions of probabilities; refuse one of 0.001
     or more, and another class for any of the images, but for near ties."""
-    parts = [(expected(part), found(part)) for part in torch.split(images, 250)]
-    ours, theirs = (torch.cat(part) for part in zip(*parts, strict=True))
+    ours, theirs = predicted(expected, images), predicted(found, images)
     difference = float((ours - theirs).abs().max())
     # By how much the class that theirs names is less probable.
     behind = ours.max(dim=1).values - ours.gather(1, theirs.argmax(dim=1, keepdim=True))[:, 0]
@@ -194,10 +256,11 @@ def compare(expected: Predict, found: Predict, images: Tensor) -> float:
 
 def _check(format_: str, out: Path, overwrite: bool) -> None:
     """Refuse a format or an output before any work; never let a file of a run be overwritten, none
-    of which has the suffix of an export."""
-    if format_ not in FORMATS:
+    of which has the suffix of an export, but for its checkpoints."""
+    if format_ not in SUFFIXES:
         raise MisconfigurationException(
-            f"--format {format_}: expected onnx, torch, safetensors (for weights) or page"
+            f"--format {format_}: expected onnx, torch, safetensors (for weights), page or "
+            "checkpoint (to share)"
         )
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if format_ in ("onnx", "page") and missing:
@@ -210,8 +273,13 @@ def _check(format_: str, out: Path, overwrite: bool) -> None:
         raise MisconfigurationException(f"--out {out}: name {expected}")
     if not out.exists():
         return
-    is_page_folder = out.is_dir() and {path.name for path in out.iterdir()} <= PAGE_FILES
-    if not (is_page_folder if is_page else out.is_file()):
+    if is_page:
+        is_export = out.is_dir() and {path.name for path in out.iterdir()} <= PAGE_FILES
+    else:
+        is_export = out.is_file()
+        if format_ == "checkpoint" and is_export:
+            is_export = "optimizer_states" not in read_checkpoint(out)
+    if not is_export:
         raise MisconfigurationException(f"--out {out} is no earlier export: name a new one")
     if not overwrite:
         raise MisconfigurationException(f"--out {out} exists: add --overwrite to replace it")
@@ -260,7 +328,7 @@ def export(args: list[str]) -> None:
     parser.add_argument(
         "--name", type=str, default="default", help="with --ckpt_path best or last: the recipe"
     )
-    parser.add_argument("--format", type=str, required=True, help=" | ".join(FORMATS))
+    parser.add_argument("--format", type=str, required=True, help=" | ".join(SUFFIXES))
     parser.add_argument("--out", type=str, required=True, help="a file; for a page a folder")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument("--data.root", type=str | None, default=None, help="the images' folder")
@@ -268,8 +336,16 @@ def export(args: list[str]) -> None:
     out, format_ = Path(options.out), options.format
     _check(format_, out, options.overwrite)
     path = named(options.ckpt_path, Path("runs", options.name))
-    classifier, card, images = load(path, options.data.root)
+    checkpoint = read_checkpoint(path)
+    classifier, card, images = load(path, checkpoint, options.data.root)
     classifier(EXAMPLE)  # a bug in the network's code shows its traceback here
+    if format_ == "checkpoint":
+        content, precision = export_checkpoint(classifier, checkpoint, images)
+        described = card_of_file(path, out, content, precision)
+        write(out, content)
+        write_whole(out.with_suffix(".md"), described.encode())
+        print(f"{precision}\nwritten to {out} and {out.with_suffix('.md').name}")
+        return
     with _exporting(format_, classifier.model.network):
         exported, predict = FORMATS[format_](classifier, card)
         predict(torch.zeros(3, 3, 32, 32, dtype=torch.uint8))  # a batch of another size

@@ -49,6 +49,7 @@ def write_whole(path: Path, content: bytes) -> None:
     """Write a file that is never seen half-written; say so if that can't be done."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         scratch.write_bytes(content)
         scratch.replace(path)
     except OSError as error:
@@ -450,9 +451,10 @@ def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def run_of(checkpoint: Path) -> Path:
-    """Return the folder of the run that wrote a checkpoint; its own, if it was moved away."""
+    """Return the folder of the run that wrote a checkpoint; of one that lies elsewhere, the folder
+    beside it that has its name."""
     folders = (folder.parent for folder in checkpoint.parents if folder.name == "checkpoints")
-    return next(folders, checkpoint.parent)
+    return next(folders, checkpoint.with_suffix(""))
 
 
 def newest(folder: Path) -> tuple[int, Path]:

@@ -194,7 +194,8 @@ class CLI(LightningCLI):
                 }
             elif "optimizer_states" not in self.checkpoint:
                 raise MisconfigurationException(
-                    f"{self.path} holds weights only: it can be tested, but not resumed"
+                    f"{self.path} holds weights only, and can't be resumed: to start from them, "
+                    "--model.weights"
                 )
             elif "network" not in self.checkpoint.get("hyper_parameters", {}):
                 raise MisconfigurationException(

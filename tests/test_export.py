@@ -1,5 +1,6 @@
 """Exports: the same predictions, in a file that needs nothing of this project."""
 
+import hashlib
 import json
 import os
 import re
@@ -220,6 +221,58 @@ def test_a_checkpoint_of_weights_only_is_exported(out: Out) -> None:
     assert "val/acc" not in card_of("model.safetensors")
 
 
+def test_a_checkpoint_to_share_needs_nothing_of_its_run(
+    out: Out, arrays: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "no test result of epoch_01.ckpt" in out("checkpoint", "before.ckpt")
+    train.main(["test", "--ckpt_path", str(CHECKPOINT)])
+    said = out("checkpoint", "share/small.ckpt")
+    assert "half precision changes the class of 0 of 200 test images" in said
+    assert CHECKPOINT.stat().st_size > 5 * Path("share/small.ckpt").stat().st_size
+    results = json.loads((CHECKPOINT.parents[1] / "test.json").read_text())
+    card = Path("share/small.md").read_text()
+    digest = hashlib.sha256(Path("share/small.ckpt").read_bytes()).hexdigest()
+    assert f"**SHA-256**: {digest}" in card
+    assert "**Command**: `python train.py fit --config " in card
+    assert f"accuracy     {results['test/acc']:.2%}" in card
+    assert "Repeat" not in card
+    content = Path("share/small.ckpt").read_bytes()
+    assert b"optimizer_states" not in content
+    assert content.count(str(arrays).encode()) == 1, "in the command that started the run"
+
+    Path("runs").rename("gone")
+    there = ["--data.root", str(arrays)]
+    train.main(["test", "--ckpt_path", "share/small.ckpt", *there])
+    again = json.loads(Path("share/small/test.json").read_text())
+    assert again["test/acc"] == results["test/acc"]
+    assert again["test/loss"] == pytest.approx(results["test/loss"], abs=1e-3)
+    assert Path("share/small.md").read_text() == card
+    model = ImageClassifier.load_from_checkpoint("share/small.ckpt")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    out("onnx", "small.onnx", Path("share/small.ckpt"), *there)
+    start = ["--model.weights", "share/small.ckpt", "--trainer.max_epochs", "1"]
+    config = ["--config", str(BASE), "--config", "normalised.yaml"]
+    train.main(["fit", *config, *on(arrays), *start, "--name", "from"])
+    with pytest.raises(SystemExit, match="weights only, and can't be resumed: to start from them"):
+        train.main(["fit", "--ckpt_path", "share/small.ckpt"])
+
+    Image.new("RGB", (40, 32), "red").save("photo.png")
+    capsys.readouterr()
+    elsewhere = ["--data.root", "nothing", "--data.images", "photo.png"]
+    train.main(["predict", "--ckpt_path", "share/small.ckpt", *elsewhere])
+    assert "photo.png" in capsys.readouterr().out
+    assert not Path("nothing").exists()
+
+
+def test_a_checkpoint_to_share_keeps_single_precision_where_half_changes_much(out: Out) -> None:
+    checkpoint = torch.load(CHECKPOINT, weights_only=True)
+    checkpoint["state_dict"][next(reversed(checkpoint["state_dict"]))] *= 1e8  # infinite in half
+    torch.save(checkpoint, "large.ckpt")
+    assert ", so single is kept" in out("checkpoint", "small.ckpt", Path("large.ckpt"))
+    kept = torch.load("small.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(kept[key], value) for key, value in checkpoint["state_dict"].items())
+
+
 def test_an_earlier_export_is_replaced_only_with_overwrite(out: Out) -> None:
     tiny = Path("runs/tiny/version_0/checkpoints/last.ckpt")
     for file in ("m.safetensors", "runs/tiny/version_0/m.safetensors"):
@@ -382,6 +435,8 @@ def test_wrong_calls_are_refused_in_one_line_and_leave_nothing(
     refused("name a file that ends in .pt2", "torch", "m.torch")
     refused("mine exists", "page", "mine")
     refused("--format keras: expected onnx", "keras", "m")
+    refused("link.ckpt is no earlier export", "checkpoint", "link.ckpt", CHECKPOINT, "--overwrite")
+    refused("is no earlier export", "checkpoint", str(CHECKPOINT), CHECKPOINT, "--overwrite")
     refused("--format weights: expected onnx, torch, safetensors (for weights)", "weights", "m.pth")
     run = CHECKPOINT.parents[1]
     always = [CHECKPOINT, "--overwrite"]  # not even so

@@ -13,7 +13,7 @@ MAY = {
     "datamodule": {"cifar10", "runs"},
     "lightning_module": {"cifar10", "cuda_graph", "networks", "runs"},
     "train": {*LOW, "callbacks", "datamodule", "lightning_module", "optimization", "reports"},
-    "export": {*LOW, "lightning_module"},
+    "export": {*LOW, "lightning_module", "reports"},
     "studies": {"train", "runs", "reports", "terminal"},
     "study": {"studies", "runs", "terminal"},
 }
