@@ -214,6 +214,11 @@ def short_errors() -> Iterator[None]:
             raise
         mismatch = textwrap.shorten(str(error).splitlines()[1], 200)
         sys.exit(f"error: the checkpoint does not fit the network of the settings: {mismatch}")
+    except Exception as error:
+        tracker = type(error).__module__.partition(".")[0]
+        if tracker not in ("mlflow", "wandb") or os.environ.get("LAB_DEBUG"):
+            raise
+        sys.exit(f"error: {tracker}: {' '.join(str(error).split())}")
     finally:
         threading.excepthook = tell
 

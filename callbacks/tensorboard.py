@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelSummary
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.model_summary import summarize
 from rich.console import Console
 from rich.table import Table
@@ -21,7 +21,12 @@ from callbacks.history import NAMES, STAGES, History
 
 SHOWN = 64  # images
 CHOSEN = ("val/acc", "val/loss", "test/acc", "epoch")  # what HParams shows of the chosen epoch
+PARTS = ("model.", "data.")  # whose settings Lightning logs
 ELSEWHERE = ("_instantiator", "root", "download", "sources", "verify", "log_steps", "images")
+
+
+def _others(trainer: Trainer) -> list[Logger]:
+    return [logger for logger in trainer.loggers if not isinstance(logger, TensorBoardLogger)]
 
 
 def writers(trainer: Trainer) -> list[SummaryWriter]:
@@ -33,7 +38,8 @@ def writers(trainer: Trainer) -> list[SummaryWriter]:
 class Board(Callback):
     """Fills TensorBoard: at the start with a chart for train and validation together, the graph and
     a sample of augmented training images; after each epoch with the norms of the weights; at the
-    end with the hyperparameters and the chosen epoch.
+    end with the hyperparameters and the chosen epoch. Gives other loggers, such as those of W&B and
+    MLflow, the settings of the trainer, which Lightning does not, and the chosen epoch.
     """
 
     takes_many_steps = True
@@ -42,6 +48,9 @@ class Board(Callback):
         """Draw the chart, and the graph and the images of a run that starts."""
         titles = zip(NAMES, ("loss", "accuracy"), strict=True)
         charts = {t: ["Multiline", [f"^{stage}/{n}$" for stage in STAGES]] for n, t in titles}
+        settings = {k: v for k, v in _settings(trainer).items() if not k.startswith(PARTS)}
+        for logger in _others(trainer):
+            logger.log_hyperparams(settings)
         for board in writers(trainer):
             board.add_custom_scalars({"learning curves": charts})
             if trainer.current_epoch == 0:
@@ -66,13 +75,15 @@ class Board(Callback):
                 board.add_scalar(tag, weight.detach().float().norm(), trainer.global_step)
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Fill the tab HParams."""
+        """Fill the tab HParams; log the chosen epoch."""
         history = next((c for c in trainer.callbacks if isinstance(c, History)), None)  # type: ignore[attr-defined]
-        best = history.best(trainer) if history else None
+        best = (history and history.best(trainer)) or {}
+        chosen = {f"chosen/{key}": best[key] for key in CHOSEN if key in best}
+        for logger in _others(trainer):
+            logger.log_metrics(chosen, trainer.global_step)
         for board in writers(trainer):
-            for key in CHOSEN:
-                if best and key in best:
-                    board.add_scalar(f"chosen/{key}", best[key], trainer.global_step)
+            for key, value in chosen.items():
+                board.add_scalar(key, value, trainer.global_step)
             # Without torch's description of the whole table TensorBoard makes its own, which shows
             # first the settings that differ between runs.
             _, *run = hparams(_settings(trainer), {})  # type: ignore[no-untyped-call]

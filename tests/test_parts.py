@@ -82,6 +82,9 @@ OTHERS = {
     "PassThroughProfiler": [f"{T}profiler", "PassThroughProfiler"],
     "CSVLogger": [f"{T}logger", "CSVLogger", f"{T}logger.save_dir", "csv"],
     "TensorBoardLogger": [f"{T}logger", "TensorBoardLogger", f"{T}logger.save_dir", "board"],
+    "WandbLogger": [f"{T}logger", "WandbLogger", f"{T}logger.offline", "true"],
+    "MLFlowLogger": [f"{T}logger", "MLFlowLogger", f"{T}logger.tracking_uri",
+                     "sqlite:///mlflow.db"],
     "no logger": [f"{T}logger", "false"],
     "ddp": [f"{T}strategy", "ddp", f"{T}devices", "1"],
     "single device": [f"{T}strategy", "single_device"],
@@ -108,8 +111,6 @@ OTHERS = {
 
 REFUSED = {
     "BackboneFinetuning": (one("BackboneFinetuning"), "needs a module with a `backbone`"),
-    "MLFlowLogger": ([f"{T}logger", "MLFlowLogger"], "pip install -U 'mlflow"),
-    "WandbLogger": ([f"{T}logger", "WandbLogger"], "pip install -U 'wandb"),
     "CometLogger": ([f"{T}logger", "CometLogger"], "pip install -U 'comet"),
     "LitLogger": ([f"{T}logger", "lightning.pytorch.loggers.LitLogger"],
                   "does not correspond to a subclass of Logger"),  # nor for LightningCLI
