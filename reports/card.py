@@ -25,13 +25,29 @@ RESULT = "\n## On the test set\n"
 
 def commit() -> str:
     """Return the git commit of this code, and whether it was changed since."""
-    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty= with changes"]
-    here = Path(__file__).parent
+    said = _git("describe", "--always", "--exclude=*", "--abbrev=40", "--dirty= with changes")
+    return said or "unknown: not in a git checkout"
+
+
+def untracked(code: dict[str, str]) -> dict[str, str]:
+    """Return of the `code` that a run imported, by module, the files that no commit holds."""
+    git = _git("ls-files")
+    tracked = {
+        f.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for f in git.split()
+    }
+    return {name: version for name, version in code.items() if git and name not in tracked}
+
+
+def _git(*command: str) -> str:
+    """Return what git says in this project's folder; nothing if it is no git checkout."""
+    here = Path(__file__).parents[1]
     try:
-        git = subprocess.run(command, cwd=here, check=True, capture_output=True, text=True)
-        return git.stdout.strip()
+        git = subprocess.run(
+            ["git", *command], cwd=here, check=True, capture_output=True, text=True
+        )
     except (OSError, subprocess.CalledProcessError):
-        return "unknown: not in a git checkout"
+        return ""
+    return git.stdout.strip()
 
 
 def model_card(
@@ -60,6 +76,9 @@ def model_card(
         "Repeat": f"`python train.py fit --config {shlex.quote(str(folder / parts[0]['config']))}`"
         + ", then resume" * (len(parts) > 1),
         "Code": f"commit {run['commit']}",
+        "Files of no commit": ", ".join(
+            f"`{name}`, SHA-256 {version}..." for name, version in untracked(run["code"]).items()
+        ),
         "Network": f"{_call(model['network'])}, {size:,} parameters",
         "Data": f"CIFAR-10, python version, md5 {archive.ARCHIVE_MD5}"
         if set(images.values()) == {"CIFAR-10"}

