@@ -50,11 +50,25 @@ MEANT = {
     "model.optimizer.weight_decay",
 }  # fmt: skip
 
+# What jsonargparse says of a value, and what a person would.
+VALUES = (
+    (r"Expected a <class '[\w.]*Sequence'>\. Got value: (.*)", r"expected a list, not \1: in the "
+     r"YAML one item a line, on the command line one += an item"),
+    (r"Expected a <class '(?:\w+\.)*(\w+)'>\. Got value: ", r"expected \1, not "),
+    (r"invalid literal for int\(\) with base 10: ", "expected int, not "),
+    (r"could not convert string to float: ", "expected float, not "),
+    (r"(\S+) does not conform to restriction (v.*)", r"expected a value \2, not \1"),
+)  # fmt: skip
+
 # Lightning's flags that the help explains, and what it says of others.
 SHOWN = {*MEANT.values(), *(f"checkpoint.{name}" for name in ("monitor", "mode", "filename",
          "save_top_k", "save_last"))}  # fmt: skip
 HELP = {
     "ckpt_path": "A checkpoint; or `last` or `best` of the newest run of --name.",
+    "fit": "Train, and keep a checkpoint of every epoch.",
+    "validate": "Evaluate a checkpoint on the validation set.",
+    "test": "Evaluate a checkpoint on the test set.",
+    "predict": "Classify pictures of your own, or the test set, by a checkpoint.",
     "model.optimizer": "Makes the optimizer from the parameters. Arguments of a class are flags "
     "too: --model.optimizer SGD --model.optimizer.lr 0.05; --model.optimizer.help SGD lists them.",
 }
@@ -92,6 +106,8 @@ class ShortParser(LightningArgumentParser):
             others = []
             for action in group._group_actions:
                 name = action.dest
+                for command in getattr(action, "_choices_actions", ()):
+                    command.help = HELP.get(command.dest, command.help)
                 if name.startswith(("trainer.", "checkpoint.")) and name not in SHOWN:
                     others.append(name)
                 is_whole = name in ("model", "data", "trainer", "checkpoint")
@@ -153,7 +169,10 @@ def _about(key: str, root: str) -> str:
         return f"{key}: {_no_class(name)}"
     if names := root.partition("arguments are required: ")[2]:
         return f"{key} needs {', '.join(f'--{key}.{name}' for name in names.split(', '))}"
-    return f"{key}: {root}"
+    for said, plain in VALUES:
+        root = re.sub(said, plain, root)
+    is_arguments = re.match(r"\w+: expected ", root)  # of a class
+    return f"{key}{'.' if is_arguments else ': '}{root}"
 
 
 def _no_class(name: str) -> str:

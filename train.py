@@ -56,7 +56,7 @@ from lightning_module import FINDERS, Diverged, ImageClassifier
 from memory import keep_freed_memory
 from overhead import NoProfiler
 from reports.card import RESULT, commit, early_stops, model_card, with_result
-from terminal import ShortParser, quieten, refused, short_errors
+from terminal import HELP, ShortParser, quieten, refused, short_errors
 
 # Types of arguments of torchvision's transforms and of Lightning's callbacks.
 register_type(
@@ -79,6 +79,14 @@ def _drop_other_arguments(_parser: Any, before: Any, now: Any) -> None:
 assert hasattr(_typehints, "discard_init_args_on_class_path_change")  # a part that may go
 _typehints.discard_init_args_on_class_path_change = _drop_other_arguments
 
+# Which class a short name means, where several have it; jsonargparse asks for the whole name.
+SHORT = {
+    "ReduceLROnPlateau": "lightning.pytorch.cli.ReduceLROnPlateau",
+    "RandomCrop": "cifar10.augment.RandomCrop",
+}
+_by_name = _typehints.resolve_class_path_by_name
+_typehints.resolve_class_path_by_name = lambda cls, name: SHORT.get(name) or _by_name(cls, name)
+
 
 def _find_checkpoint(args: list[str]) -> Path | None:
     """Return the checkpoint that a command line names; of a SLURM job that was requeued, its own.
@@ -87,13 +95,19 @@ def _find_checkpoint(args: list[str]) -> Path | None:
     file beside it is taken, as the run may have been killed before it saved that one as the last.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("--ckpt_path", "--name", "--config", "--trainer.default_root_dir"):
+    for flag in ("--ckpt_path", "--name", "--trainer.default_root_dir"):
         parser.add_argument(flag, dest=flag.strip("-"))
+    parser.add_argument("--config", action="append", type=Path, default=[Path("default")])
     found = vars(parser.parse_known_args(args[1:])[0])
-    config, path = Path(found["config"] or "default"), found["ckpt_path"]
-    settings: dict[str, Any] = {}  # of a file that can't be read; the parser says why
-    with contextlib.suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
-        settings = runs.flat(yaml.safe_load(config.read_text(encoding="utf-8")))
+    config, path = found["config"][-1], found["ckpt_path"]
+    settings: dict[str, Any] = {}
+    for file in found["config"]:
+        try:
+            settings = runs.flat(yaml.safe_load(file.read_text(encoding="utf-8")))
+        except yaml.YAMLError as error:
+            raise MisconfigurationException(f"{file} is no YAML: {error}") from error
+        except (OSError, ValueError, RecursionError):  # the parser says why
+            settings = {}
     root = found["trainer.default_root_dir"] or settings.get("trainer.default_root_dir") or "runs"
     parent = Path(root, found["name"] or settings.get("name") or config.stem)
     if path is None:
@@ -137,6 +151,8 @@ class CLI(LightningCLI):
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,  # see `after_instantiate_classes`
                 args=args,
+                parser_kwargs={"description": "CIFAR-10: one YAML file is one experiment."}
+                | {name: {"description": text} for name, text in HELP.items() if name in args[:1]},
             )
         except BaseException:
             if self.claimed is not None:

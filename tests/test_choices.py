@@ -39,7 +39,7 @@ FLAT = ("fit", "--config", BASE, "--model.network", "tests.small.Flat")
           f"{CALLBACK}.mode", "max"], "callbacks.0.init_args.mode max would choose the worst"),
         (["--checkpoint.monitor", "val/loss", "--checkpoint.mode", "max"], "checkpoint.mode max"),
         (["--checkpoint.monitor", "test/loss"], "checkpoint.monitor test/loss"),
-        (["--model.lr_scheduler", "lightning.pytorch.cli.ReduceLROnPlateau",
+        (["--model.lr_scheduler", "ReduceLROnPlateau",
           "--model.lr_scheduler.monitor", "val/acc"], "set it to max"),
         (["--model.lr_scheduler", "torch.optim.lr_scheduler.ReduceLROnPlateau",
           "--model.lr_scheduler.mode", "max"], "mode max takes the worst val/loss"),

@@ -489,10 +489,10 @@ def test_predict_writes_a_class_for_every_test_image(run: Run) -> None:
         ),
         ("model:\n  network:\n    class_path: networks.Nope\n", "no attribute 'Nope'"),
         ("model:\n  optimizer:\n    class_path: torch.optim.Adma\n", "no attribute 'Adma'"),
-        ("data: [1\n", "while parsing"),
+        ("data: [1\n", "wrong.yaml is no YAML: while parsing"),
         (
             "trainer:\n  max_epochs: many\n",
-            "trainer.max_epochs: Expected a <class 'int'>. Got value: many",
+            "trainer.max_epochs: expected int, not many",
         ),
         ("a: &a [*a]\n", "recursion"),
         ("name: \xff\n", "utf-8"),
@@ -514,7 +514,7 @@ def test_a_wrong_yaml_is_refused(fails: Run, tmp_path: Path, text: str, message:
         (["--data.bath_size", "3"], "did you mean data.batch_size?"),
         (["mine.yaml"], "did you mean --config mine.yaml?"),
         (["a.jpg", "b.jpg"], "quote patterns of files"),
-        (["--model.optimizer.lr", "x"], "lr: Expected a <class 'float'>. Got value: x"),
+        (["--model.optimizer.lr", "x"], "model.optimizer.lr: expected float, not x"),
         (
             ["--model.lr_scheduler", "Cos"],
             "model.lr_scheduler: no class Cos: did you mean CosineAnnealing",
@@ -531,9 +531,10 @@ def test_a_wrong_yaml_is_refused(fails: Run, tmp_path: Path, text: str, message:
         (["--epochs", "1"], "did you mean trainer.max_epochs?"),
         (["--seed", "1"], "did you mean seed_everything?"),
         (["--ckpt_path", "."], "no checkpoint ."),
+        (["--data.augment", "RandomFlip"], "data.augment: expected a list, not RandomFlip"),
         (
-            ["--data.augment+=RandomCrop"],
-            "to avoid ambiguity: torchvision.transforms.RandomCrop",
+            ["--model.lr_scheduler", "ReduceLROnPlateau"],
+            "model.lr_scheduler needs --model.lr_scheduler.monitor",
         ),
         (
             ["--model.network.width", "2"],
@@ -548,10 +549,14 @@ def test_a_wrong_yaml_is_refused(fails: Run, tmp_path: Path, text: str, message:
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--model.optimizer.lr", "-1"], "Invalid learning rate"),
         (["--model.network", "torch.nn.Flatten"], "expected logits [2, 10]"),
+        (
+            ["--model.network", "torchvision.models.squeezenet1_1"],
+            "expected logits [2, 10]: networks.library_network makes it with ten classes",
+        ),
         (["--trainer.accelerator", "no_such_thing"], "no_such_thing"),
         (
             ["--config", str(BASE), "--model.network.dense_units", "-1"],
-            "dense_units: -1 does not conform to restriction v>0",
+            "model.network.dense_units: expected a value v>0, not -1",
         ),
         (["--seed_everything", "-1"], "-1"),
         (["--data.split_seed", "-1"], "data.split_seed"),
@@ -585,6 +590,11 @@ def test_help_is_a_few_pages_and_begins_with_this_projects_flags(
     assert "torch.nn.modules" not in out
     assert "trainer.gradient_clip_val" in out
     assert "--model.optimizer.lr 0.05" in out
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    out = capsys.readouterr().out
+    assert "Train, and keep a checkpoint of every epoch." in out
+    assert len(out.splitlines()) < 40
 
 
 def test_a_class_without_its_file_is_named_with_it(fails: Run) -> None:
