@@ -24,7 +24,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from jsonargparse import _typehints
@@ -44,7 +43,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from lightning_utilities.core.enums import StrEnum
-from PIL import Image
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
@@ -561,17 +559,14 @@ class CLI(LightningCLI):
         values = {**results, "set": now["test"], "tta": self.model.tta, "changed": changed}
         values |= evaluation.values()
         figures = evaluation.figures(self.datamodule.test_set.images)
-        pictures = {f"{name}{suffix}": png(figure, 110) for name, figure in figures.items()}
         files = {f"test{suffix}.json": json.dumps(values, indent=2).encode()}
-        files |= {f"{name}.png": content for name, content in pictures.items()}
+        files |= {f"{name}{suffix}.png": png(figure, 110) for name, figure in figures.items()}
         for name, content in files.items():
             runs.write_whole(folder / name, content)
         if any(folder.glob("events.out.*")):
             with SummaryWriter(folder) as board:
-                for name, content in pictures.items():
-                    pixels = np.asarray(Image.open(io.BytesIO(content)))
-                    step = self.checkpoint["global_step"]
-                    board.add_image(f"test/{name}", pixels, step, dataformats="HWC")
+                for name, figure in figures.items():
+                    board.add_figure(f"test/{name}{suffix}", figure, self.checkpoint["global_step"])
         card = folder / "model.md"
         if card.exists() and is_own:
             which = f"epoch {results['epoch']} (`{self.path.name}`)"
