@@ -12,6 +12,7 @@ A run is a folder runs/<name>/version_<n>/. A checkpoint carries the settings of
 
 import argparse
 import contextlib
+import inspect
 import io
 import json
 import numbers
@@ -64,6 +65,8 @@ register_type(torch.device, str, torch.device)
 # Of defaults such as that of Lightning's Timer.
 yaml.SafeDumper.add_multi_representer(StrEnum, lambda dumper, of: dumper.represent_str(of.value))
 BAREBONES = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+# Arguments of a subcommand that have one right value here; a checkpoint is data, it runs no code.
+FIXED = {"weights_only": True, "verbose": False, "return_predictions": False}
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
 
 
@@ -158,21 +161,16 @@ class CLI(LightningCLI):
             raise
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Return Lightning's, without the arguments that have one right value here; only the one
-        that is given, as each parser takes a while to build."""
-        fixed = {"weights_only", "verbose", "return_predictions"}
-        every = {name: skip | fixed for name, skip in LightningCLI.subcommands().items()}
+        """Return Lightning's, without `FIXED`; only the one that is given, as each parser takes a
+        while to build."""
+        every = {name: skip | {*FIXED} for name, skip in LightningCLI.subcommands().items()}
         given = self.args[0] if self.args else ""
         return {given: every[given]} if given in every else every
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        kwargs["weights_only"] = True  # a checkpoint is data: it runs no code
-        if subcommand in ("validate", "test"):
-            kwargs["verbose"] = False
-        if subcommand == "predict":
-            kwargs["return_predictions"] = False
-        return kwargs
+        takes = inspect.signature(getattr(Trainer, subcommand)).parameters
+        fixed = {name: value for name, value in FIXED.items() if name in takes}
+        return super()._prepare_subcommand_kwargs(subcommand) | fixed
 
     # ------------------------------------------------------------------------------- settings
 
