@@ -419,13 +419,15 @@ class CLI(LightningCLI):
         """Train; afterwards write weights and card, and say what can be done next."""
         max_epochs, code, done = self.config.fit.trainer.max_epochs, commit(), 0
         if self.checkpoint:
-            progress = self.checkpoint["loops"]["fit_loop"]["epoch_progress"]
-            done = progress["current"]["processed"]  # of one made inside an epoch, those before
+            loops = self.checkpoint["loops"]["fit_loop"]
+            progress = loops["epoch_progress"]["current"]
+            done = progress["processed"]  # of one made inside an epoch, those before
         if max_epochs is not None and 0 <= max_epochs < done:
             raise MisconfigurationException(
                 f"{self.path} has done {done} epochs: raise --trainer.max_epochs {max_epochs}"
             )
-        if done and done == progress["current"]["ready"] and self._is_cut_short():
+        is_cut = done and not loops["epoch_loop.batch_progress"]["is_last_batch"]  # by max_steps
+        if is_cut and done == progress["ready"]:
             _note(f"epoch {done - 1} was stopped before its last batch: its rest is left out")
         for state in self.checkpoint.get("callbacks", {}).values():
             if reason := state.get("stopping_reason_message"):
@@ -441,11 +443,6 @@ class CLI(LightningCLI):
             self._fit(**kwargs)
             if writes:
                 self._finish(code)
-
-    def _is_cut_short(self) -> bool:
-        """Return whether the last epoch of the checkpoint ended early, such as by max_steps."""
-        batches = self.checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        return not batches["is_last_batch"]
 
     def _fit(self, **kwargs: Any) -> None:
         try:
