@@ -3,18 +3,15 @@
 import inspect
 import platform
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
-import lightning
-import torch
-import torchvision
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EarlyStopping
 
 from cifar10 import archive
-from runs import Row, machine
+from runs import Row
 
 LIMITS = (  # settings of the trainer that the card names where they are not the defaults
     "max_steps", "max_time", "limit_val_batches", "overfit_batches", "val_check_interval",
@@ -41,12 +38,9 @@ def untracked(code: dict[str, str]) -> dict[str, str]:
 def _git(*command: str) -> str:
     """Return what git says in this project's folder; nothing if it is no git checkout."""
     here = Path(__file__).parents[1]
-    try:
-        git = subprocess.run(
-            ["git", *command], cwd=here, check=True, capture_output=True, text=True
-        )
-    except (OSError, subprocess.CalledProcessError):
+    if not shutil.which("git"):
         return ""
+    git = subprocess.run(["git", *command], cwd=here, capture_output=True, text=True)
     return git.stdout.strip()
 
 
@@ -59,11 +53,10 @@ def model_card(
     best: Row | None,
 ) -> str:
     """Return the card of a run that has been trained, as Markdown, from the settings in its
-    `config.yaml`, its epochs and the one that validation chose. `run` has the `commit` of the code,
-    the `command` that started it, what the training and the test `images` are, and `parts`: in
-    which settings changed when the run was resumed."""
-    model, data = settings["model"], settings["data"]
-    device, parts, images = trainer.strategy.root_device, run["parts"], run["images"]
+    `config.yaml`, its epochs and the one that validation chose. `run` is what `run.json` has, and
+    the `commit` of the code."""
+    model, data, weights = settings["model"], settings["data"], settings["model"]["weights"]
+    parts, images = run["parts"], run["images"]
     module: Any = trainer.lightning_module
     size = sum(p.numel() for p in module.network.parameters())
     some, every = trainer.num_training_batches, len(trainer.train_dataloader)  # type: ignore[arg-type]
@@ -95,8 +88,7 @@ def model_card(
         "Batches": f"{batch_size} images"
         + ", found by BatchSizeFinder" * (batch_size != data["batch_size"]),
         "Weights": f"at first those of {weights}, SHA-256 {run['versions'].get(weights)}..."
-        if (weights := model["weights"])
-        else "",
+        * bool(weights),
         "Optimizer": _call(model["optimizer"])
         + (f", learning rate {module.lr:.3g} found by LearningRateFinder" if module.lr else "")
         + ", weight decay of matrices only" * model["decay_matrices_only"],
@@ -115,9 +107,9 @@ def model_card(
         changes = ", ".join(f"{k} {now} (was {old})" for k, (old, now) in part["changed"].items())
         lines[f"Resumed ({i})"] = f"from epoch {part['from_epoch']} with {changes}"
     lines |= {
-        "Time": f"{sum(row['seconds'] for row in rows):.0f} s on {machine(device)}",
-        "Versions": f"torch {torch.__version__}, torchvision {torchvision.__version__}, lightning "
-        f"{lightning.__version__}, Python {platform.python_version()}, {platform.system()}",
+        "Time": f"{sum(row['seconds'] for row in rows):.0f} s on {run['machine']}",
+        "Versions": "".join(f"{n} {v}, " for n, v in run["versions"].items() if n != weights)
+        + f"Python {platform.python_version()}, {platform.system()}",
         "Classes": ", ".join(archive.CLASSES) + "; it has no answer for anything else",
     }
     if best is not None and "val/acc" in best:
@@ -128,8 +120,8 @@ def model_card(
 
 def early_stops(trainer: Trainer) -> list[str]:
     """Return why EarlyStopping ended a training, if it did."""
-    stoppers = (c for c in trainer.callbacks if isinstance(c, EarlyStopping))  # type: ignore[attr-defined]
-    return [c.stopping_reason_message for c in stoppers if c.stopping_reason_message]
+    reasons = (callback.stopping_reason_message for callback in trainer.early_stopping_callbacks)
+    return [reason for reason in reasons if reason]
 
 
 def with_result(
