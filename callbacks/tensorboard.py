@@ -18,11 +18,12 @@ from torch.utils.tensorboard.summary import hparams
 from torchvision.utils import make_grid
 
 from callbacks.history import NAMES, STAGES, History
+from runs import flat
 
 SHOWN = 64  # images
 CHOSEN = ("val/acc", "val/loss", "test/acc", "epoch")  # what HParams shows of the chosen epoch
 PARTS = ("model.", "data.")  # whose settings Lightning logs
-ELSEWHERE = ("_instantiator", "root", "download", "sources", "verify", "log_steps", "images")
+ELSEWHERE = {"_instantiator", "root", "download", "sources", "verify", "log_steps", "images"}
 
 
 def _others(trainer: Trainer) -> list[Logger]:
@@ -93,23 +94,17 @@ class Board(Callback):
 
 def _settings(trainer: Trainer) -> dict[str, Any]:
     """Return the settings that a result depends on, named as on the command line."""
-    found: dict[str, Any] = {
-        "seed_everything": getattr(trainer.lightning_module, "seed", None),
+    module, data = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
+    found = flat({"model": dict(module.hparams), "data": dict(data.hparams)}) | {
+        "seed_everything": getattr(module, "seed", None),
         "trainer.max_epochs": trainer.max_epochs,
         "trainer.precision": trainer.precision_plugin.precision,
     }
-
-    def add(name: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                if key not in ELSEWHERE:
-                    add(name if key == "init_args" else f"{name}.{key}", inner)
-        else:
-            found[name] = value if isinstance(value, bool | int | float) else str(value)
-
-    add("model", dict(trainer.lightning_module.hparams))
-    add("data", dict(trainer.datamodule.hparams))  # type: ignore[attr-defined]
-    return found
+    return {
+        key.replace(".init_args", ""): of if isinstance(of, bool | int | float) else str(of)
+        for key, of in found.items()
+        if not {*key.split(".")} & ELSEWHERE
+    }
 
 
 class LayerTable(ModelSummary):
