@@ -302,21 +302,16 @@ def _exporting(format_: str, network: nn.Module) -> Iterator[None]:
         ) from error
 
 
-def write(out: Path, content: bytes | dict[str, bytes]) -> None:
-    """Write a file, or a folder of files, that is never seen half-written."""
+def write_folder(out: Path, files: dict[str, bytes]) -> None:
+    """Write a folder of files that is never seen half-written."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-            new = Path(scratch, "new")
-            if isinstance(content, bytes):
-                new.write_bytes(content)
-            else:
-                new.mkdir()
-                for name, part in content.items():
-                    (new / name).write_bytes(part)
+            for name, content in files.items():
+                write_whole(Path(scratch, "new", name), content)
             if out.is_dir():  # a file is replaced in one go, a folder can't be
                 out.replace(Path(scratch, "earlier"))
-            new.replace(out)
+            Path(scratch, "new").replace(out)
     except OSError as error:
         raise MisconfigurationException(f"--out {out}: {error.strerror}") from error
 
@@ -342,7 +337,7 @@ def export(args: list[str]) -> None:
     if format_ == "checkpoint":
         content, precision = export_checkpoint(classifier, checkpoint, images)
         described = card_of_file(path, out, content, precision)
-        write(out, content)
+        write_whole(out, content)
         write_whole(out.with_suffix(".md"), described.encode())
         print(f"{precision}\nwritten to {out} and {out.with_suffix('.md').name}")
         return
@@ -351,7 +346,10 @@ def export(args: list[str]) -> None:
         predict(torch.zeros(3, 3, 32, 32, dtype=torch.uint8))  # a batch of another size
     images = images[:COMPARED]
     difference = compare(classifier, predict, images)
-    write(out, page_files(exported, card) if format_ == "page" else exported)
+    if format_ == "page":
+        write_folder(out, page_files(exported, card))
+    else:
+        write_whole(out, exported)
     print(f"the same classes for {len(images)} test images, probabilities within {difference:.1e}")
     print(f"written to {out}")
     if format_ == "page":
