@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jsonargparse._typehints import get_all_subclass_paths
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.callbacks import Callback
@@ -180,21 +181,13 @@ def _no_class(name: str) -> str:
     for file in sorted(Path().glob("*.py")):
         if re.search(rf"^class {re.escape(name)}\b", file.read_text(errors="replace"), re.M):
             return f"did you mean {file.stem}.{name}?"
-    known = {
-        of.__name__ for base in (nn.Module, Optimizer, LRScheduler, Callback) for of in _all(base)
-    }
+    bases = (nn.Module, Optimizer, LRScheduler, Callback)
+    known = {path.rpartition(".")[2] for base in bases for path in get_all_subclass_paths(base)}
     lower = {of.lower(): of for of in sorted(known)}
     found = [of for of in lower if of.startswith(name.lower())][:2]
     found = found or difflib.get_close_matches(name.lower(), lower, n=2, cutoff=0.75)
     near = " or ".join(lower[of] for of in found)
     return f"no class {name}: " + (f"did you mean {near}?" if near else "name it as file.Class")
-
-
-def _all(base: type[Any]) -> Iterator[type[Any]]:
-    """Yield all classes that are derived from one and have been imported."""
-    for derived in base.__subclasses__():
-        yield derived
-        yield from _all(derived)
 
 
 def _is_full_disk(error: BaseException | None) -> bool:
