@@ -243,29 +243,24 @@ class ImageClassifier(RecordableModule):
         self.choose_steps(optimizer)
         if self.make_lr_scheduler is None:
             return optimizer
-        scheduler = self._scheduler(optimizer)
+        scheduler = self._scheduler(self.make_lr_scheduler, optimizer)
         has_progress = hasattr(scheduler, "set_progress")
         has_own_rates = isinstance(scheduler, OneCycleLR | CyclicLR)
         default = "step" if has_progress or has_own_rates else "epoch"
+        monitor = _monitor(scheduler)
+        # With each validation, if it follows a metric of validation.
+        waits = isinstance(scheduler, ReduceLROnPlateau) and not monitor.startswith("train/")
         return {
             "optimizer": optimizer,
             "lr_scheduler": {
                 "scheduler": scheduler,
                 "interval": default if self.lr_interval == "auto" else self.lr_interval,
-                "monitor": _monitor(scheduler),
-                "frequency": self._frequency(scheduler),
+                "monitor": monitor,
+                "frequency": (self.trainer.check_val_every_n_epoch or 1) if waits else 1,
             },
         }
 
-    def _frequency(self, scheduler: Any) -> int:
-        """Return after how many epochs or steps a scheduler is stepped: with each validation, if it
-        follows a metric of validation."""
-        waits = isinstance(scheduler, ReduceLROnPlateau) and _monitor(scheduler)[:6] != "train/"
-        return (self.trainer.check_val_every_n_epoch or 1) if waits else 1
-
-    def _scheduler(self, optimizer: Optimizer) -> Any:
-        make = self.make_lr_scheduler
-        assert make is not None
+    def _scheduler(self, make: Any, optimizer: Optimizer) -> Any:
         is_known = not self._has(GradientAccumulationScheduler)
         self.total_steps = total = self.steps_of_training() if is_known else math.inf
         given = make.keywords if isinstance(make, partial) else {}
@@ -277,7 +272,7 @@ class ImageClassifier(RecordableModule):
             if given.get("total_steps", 0) is None and given.get("epochs") is None:  # OneCycleLR's
                 if total == math.inf:
                     raise no_end
-                make = partial(make, total_steps=total)  # type: ignore[call-arg]
+                make = partial(make, total_steps=total)
             scheduler: Any = make(optimizer)
             if hasattr(scheduler, "set_progress") and total == math.inf:
                 raise no_end
