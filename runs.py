@@ -469,11 +469,16 @@ def newest(folder: Path) -> tuple[int, Path]:
 
 def named(path: str, parent: Path) -> Path:
     """Return the checkpoint that a command names: by its path, or as `last` or `best` of the newest
-    run in `parent`, the folder of a recipe's runs."""
+    run in `parent`, the folder of a recipe's runs, that has one."""
     if path not in ("last", "best"):
         return Path(path)
-    last = last_of_newest_run(parent)
-    return last if path == "last" else best(last)
+    for _, folder in sorted(versions(parent).items(), reverse=True):
+        step, last = newest(folder / "checkpoints")
+        if step >= 0:
+            return last if path == "last" else best(last)
+    others = sorted(p.name for p in parent.parent.glob("*") if versions(p) and p != parent)
+    there = f" of {', '.join(others)}" if others else ""
+    raise MisconfigurationException(f"no run in {parent} has a checkpoint: give --name{there}")
 
 
 def best(last: Path) -> Path:
@@ -487,14 +492,3 @@ def best(last: Path) -> Path:
     if found is None:
         raise MisconfigurationException(f"--ckpt_path best: {run_of(last)} chose no epoch")
     return last.parent / found[1].relative_to(last.parent.resolve())  # relative, if it was named so
-
-
-def last_of_newest_run(parent: Path) -> Path:
-    """Return the newest checkpoint of the newest run of a recipe that has one."""
-    for _, folder in sorted(versions(parent).items(), reverse=True):
-        step, path = newest(folder / "checkpoints")
-        if step >= 0:
-            return path
-    others = sorted(p.name for p in parent.parent.glob("*") if versions(p) and p != parent)
-    there = f" of {', '.join(others)}" if others else ""
-    raise MisconfigurationException(f"no run in {parent} has a checkpoint: give --name{there}")
