@@ -377,13 +377,9 @@ def refuse_other_images(source: str, known: dict[str, str], now: str) -> None:
 def _load(path: Path, what: str, mmap: bool = True) -> Any:
     """Return the content of a file that PyTorch saved, as plain data."""
     if not path.is_file():
-        others = sorted(p.name for p in path.parent.glob("*.ckpt"))
-        if len(others) > 4:
-            others[2:-1] = ["..."]
-        there = f"; {path.parent} has {', '.join(others)}" if others else ""
-        files = [f for where in ("", "checkpoints/") for f in path.glob(f"{where}*.ckpt")]
-        if files:
-            raise MisconfigurationException(f"{path} is a folder: name a file in it: {max(files)}")
+        folders = (path, path / "checkpoints", path.parent)
+        found = sorted({str(file) for folder in folders for file in folder.glob("*.ckpt")})
+        there = f"; there is {' or '.join(found[-2:])}" if found else ""
         raise MisconfigurationException(f"no checkpoint {path}{there}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
