@@ -202,13 +202,7 @@ def short_errors() -> Iterator[None]:
     threading.excepthook = lambda args: None if _is_full_disk(args.exc_value) else tell(args)
     try:
         yield
-    except (
-        RuntimeError,
-        OSError,
-        ValueError,
-        KeyboardInterrupt,
-        MisconfigurationException,
-    ) as error:
+    except (Exception, KeyboardInterrupt) as error:
         if os.environ.get("LAB_DEBUG"):
             raise
         if _is_full_disk(root := innermost(error)):  # loggers raise it as a ValueError
@@ -219,6 +213,8 @@ def short_errors() -> Iterator[None]:
         text = " ".join(str(error).split())
         if isinstance(error, MisconfigurationException):
             sys.exit(f"error: {text}")
+        if (tracker := type(error).__module__.partition(".")[0]) in ("mlflow", "wandb"):
+            sys.exit(f"error: {tracker}: {text}")
         for cause, mend in MENDS.items():
             if cause in text:
                 sys.exit(f"error: {mend}")
@@ -226,11 +222,6 @@ def short_errors() -> Iterator[None]:
             raise
         mismatch = textwrap.shorten(str(error).splitlines()[1], 200)
         sys.exit(f"error: the checkpoint does not fit the network of the settings: {mismatch}")
-    except Exception as error:
-        tracker = type(error).__module__.partition(".")[0]
-        if tracker not in ("mlflow", "wandb") or os.environ.get("LAB_DEBUG"):
-            raise
-        sys.exit(f"error: {tracker}: {' '.join(str(error).split())}")
     finally:
         threading.excepthook = tell
 
