@@ -275,10 +275,10 @@ def _check(format_: str, out: Path, overwrite: bool) -> None:
         return
     if is_page:
         is_export = out.is_dir() and {path.name for path in out.iterdir()} <= PAGE_FILES
+    elif format_ == "checkpoint":
+        is_export = out.is_file() and "optimizer_states" not in read_checkpoint(out)
     else:
         is_export = out.is_file()
-        if format_ == "checkpoint" and is_export:
-            is_export = "optimizer_states" not in read_checkpoint(out)
     if not is_export:
         raise MisconfigurationException(f"--out {out} is no earlier export: name a new one")
     if not overwrite:

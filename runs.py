@@ -172,7 +172,6 @@ class WholeCheckpointIO(TorchCheckpointIO):
     ) -> None:
         """Save the checkpoint to a local path."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         for half_written in path.parent.glob(".*.ckpt.*"):  # by a run that was killed
             half_written.unlink(missing_ok=True)
         place, twin = self.saved

@@ -81,7 +81,6 @@ class SaveSettings(Callback):
         files |= {part["config"]: part["settings"] for part in self.parts if "settings" in part}
         folder = trainer.log_dir  # of which all ranks are told, so all must ask
         if trainer.is_global_zero and folder and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            Path(folder).mkdir(parents=True, exist_ok=True)
             if self.changed:  # the logger writes it once, and again if it is not there
                 (Path(folder) / "hparams.yaml").unlink(missing_ok=True)
             texts = {n: yaml.safe_dump(of, sort_keys=False) for n, of in files.items()}
