@@ -460,26 +460,20 @@ class CLI(LightningCLI):
             if stop.code not in (None, 1):
                 raise
             if self.trainer.is_global_zero:
-                resume = self._resume()
-                print(f"\nstopped; {f'to resume: {resume}' if resume else 'nothing is kept'}")
+                print(f"\nstopped; {self._resume()}")
             # of Ctrl-C with a code of 1, of SIGTERM with none
             raise SystemExit(128 + (signal.SIGINT if stop.code else signal.SIGTERM)) from None
         except Diverged as error:
             if not self.trainer.is_global_zero:
                 raise SystemExit(1) from None  # one process speaks
-            resume = self._resume()
-            mend = (
-                f"resume from the last good epoch at a lower learning rate: {resume}"
-                if resume
-                else "nothing is kept; start again with a lower learning rate"
-            )
-            raise Diverged(f"{error}; {mend}") from None
+            raise Diverged(f"{error}; {self._resume(' with a lower learning rate')}") from None
 
-    def _resume(self) -> str:
-        """Return the command that resumes from the last checkpoint; nothing if there is none."""
+    def _resume(self, how: str = "") -> str:
+        """Return the command that resumes from the last checkpoint, or that there is none."""
         last = self.run_folder / "checkpoints" / "last.ckpt"
-        good = last if last.exists() else self.path
-        return f"python train.py fit --ckpt_path {shlex.quote(str(good))}" if good else ""
+        if (good := last if last.exists() else self.path) is None:
+            return f"nothing is kept; start again{how}"
+        return f"to resume{how}: python train.py fit --ckpt_path {shlex.quote(str(good))}"
 
     def _finish(self, code: str) -> None:
         weights = io.BytesIO()
