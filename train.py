@@ -200,10 +200,8 @@ class CLI(LightningCLI):
             settings = runs.settings_of(self.checkpoint)
             if args[0] != "fit":
                 precision = settings.get("trainer", {}).get("precision")
-                settings = {
-                    "trainer": {"precision": precision},
-                    **{key: settings[key] for key in ("name", "model", "data") if key in settings},
-                }
+                settings = {k: v for k, v in settings.items() if k in ("name", "model", "data")}
+                settings["trainer"] = {"precision": precision}
             elif "optimizer_states" not in self.checkpoint:
                 raise MisconfigurationException(
                     f"{self.path} holds weights only, and can't be resumed: to start from them, "
@@ -211,8 +209,7 @@ class CLI(LightningCLI):
                 )
             elif "network" not in self.checkpoint.get("hyper_parameters", {}):
                 raise MisconfigurationException(
-                    f"{self.path} was made in Python, and does not say by which network, optimizer "
-                    "and augmentation: resume it there"
+                    f"{self.path} was made in Python, so it names no network: resume it there"
                 )
             text = yaml.safe_dump(settings, sort_keys=False)
             is_named = any(arg.startswith("--ckpt_path") for arg in args)
