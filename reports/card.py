@@ -120,8 +120,10 @@ def model_card(
 
 def early_stops(trainer: Trainer) -> list[str]:
     """Return why EarlyStopping ended a training, if it did."""
-    reasons = (callback.stopping_reason_message for callback in trainer.early_stopping_callbacks)
-    return [reason for reason in reasons if reason]
+    stoppers = trainer.early_stopping_callbacks
+    # That of a resumed run remembers why the part before ended.
+    ended = [c for c in stoppers if c.stopped_epoch + 1 == trainer.current_epoch]
+    return [c.stopping_reason_message for c in ended if c.stopping_reason_message]
 
 
 def with_result(

@@ -204,6 +204,9 @@ def test_what_callbacks_and_profilers_say_is_shown(
     assert "val/acc did not improve in the last 1 records" in caplog.text
     assert "stopped early: Monitored metric val/acc" in (RUN_0 / "model.md").read_text()
     assert "run_training_batch" in caplog.text
+    run("fit", "--ckpt_path", LAST, f"{T}max_epochs", "3", f"{CB}.min_delta", "-1")
+    assert len(rows(RUN_0)) == 3
+    assert "stopped early" not in (RUN_0 / "model.md").read_text()
 
 
 def test_a_run_out_of_time_ends_with_an_epoch(run: Run) -> None:
