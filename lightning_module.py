@@ -264,18 +264,16 @@ class ImageClassifier(RecordableModule):
         is_known = not self._has(GradientAccumulationScheduler)
         self.total_steps = total = self.steps_of_training() if is_known else math.inf
         given = make.keywords if isinstance(make, partial) else {}
-        no_end = ValueError(
-            "a schedule needs an end: give trainer.max_epochs or max_steps, and "
-            "trainer.accumulate_grad_batches rather than GradientAccumulationScheduler"
-        )
         with _refused("model.lr_scheduler"):
-            if given.get("total_steps", 0) is None and given.get("epochs") is None:  # OneCycleLR's
-                if total == math.inf:
-                    raise no_end
+            is_open = given.get("total_steps", 0) is None and given.get("epochs") is None
+            if is_open and total < math.inf:  # OneCycleLR's, which else says what it needs
                 make = partial(make, total_steps=total)
             scheduler: Any = make(optimizer)
             if hasattr(scheduler, "set_progress") and total == math.inf:
-                raise no_end
+                raise ValueError(
+                    "a schedule needs an end: give trainer.max_epochs or max_steps, and "
+                    "trainer.accumulate_grad_batches rather than GradientAccumulationScheduler"
+                )
             if getattr(scheduler, "total_steps", total) < total < math.inf:
                 raise ValueError(
                     f"a schedule over {scheduler.total_steps} steps ends before the training, "
