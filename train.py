@@ -598,8 +598,7 @@ def _check_trainer(options: Any) -> None:
     if options.limit_train_batches == 0:
         raise MisconfigurationException("trainer.limit_train_batches 0 trains nothing")
     callbacks = _listed(options.callbacks)
-    timers = [c for c in callbacks if c.class_path.endswith(".Timer")]
-    if any(timer.init_args.interval == "step" for timer in timers):
+    if any(c.class_path.endswith(".Timer") and c.init_args.interval == "step" for c in callbacks):
         raise MisconfigurationException(
             "a Timer that stops in the middle of an epoch leaves out its rest: give it interval "
             "epoch, or use --trainer.max_time, which does"
