@@ -426,9 +426,6 @@ class CLI(LightningCLI):
         is_cut = done and not loops["epoch_loop.batch_progress"]["is_last_batch"]  # by max_steps
         if is_cut and done == progress["ready"]:
             _note(f"epoch {done - 1} was stopped before its last batch: its rest is left out")
-        for state in self.checkpoint.get("callbacks", {}).values():
-            if reason := state.get("stopping_reason_message"):
-                _note(f"the run had been stopped early: {reason}")
         if self.checkpoint and done == max_epochs:
             self.trainer.print(
                 f"all {done} epochs are done: to train for longer, raise --trainer.max_epochs"
