@@ -104,11 +104,11 @@ def _find_checkpoint(args: list[str]) -> Path | None:
     settings: dict[str, Any] = {}
     for file in found["config"]:
         try:
-            settings = runs.flat(yaml.safe_load(file.read_text(encoding="utf-8")))
+            settings |= runs.flat(yaml.safe_load(file.read_text(encoding="utf-8")))
         except yaml.YAMLError as error:
             raise MisconfigurationException(f"{file} is no YAML: {error}") from error
-        except (OSError, ValueError, RecursionError):  # the parser says why
-            settings = {}
+        except (OSError, ValueError, RecursionError):
+            pass  # the parser says why
     root = found["trainer.default_root_dir"] or settings.get("trainer.default_root_dir") or "runs"
     parent = Path(root, found["name"] or settings.get("name") or config.stem)
     if path is None:

@@ -437,6 +437,9 @@ def test_last_and_best_mean_the_newest_run_of_the_recipe(run: Run, tmp_path: Pat
     assert f"run   {folder}" in out
     out = run("fit", "--config", config, "--ckpt_path", "last", "--trainer.max_epochs", "5")
     assert f"run   {folder}" in out  # by the name in the file
+    (tmp_path / "nameless.yaml").write_text("model:\n  label_smoothing: 0.1\n")
+    both = ["--config", config, "--config", tmp_path / "nameless.yaml"]
+    assert "epoch 4:" in run("validate", *both, "--ckpt_path", "last")
 
 
 def test_a_moved_run_goes_on_and_remembers_its_best_epoch(run: Run) -> None:
