@@ -108,8 +108,10 @@ def code_version() -> dict[str, str]:
     for name, module in sorted(sys.modules.items()):
         file = Path(getattr(module, "__file__", None) or "")
         is_installed = {"site-packages", "dist-packages"} & set(file.parts)
+        is_kernel = name.startswith("torch.")  # that torch.compile has written, in a folder of /tmp
         is_pythons = file.is_relative_to(sysconfig.get_path("stdlib"))
-        if file.suffix == ".py" and file.is_file() and not is_installed and not is_pythons:
+        is_code = file.suffix == ".py" and file.is_file()
+        if is_code and not (is_installed or is_kernel or is_pythons):
             found[file.stem if name in ("__main__", "__mp_main__") else name] = file_version(file)
     return found
 
