@@ -105,10 +105,10 @@ def _find_checkpoint(args: list[str]) -> Path | None:
     for file in found["config"]:
         try:
             settings |= runs.flat(yaml.safe_load(file.read_text(encoding="utf-8")))
-        except yaml.YAMLError as error:
-            raise MisconfigurationException(f"{file} is no YAML: {error}") from error
-        except (OSError, ValueError, RecursionError):
+        except OSError:
             pass  # the parser says why
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise MisconfigurationException(f"{file} is no YAML: {error}") from error
     root = found["trainer.default_root_dir"] or settings.get("trainer.default_root_dir") or "runs"
     parent = Path(root, found["name"] or settings.get("name") or config.stem)
     if path is None:
@@ -219,10 +219,7 @@ class CLI(LightningCLI):
         last = max((i for i, flag in enumerate(flags) if flag == "--config"), default=0)
         if set(flags[:last]) - {"--config", "--ckpt_path"}:
             _note("a --config overrides the flags before it")
-        try:
-            self.config = parser.parse_args(args)
-        except (UnicodeDecodeError, RecursionError) as error:
-            raise MisconfigurationException(f"a config file can't be read: {error}") from error
+        self.config = parser.parse_args(args)
 
     def _set_seed(self) -> None:
         """Draw the seed where it is `true`, which for Lightning is 0."""
