@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from cifar10 import archive
-from cifar10.augment import Augment
+from cifar10.augment import Augment, ForEachImage
 from cifar10.batches import Batches, ImageSet, shuffled, split
 from cifar10.pictures import Pictures, find_pictures
 from runs import read_checkpoint
@@ -119,7 +119,7 @@ class CIFAR10DataModule(LightningDataModule):
         if self._predicts_pictures:
             return
         if stage == "fit":
-            _warn_of_shared_choices(self.augmentation)
+            _check_choices(self.augmentation)
         data = self._load()
         size = len(data.train_labels)
         if self.val_size >= size:
@@ -207,11 +207,31 @@ class CIFAR10DataModule(LightningDataModule):
 
 
 @rank_zero_only
-def _warn_of_shared_choices(augmentation: Augment) -> None:
-    """Name the transforms that draw one random number for all images of a batch."""
+def _check_choices(augmentation: Augment) -> None:
+    """Refuse transforms of torchvision that choose nothing, and so would be left out of evaluation;
+    name those that draw one random number for all images of a batch."""
     for step in augmentation.steps:
-        if type(step).__module__.startswith("torchvision.transforms"):
+        transform = step.transform if isinstance(step, ForEachImage) else step
+        if not type(transform).__module__.startswith("torchvision.transforms"):
+            continue
+        name = f"data.augment: {type(transform).__name__}"
+        with torch.random.fork_rng(devices=[]):
+            images = torch.rand(4, 3, 32, 32)
+            before = torch.get_rng_state()
+            try:
+                changed = step(images)
+            except (TypeError, ValueError) as error:
+                raise MisconfigurationException(
+                    f"{name} does not take float images [B, 3, 32, 32]: {error}"
+                ) from error
+            is_random = not torch.equal(before, torch.get_rng_state())
+        if not is_random and not torch.equal(changed, images):
+            raise MisconfigurationException(
+                f"{name} changes all images in the same way, but runs in training only: make it "
+                "the first part of the network"
+            )
+        if is_random and transform is step:
             print(
-                f"data.augment: {type(step).__name__} makes one random choice a batch; for one an "
-                "image, wrap it in cifar10.augment.ForEachImage"
+                f"{name} makes one random choice a batch; for one an image, wrap it in "
+                "cifar10.augment.ForEachImage"
             )

@@ -121,6 +121,7 @@ def export_onnx(classifier: Classifier, card: Card) -> tuple[bytes, Predict]:
     program = torch.onnx.export(
         classifier, (EXAMPLE,), dynamo=True, verbose=False, external_data=False,
         input_names=["images"], output_names=["probabilities"], dynamic_shapes=SHAPES,
+        opset_version=18,  # the oldest that this exporter writes
     )  # fmt: skip
     assert program is not None
     keys = [key for key in ("classes", "recipe", "epoch", "val/acc") if key in card]
@@ -196,7 +197,8 @@ def card_of_file(path: Path, out: Path, content: bytes, precision: str) -> str:
     """Return the card of a checkpoint to share: that of its run, with the result of a test of this
     epoch, and what the file is."""
     card = run_of(path) / "model.md"
-    text, _, result = (card.read_text() if card.exists() else f"# {out.stem}\n").partition(RESULT)
+    whole = card.read_text(encoding="utf-8") if card.exists() else f"# {out.stem}\n"
+    text, _, result = whole.partition(RESULT)
     # The run's own config.yaml is not there for others, but in the checkpoint.
     text = "".join(line for line in text.splitlines(True) if not line.startswith("- **Repeat**"))
     text += f"""- **File**: `{out.name}`, from `{path.name}`, {len(content):,} bytes; {precision}

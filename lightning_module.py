@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CyclicLR, OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import CosineAnnealingLR, CyclicLR, OneCycleLR, ReduceLROnPlateau
 from torchmetrics import Metric
 
 from cifar10.archive import CLASSES
@@ -279,6 +279,12 @@ class ImageClassifier(RecordableModule):
                     f"a schedule over {scheduler.total_steps} steps ends before the training, "
                     f"which takes {total}"
                 )
+            end = total if self.lr_interval == "step" else self.trainer.max_epochs
+            if isinstance(scheduler, CosineAnnealingLR) and scheduler.T_max < (end or 0):
+                rank_zero_only(print)(
+                    f"model.lr_scheduler: the learning rate rises again after T_max "
+                    f"{scheduler.T_max} of {end}"
+                )
             if isinstance(scheduler, OneCycleLR | CyclicLR) and any(map(self._has, FINDERS)):
                 raise ValueError(f"{type(scheduler).__name__} has rates of its own: use no finder")
             if isinstance(scheduler, ReduceLROnPlateau):
@@ -405,9 +411,12 @@ class ImageClassifier(RecordableModule):
             return
         groups = self.trainer.optimizers[0].param_groups
         rates = ", ".join(f"{group.get('initial_lr', group['lr']):.3g}" for group in groups)
+        precision = self.trainer.precision
         raise Diverged(
             f"training diverged in epoch {self.current_epoch}, step {self.trainer.global_step}: "
             f"{what} is NaN or infinite, at learning rate {rates}"
+            + f" and trainer.precision {precision}, try bf16-mixed"
+            * (precision == "16-true")
         )
 
     def on_train_end(self) -> None:

@@ -155,7 +155,7 @@ def machine(device: torch.device) -> str:
 def processor() -> str:
     """Return the name of this machine's processor."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
@@ -353,7 +353,8 @@ def origin(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     if isinstance(content, dict) and "val_size" in content.get("datamodule_hyper_parameters", {}):
         return settings_of(migrate(content)), images_of(content)
     if path.name == "model.pth" and settings.exists() and made_by.exists():
-        return yaml.safe_load(settings.read_text()), json.loads(made_by.read_text())["images"]
+        images = json.loads(made_by.read_text(encoding="utf-8"))["images"]
+        return yaml.safe_load(settings.read_text(encoding="utf-8")), images
     return {}, {}
 
 

@@ -111,7 +111,7 @@ def _with_file_first(args: list[str]) -> list[str]:
         raise MisconfigurationException("name the file of a study: python study.py FILE")
     file = args[at[0]]
     with contextlib.suppress(OSError, ValueError, TypeError, yaml.YAMLError):  # the parser says why
-        if "question" not in (yaml.safe_load(Path(file).read_text()) or {}):
+        if "question" not in (yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}):
             raise MisconfigurationException(f"{file} is not a study: it asks no question")
     return ["--file", file, *args[: at[0]], *args[at[0] + 1 :]]
 

@@ -4,6 +4,7 @@ frameworks. LAB_DEBUG=1 shows every traceback."""
 import contextlib
 import difflib
 import errno
+import io
 import logging
 import os
 import re
@@ -38,6 +39,9 @@ MENDS = {
     "or val/acc, with data.val_size above 0",
     "or equal to the number of the training batches": "trainer.val_check_interval is more than an "
     "epoch has batches: add --trainer.check_val_every_n_epoch null, which counts on over epochs",
+    "codec can't decode": "a config file is not in this system's encoding: set PYTHONUTF8=1",
+    "more than one stateful callback": "two of trainer.callbacks are of one class, with the same "
+    "arguments: give one of them another monitor, or leave it out",
     "does not allow for gradient clipping": "trainer.gradient_clip_val with mixed precision needs "
     "an optimizer that is not fused: add --model.optimizer.fused false",
 }
@@ -151,6 +155,8 @@ def _unknown(name: str, parser: LightningArgumentParser) -> str:
     known = [a.dest for a in parser._actions if not a.dest.endswith(("help", "config", "shtab"))]
     if (last := name.rpartition(".")[2]) in MEANT and "trainer.max_epochs" in known:
         hint = f": did you mean {MEANT[last]}?"
+    elif last in ("num_workers", "pin_memory"):
+        hint = ": a batch is cut from tensors in memory, which takes no workers"
     elif "fixed" in known and "." in name:  # of a study
         hint = ": flags of fit go into fixed, grid or variants of its file"
     elif near := difflib.get_close_matches(name, known, n=1, cutoff=0.75):
@@ -232,6 +238,9 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in ("profilers", "callbacks"):  # their tables, and why they end a run
         logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.INFO)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file name that a terminal lacks letters for
+            stream.reconfigure(errors="backslashreplace")
     # A compilation on a machine without a GPU says that there is none.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     if sys.warnoptions:  # python -W default train.py ... shows all

@@ -115,7 +115,8 @@ def _find_checkpoint(args: list[str]) -> Path | None:
         is_requeued = args[0] == "fit" and os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
         every = runs.versions(parent).items() if is_requeued else ()
         jobs = [folder for _, folder in sorted(every) if (folder / ".job").exists()]
-        jobs = [folder for folder in jobs if (folder / ".job").read_text() == _job(args)]
+        own = _job(args)
+        jobs = [f for f in jobs if (f / ".job").read_text(encoding="utf-8") == own]
         saved = [file for folder in jobs if (file := folder / "checkpoints" / "last.ckpt").exists()]
         if not saved:
             return None
@@ -402,7 +403,7 @@ class CLI(LightningCLI):
         if is_first_rank and not config.trainer.fast_dev_run:
             self.claimed = runs.claim(parent)
             if "SLURM_JOB_ID" in os.environ:
-                (self.claimed / ".job").write_text(_job(self.args))
+                (self.claimed / ".job").write_text(_job(self.args), encoding="utf-8")
             if self.path:
                 print(f"resumes {self.path} in {self.claimed}")
         return self.claimed or parent
@@ -481,7 +482,8 @@ class CLI(LightningCLI):
         row, path = best or (None, path)
         card = model_card(self.run_folder, self.config_dump, run, self.trainer, history.rows, row)
         file = self.run_folder / "model.md"
-        result = file.read_text().partition(RESULT)[1:] if file.exists() else ()  # names its epoch
+        before = file.read_text(encoding="utf-8") if file.exists() else ""
+        result = before.partition(RESULT)[1:]  # which names its epoch
         runs.write_whole(file, "".join((card, *result)).encode())
         print()
         if row:
@@ -551,7 +553,8 @@ class CLI(LightningCLI):
         if card.exists() and is_own:
             which = f"epoch {results['epoch']} (`{self.path.name}`)"
             summary = evaluation.summary()
-            text = with_result(card.read_text(), which, summary, now["test"], changed)
+            text = card.read_text(encoding="utf-8")
+            text = with_result(text, which, summary, now["test"], changed)
             runs.write_whole(card, text.encode())
         print(f"written to {folder}: {', '.join(files)}")
 

@@ -145,7 +145,7 @@ def main() -> None:
 
     def report(part: str, found: Any, title: str, columns: list[str], rows: dict[str, Any]) -> None:
         result[part] = found
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         table = Table("", *columns, title=title, box=box.SIMPLE)
         for name, figures in rows.items():
             table.add_row(name, *(common.shown(figures[column]) for column in columns))

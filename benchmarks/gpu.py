@@ -120,7 +120,7 @@ def read(name: str, out: Path, log: str, seconds: float) -> dict[str, Any]:
     epoch = common.summary([round(b - a, 4) for a, b in pairwise(common.checkpoint_times(out))])
     found = {"s an epoch": epoch, "30 epochs s": round(30 * epoch["median"], 2)}
     if (test := out / "version_0" / "test.json").exists():
-        found["test/acc"] = json.loads(test.read_text())["test/acc"]
+        found["test/acc"] = json.loads(test.read_text(encoding="utf-8"))["test/acc"]
     return found
 
 
@@ -181,7 +181,7 @@ def fast94(runs: str, turns: str, path: str, *flags: str) -> None:
             rates = [float(epoch["images_per_second"]) for epoch in csv.DictReader(file)]
         # At the median of images a second, which leaves out compilation.
         seconds = len(rates) * len(data.train_labels) / statistics.median(rates)
-        found = json.loads((out / "version_0/test.json").read_text())
+        found = json.loads((out / "version_0/test.json").read_text(encoding="utf-8"))
         found = {**row, "ours s": round(seconds, 4), "ours test/acc": found["test/acc"]}
         if row:
             found["ours / reference"] = seconds / row["reference s"]

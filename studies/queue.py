@@ -96,7 +96,7 @@ class Queue:
             its = list(map(vars, self.plans.values()))
             if not self.space:  # another value keeps the runs of the others
                 its = [{"images": its[0]["images"], "device": its[0]["device"]}]
-                its += [{file: Path(file).read_text()} for file in question.files()]
+                its += [{file: Path(file).read_text(encoding="utf-8")} for file in question.files()]
             asked = [question.choose, question.fixed, its]
             name += f" {hashlib.sha256(repr(asked).encode()).hexdigest()[:8]}"
         # Beside a journal, as it may lie on a disk that several machines share.

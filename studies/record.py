@@ -90,10 +90,11 @@ def _module(name: str) -> str:
 
 def read_run(version: Path) -> Record:
     """Return the record of a run that has begun to train, by the files in its folder."""
-    settings = without_places(yaml.safe_load((version / "config.yaml").read_text()))
-    made_by = json.loads((version / "run.json").read_text())
+    settings = without_places(yaml.safe_load((version / "config.yaml").read_text(encoding="utf-8")))
+    made_by = json.loads((version / "run.json").read_text(encoding="utf-8"))
     metrics = version / "metrics.csv"
-    rows = list(csv.DictReader(metrics.read_text().splitlines())) if metrics.exists() else []
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+    rows = list(csv.DictReader(lines))
     epochs = {
         key: [float(row[key]) if row[key] else None for row in rows]
         for key in (rows[0] if rows else ())
@@ -141,7 +142,7 @@ def read_records(file: Path) -> list[Record]:
         MisconfigurationException: No such file, or not one of these.
     """
     try:
-        records = [json.loads(line) for line in file.read_text().splitlines()]
+        records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         if not all(record.keys() >= KEYS for record in records):
             raise ValueError
     except OSError as error:

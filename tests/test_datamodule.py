@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image, to_tensor
 
 from cifar10 import archive
-from cifar10.augment import ForEachImage
+from cifar10.augment import ForEachImage, RandomCrop
 from cifar10.batches import Batches, ImageSet, shuffled
 from datamodule import CIFAR10DataModule
 from tests.conftest import TEST_SIZE, TRAIN_SIZE
@@ -165,8 +165,20 @@ def test_a_normalize_that_would_be_left_out_of_evaluation_is_refused(arrays: Pat
 def test_one_choice_a_batch_is_said(arrays: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module(arrays, augment=[v2.RandomHorizontalFlip()])
     assert "RandomHorizontalFlip makes one random choice a batch" in capsys.readouterr().out
-    module(arrays, augment=[ForEachImage(v2.RandomHorizontalFlip())])
+    module(arrays, augment=[ForEachImage(v2.RandomHorizontalFlip()), RandomCrop()])
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("transform", [v2.Resize(64), v2.Grayscale(3), v2.CenterCrop(24)])
+def test_a_transform_that_chooses_nothing_is_refused(arrays: Path, transform: nn.Module) -> None:
+    for step in (transform, ForEachImage(transform)):
+        with pytest.raises(MisconfigurationException, match="but runs in training only"):
+            module(arrays, augment=[step])
+
+
+def test_a_transform_that_needs_labels_is_refused(arrays: Path) -> None:
+    with pytest.raises(MisconfigurationException, match="MixUp does not take float images"):
+        module(arrays, augment=[v2.MixUp(num_classes=10)])
 
 
 def test_it_works_without_a_trainer(arrays: Path) -> None:

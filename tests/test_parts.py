@@ -57,6 +57,8 @@ OTHERS = {
     "averaging": one("StochasticWeightAveraging", swa_lrs=0.001, swa_epoch_start=1),
     "moving average": one("EMAWeightAveraging"),
     "timer": one("Timer", duration="01:00:00:00", interval="epoch"),
+    "rotation": ["--data.augment+=torchvision.transforms.v2.RandomRotation",
+                 "--data.augment.degrees", "15"],
     "own optimizer": ["--model.optimizer", "tests.test_parts.Sorting"],
     "LBFGS": ["--model.optimizer", "LBFGS", "--model.optimizer.max_iter", "2"],
     "pruning": one("ModelPruning", pruning_fn="l1_unstructured", amount=0.1,

@@ -21,6 +21,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from torch._inductor import config as inductor_config
@@ -531,6 +532,12 @@ def test_a_wrong_yaml_is_refused(fails: Run, tmp_path: Path, text: str, message:
             "model.lr_scheduler needs --model.lr_scheduler.T_max",
         ),
         (["--lr", "1"], "did you mean model.optimizer.lr?"),
+        (["--data.num_workers", "4"], "which takes no workers"),
+        (["--zzz", "4"], "unknown option zzz"),
+        (
+            ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks+=ModelCheckpoint"],
+            "two of trainer.callbacks are of one class, with the same arguments",
+        ),
         (["--epochs", "1"], "did you mean trainer.max_epochs?"),
         (["--seed", "1"], "did you mean seed_everything?"),
         (["--ckpt_path", "."], "no checkpoint ."),
@@ -837,3 +844,48 @@ def test_weights_that_an_epochs_last_step_has_ruined_are_not_kept(
     assert message in said
     assert f"lower learning rate: python train.py fit --ckpt_path {last}" in said
     assert last.read_bytes() == before
+
+
+def test_in_a_slurm_job_without_srun_one_process_trains(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("JOB_ID", "7"), ("NTASKS", "4"), ("JOB_NAME", "train")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    run("fit", "--config", BASE)
+    assert len(rows(RUN_0)) == 2
+
+
+def test_a_cosine_that_ends_before_the_training_is_told(run: Run) -> None:
+    cosine = ("--model.lr_scheduler", "CosineAnnealingLR", "--model.lr_scheduler.T_max")
+    said = "the learning rate rises again after T_max 1 of 2"
+    assert said in run("fit", "--config", BASE, *cosine, "1")
+    assert "rises again" not in run("fit", "--config", BASE, *cosine, "2")
+
+
+def test_a_diverged_run_in_half_precision_says_so(fails: Run) -> None:
+    words = ("--trainer.precision", "16-true", "--model.optimizer.lr", "1e30")
+    message = fails("fit", "--config", BASE, *words)
+    assert "learning rate 1e+30 and trainer.precision 16-true, try bf16-mixed" in message
+
+
+@pytest.mark.slow
+def test_files_are_utf_8_whatever_the_locale(arrays: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("# Größe\n", encoding="utf-8")
+    Image.new("RGB", (32, 32)).save(tmp_path / "日本.png")
+    ascii = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    last = "runs/mine/version_0/checkpoints/last.ckpt"
+
+    def train_py(*words: str) -> str:
+        command = [sys.executable, str(ROOT / "train.py"), *words]
+        env = {**os.environ, **ascii}
+        ran = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True)
+        return (ran.stdout + ran.stderr).decode("ascii")
+
+    fit = ["fit", "--config", str(BASE), *on(arrays), "--trainer.max_epochs", "1"]
+    train_py(*fit, "--name", "mine")
+    assert "set PYTHONUTF8=1" in train_py(*fit, "--config", "mine.yaml")
+    card = tmp_path / "runs/mine/version_0/model.md"
+    card.write_text(card.read_text(encoding="utf-8") + "Größe\n", encoding="utf-8")
+    train_py("test", "--ckpt_path", last)
+    assert "Größe" in card.read_text(encoding="utf-8")
+    assert "\\u" in train_py("predict", "--ckpt_path", last, "--data.images", "日本.png")
