@@ -1,4 +1,4 @@
-"""Export a checkpoint as a file that needs nothing of this project.
+"""Export a checkpoint: for use without this project, or as a small one to share.
 
     python export.py --ckpt_path X --format onnx --out model.onnx
     python export.py --ckpt_path X --format torch --out model.pt2       # a torch.export program
@@ -8,8 +8,8 @@
 
 X is a path, or `best --name base`: of the newest run of that name. ONNX, torch and page map pixels
 uint8 [B, 3, 32, 32] to probabilities float32 [B, 10]: normalisation, test-time augmentation and
-softmax are inside. Every export is loaded again and compared with the checkpoint on test images
-before it is written; docs/export.md shows how to use each.
+softmax are inside. Every export is loaded again and compared with the checkpoint on 1,000 test
+images (to share: on all) before it is written; docs/export.md shows how to use each.
 """
 
 import contextlib
@@ -55,6 +55,7 @@ RUNTIME_BYTES = 33_106_585
 RUNTIME_FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
 PAGE_FILES = {"index.html", "model.onnx", *RUNTIME_FILES}
 COMPARED = 1000  # test images
+DIGEST = "- **SHA-256**: "  # in the card of a shared checkpoint
 MAY_DIFFER = 0.0005  # the share of images whose class may change by half precision
 SHARED = (  # the parts of a checkpoint that do not only serve to resume it
     "epoch", "global_step", "pytorch-lightning_version", "hparams_name", "hyper_parameters",
@@ -93,8 +94,7 @@ def load(
     data = {key: data[key] for key in ("root", "download", "sources", "verify") if key in data}
     unchanged = torch.zeros(3), torch.ones(3)
     mean, std = (model.mean, model.std) if model.is_normalizing else unchanged
-    rows = checkpoint.get("callbacks", {}).get("History", {}).get("rows", [])  # none: weights only
-    metrics = {row["epoch"]: row for row in rows}.get(checkpoint["epoch"], {})
+    metrics: dict[str, float] = dict(*_own_rows(checkpoint)[:1])
     card = {
         "network": settings["model"]["network"],
         "classes": archive.CLASSES,
@@ -172,41 +172,58 @@ def export_checkpoint(
     were."""
     weights = checkpoint["state_dict"]
     halves = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
-    rounded = copy.deepcopy(classifier)
-    rounded.model.load_state_dict(halves)
-    ours, theirs = (predicted(of, images).argmax(dim=1) for of in (classifier, rounded))
-    others = int((ours != theirs).sum())
-    is_half = others <= MAY_DIFFER * len(images)
-    rows = checkpoint.get("callbacks", {}).get("History", {}).get("rows", [])
-    own = [row for row in rows if row["epoch"] == checkpoint["epoch"]]
-    run = {key: value for key, value in checkpoint.get("run", {}).items() if key != "started_in"}
-    shared = {
-        **{key: checkpoint[key] for key in SHARED if key in checkpoint},
-        "state_dict": halves if is_half else weights,
-        "callbacks": {"History": {"rows": own}},
-        "run": run,
-    }
-    shared.get("datamodule_hyper_parameters", {}).pop("root", None)  # a folder of this machine
+    expected, small = predicted(classifier, images), _shared(checkpoint, halves)
+    read = copy.deepcopy(classifier)
+    read.model.load_state_dict(torch.load(io.BytesIO(small), weights_only=True)["state_dict"])
+    if not expected.isfinite().all():
+        raise MisconfigurationException("the network's outputs are NaN: it is not exported")
+    others = int((expected.argmax(dim=1) != predicted(read, images).argmax(dim=1)).sum())
+    said = f"half precision changes the class of {others} of {len(images):,} test images"
+    if others <= MAY_DIFFER * len(images):
+        return small, said
+    return _shared(checkpoint, weights), f"{said}, so single is kept"
+
+
+def _shared(checkpoint: dict[str, Any], weights: dict[str, Tensor]) -> bytes:
+    """Return what others need of a checkpoint: nothing that only resumes it, and not where its
+    images and loggers were."""
+    run = copy.deepcopy(checkpoint.get("run", {}))
+    run.pop("started_in", None)
+    for key in ("logger", "default_root_dir"):
+        run.get("trainer", {}).pop(key, None)
+    for part in run.get("parts", []):
+        part.pop("settings", None)
+    shared = {key: copy.copy(checkpoint[key]) for key in SHARED if key in checkpoint}
+    shared.get("datamodule_hyper_parameters", {}).pop("root", None)
+    history = {"rows": _own_rows(checkpoint)}
+    shared |= {"state_dict": weights, "callbacks": {"History": history}, "run": run}
     file = io.BytesIO()
     torch.save(shared, file)
-    changes = f"half precision changes the class of {others} of {len(images):,} test images"
-    return file.getvalue(), f"{changes}{'' if is_half else ', so single is kept'}"
+    return file.getvalue()
 
 
-def card_of_file(path: Path, out: Path, content: bytes, precision: str) -> str:
+def _own_rows(checkpoint: dict[str, Any]) -> list[dict[str, float]]:
+    """Return the metrics of a checkpoint's epoch, if it has them: one that holds weights only may
+    not."""
+    rows = checkpoint.get("callbacks", {}).get("History", {}).get("rows", [])
+    return [row for row in rows if row["epoch"] == checkpoint["epoch"]]
+
+
+def card_of_file(path: Path, out: Path, content: bytes, precision: str, card: Card) -> str:
     """Return the card of a checkpoint to share: that of its run, with the result of a test of this
     epoch, and what the file is."""
-    card = run_of(path) / "model.md"
-    whole = card.read_text(encoding="utf-8") if card.exists() else f"# {out.stem}\n"
-    text, _, result = whole.partition(RESULT)
+    cards = (run_of(path) / "model.md", path.with_suffix(".md"))  # of a run, of a shared one
+    texts = [file.read_text(encoding="utf-8") for file in cards if file.exists()]
+    text, _, result = (texts or [f"# {out.stem}\n"])[0].partition(RESULT)
     # The run's own config.yaml is not there for others, but in the checkpoint.
-    text = "".join(line for line in text.splitlines(True) if not line.startswith("- **Repeat**"))
-    text += f"""- **File**: `{out.name}`, from `{path.name}`, {len(content):,} bytes; {precision}
-- **SHA-256**: {hashlib.sha256(content).hexdigest()}
-"""
-    if f"(`{path.name}`)" in result:
+    skipped = tuple(f"- **{key}**" for key in ("Repeat", "File", "SHA-256"))
+    text = "".join(line for line in text.splitlines(True) if not line.startswith(skipped))
+    accuracy = f", validation accuracy {card['val/acc']:.2%}" if "val/acc" in card else ""
+    text += f"- **File**: `{out.name}`, epoch {card['epoch']}{accuracy}, {len(content):,} bytes; "
+    text += f"{precision}\n{DIGEST}{hashlib.sha256(content).hexdigest()}\n"
+    if f"Of epoch {card['epoch']} (" in result:
         return f"{text}{RESULT}{result}"
-    print(f"the card has no test result of {path.name}: run `train.py test` before")
+    print(f"the card has no result of epoch {card['epoch']}: run `train.py test` first")
     return text
 
 
@@ -273,18 +290,22 @@ def _check(format_: str, out: Path, overwrite: bool) -> None:
     if out.name in ("", "..") or (suffix and out.suffix != suffix):
         expected = "a new folder" if is_page else f"a file that ends in {suffix}"
         raise MisconfigurationException(f"--out {out}: name {expected}")
-    if not out.exists():
-        return
-    if is_page:
-        is_export = out.is_dir() and {path.name for path in out.iterdir()} <= PAGE_FILES
-    elif format_ == "checkpoint":
-        is_export = out.is_file() and "optimizer_states" not in read_checkpoint(out)
-    else:
-        is_export = out.is_file()
-    if not is_export:
-        raise MisconfigurationException(f"--out {out} is no earlier export: name a new one")
-    if not overwrite:
-        raise MisconfigurationException(f"--out {out} exists: add --overwrite to replace it")
+    is_shared = format_ == "checkpoint"
+    for path in (out, out.with_suffix(".md"))[: 1 + is_shared]:
+        if not path.exists():
+            continue
+        if is_page:
+            is_export = path.is_dir() and {file.name for file in path.iterdir()} <= PAGE_FILES
+        elif path.suffix == ".md":
+            is_export = DIGEST in path.read_text(encoding="utf-8")
+        else:
+            is_export = path.is_file() and path.parent.name != "checkpoints"
+            if is_shared and is_export:
+                is_export = "optimizer_states" not in read_checkpoint(path)
+        if not is_export:
+            raise MisconfigurationException(f"--out {path} is no earlier export: name a new one")
+        if not overwrite:
+            raise MisconfigurationException(f"--out {path} exists: add --overwrite to replace it")
 
 
 @contextlib.contextmanager
@@ -338,7 +359,7 @@ def export(args: list[str]) -> None:
     classifier(EXAMPLE)  # a bug in the network's code shows its traceback here
     if format_ == "checkpoint":
         content, precision = export_checkpoint(classifier, checkpoint, images)
-        described = card_of_file(path, out, content, precision)
+        described = card_of_file(path, out, content, precision, card)
         write_whole(out, content)
         write_whole(out.with_suffix(".md"), described.encode())
         print(f"{precision}\nwritten to {out} and {out.with_suffix('.md').name}")

@@ -451,8 +451,9 @@ def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
 def run_of(checkpoint: Path) -> Path:
     """Return the folder of the run that wrote a checkpoint; of one that lies elsewhere, the folder
     beside it that has its name."""
-    folders = (folder.parent for folder in checkpoint.parents if folder.name == "checkpoints")
-    return next(folders, checkpoint.with_suffix(""))
+    named = checkpoint if "checkpoints" in checkpoint.parent.parts else checkpoint.absolute()
+    folders = (folder.parent for folder in named.parents if folder.name == "checkpoints")
+    return next(folders, checkpoint.with_suffix("" if checkpoint.suffix else ".results"))
 
 
 def newest(folder: Path) -> tuple[int, Path]:

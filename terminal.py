@@ -58,22 +58,30 @@ MEANT = {
 # What jsonargparse says of a value, and what a person would.
 VALUES = (
     (r"Expected a <class '[\w.]*Sequence'>\. Got value: (.*)", r"expected a list, not \1: in the "
-     r"YAML one item a line, on the command line one += an item"),
+     r"YAML one item a line, on the command line one += for each"),
     (r"Expected a <class '(?:\w+\.)*(\w+)'>\. Got value: ", r"expected \1, not "),
+    (r"Expected a typing\.Literal\[(.*)\]\. Got value: ", r"expected one of \1, not "),
     (r"invalid literal for int\(\) with base 10: ", "expected int, not "),
     (r"could not convert string to float: ", "expected float, not "),
-    (r"(\S+) does not conform to restriction (v.*)", r"expected a value \2, not \1"),
+    (r"(\S+) does not conform to restriction (v\S+(?: and v\S+)*)", r"expected a value \2, not \1"),
 )  # fmt: skip
+
+# The types of a union, none of which takes the value.
+KINDS = re.compile(
+    r"- (?:Expected a|Not of type) (?:<class '(?:\w+\.)*(\w+)'>|typing\.Literal\[(.*)\]|(\w+):)"
+)
 
 # Lightning's flags that the help explains, and what it says of others.
 SHOWN = {*MEANT.values(), *(f"checkpoint.{name}" for name in ("monitor", "mode", "filename",
          "save_top_k", "save_last"))}  # fmt: skip
-HELP = {
-    "ckpt_path": "A checkpoint; or `last` or `best` of the newest run of --name.",
+COMMANDS = {
     "fit": "Train, and keep a checkpoint of every epoch.",
     "validate": "Evaluate a checkpoint on the validation set.",
     "test": "Evaluate a checkpoint on the test set.",
     "predict": "Classify pictures of your own, or the test set, by a checkpoint.",
+}
+HELP = {
+    "ckpt_path": "A checkpoint; or `last` or `best` of the newest run of --name.",
     "model.optimizer": "Makes the optimizer from the parameters. Arguments of a class are flags "
     "too: --model.optimizer SGD --model.optimizer.lr 0.05; --model.optimizer.help SGD lists them.",
 }
@@ -112,7 +120,7 @@ class ShortParser(LightningArgumentParser):
             for action in group._group_actions:
                 name = action.dest
                 for command in getattr(action, "_choices_actions", ()):
-                    command.help = HELP.get(command.dest, command.help)
+                    command.help = COMMANDS.get(command.dest, command.help)
                 if name.startswith(("trainer.", "checkpoint.")) and name not in SHOWN:
                     others.append(name)
                 is_whole = name in ("model", "data", "trainer", "checkpoint")
@@ -135,7 +143,7 @@ class ShortParser(LightningArgumentParser):
             parser = getattr(ex, "subcommand_parser", None) or self
             message = _unknown(message.split("'")[-2], parser)
         elif words == message and key and ex is not None:
-            message = _about(key, str(innermost(ex)))
+            message = _about(key, str(innermost(ex)), message)
         elif words != message and words.startswith("--"):
             message = _unknown(words[2:].split("=")[0].split(" ")[0], self)
         elif words != message:
@@ -170,12 +178,15 @@ def _unknown(name: str, parser: LightningArgumentParser) -> str:
     return f"unknown option {name}{hint}"
 
 
-def _about(key: str, root: str) -> str:
-    """Return what to say of the value of a key, by the cause that was found."""
+def _about(key: str, root: str, whole: str) -> str:
+    """Return what to say of the value of a key, by the cause that was found in a whole message."""
     if name := root.partition("dot import path string: ")[2]:
         return f"{key}: {_no_class(name)}"
     if names := root.partition("arguments are required: ")[2]:
         return f"{key} needs {', '.join(f'--{key}.{name}' for name in names.split(', '))}"
+    if (kinds := KINDS.findall(whole)) and (value := whole.partition("Given value: ")[2]):
+        types = [name for name in map("".join, kinds) if name != "NoneType"]
+        return f"{key}: expected {' or '.join(types)}, not {value}"
     for said, plain in VALUES:
         root = re.sub(said, plain, root)
     is_arguments = re.match(r"\w+: expected ", root)  # of a class

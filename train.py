@@ -55,7 +55,7 @@ from lightning_module import FINDERS, Diverged, ImageClassifier
 from memory import keep_freed_memory
 from overhead import NoProfiler
 from reports.card import RESULT, commit, early_stops, model_card, with_result
-from terminal import HELP, ShortParser, quieten, refused, short_errors
+from terminal import COMMANDS, ShortParser, quieten, refused, short_errors
 
 # Types of arguments of torchvision's transforms and of Lightning's callbacks.
 register_type(
@@ -86,7 +86,19 @@ SHORT = {
     "RandomCrop": "cifar10.augment.RandomCrop",
 }
 _by_name = _typehints.resolve_class_path_by_name
-_typehints.resolve_class_path_by_name = lambda cls, name: SHORT.get(name) or _by_name(cls, name)
+
+
+def _by_short_name(cls: Any, name: str) -> str:
+    """Return the class path that jsonargparse finds for a name, and if there are several, ours."""
+    try:
+        return _by_name(cls, name)
+    except ValueError:
+        if name not in SHORT:
+            raise
+        return SHORT[name]
+
+
+_typehints.resolve_class_path_by_name = _by_short_name
 
 
 def _find_checkpoint(args: list[str]) -> Path | None:
@@ -98,9 +110,9 @@ def _find_checkpoint(args: list[str]) -> Path | None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--ckpt_path", "--name", "--trainer.default_root_dir"):
         parser.add_argument(flag, dest=flag.strip("-"))
-    parser.add_argument("--config", action="append", type=Path, default=[Path("default")])
+    parser.add_argument("--config", action="append", type=Path, default=[])
     found = vars(parser.parse_known_args(args[1:])[0])
-    config, path = found["config"][-1], found["ckpt_path"]
+    config, path = (found["config"] or [Path("default")])[-1], found["ckpt_path"]
     settings: dict[str, Any] = {}
     for file in found["config"]:
         try:
@@ -108,7 +120,7 @@ def _find_checkpoint(args: list[str]) -> Path | None:
         except OSError:
             pass  # the parser says why
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise MisconfigurationException(f"{file} is no YAML: {error}") from error
+            raise MisconfigurationException(f"{file} is not valid YAML: {error}") from error
     root = found["trainer.default_root_dir"] or settings.get("trainer.default_root_dir") or "runs"
     parent = Path(root, found["name"] or settings.get("name") or config.stem)
     if path is None:
@@ -153,8 +165,10 @@ class CLI(LightningCLI):
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,  # see `after_instantiate_classes`
                 args=args,
-                parser_kwargs={"description": "CIFAR-10: one YAML file is one experiment."}
-                | {name: {"description": text} for name, text in HELP.items() if name in args[:1]},
+                parser_kwargs={
+                    "description": "CIFAR-10: one YAML file is one experiment.",
+                    **{name: {"description": COMMANDS[name]} for name in {*args[:1]} & {*COMMANDS}},
+                },
             )
         except BaseException:
             if self.claimed is not None:

@@ -7,10 +7,12 @@ from typing import Any
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from callbacks.tensorboard import others
 from runs import (
     RUN_SETTINGS,
     code_version,
     differences,
+    flat,
     keeper,
     machine,
     package_versions,
@@ -70,7 +72,12 @@ class SaveSettings(Callback):
             refuse_other_images(self.source, self.seen, self.made_by["images"]["train"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write `config.yaml`; keep the one of a part with other settings under another name."""
+        """Write `config.yaml`; keep the one of a part with other settings under another name. Log
+        the settings that Lightning does not: of the run and its trainer."""
+        of_run = flat({key: self.settings[key] for key in RUN_SETTINGS})
+        given = {k: v for k, v in of_run.items() if v is not None and ".logger" not in k}
+        for logger in others(trainer):
+            logger.log_hyperparams(given)
         files = {"config.yaml": self.settings}
         if self.changed:
             name = f"config_{len(self.parts)}.yaml"

@@ -22,11 +22,11 @@ from runs import flat
 
 SHOWN = 64  # images
 CHOSEN = ("val/acc", "val/loss", "test/acc", "epoch")  # what HParams shows of the chosen epoch
-PARTS = ("model.", "data.")  # whose settings Lightning logs
 ELSEWHERE = {"_instantiator", "root", "download", "sources", "verify", "log_steps", "images"}
 
 
-def _others(trainer: Trainer) -> list[Logger]:
+def others(trainer: Trainer) -> list[Logger]:
+    """Return the loggers that are not TensorBoard's."""
     return [logger for logger in trainer.loggers if not isinstance(logger, TensorBoardLogger)]
 
 
@@ -39,8 +39,8 @@ def writers(trainer: Trainer) -> list[SummaryWriter]:
 class Board(Callback):
     """Fills TensorBoard: at the start with a chart for train and validation together, the graph and
     a sample of augmented training images; after each epoch with the norms of the weights; at the
-    end with the hyperparameters and the chosen epoch. Gives other loggers, such as those of W&B and
-    MLflow, the settings of the trainer, which Lightning does not, and the chosen epoch.
+    end with the hyperparameters and the chosen epoch. Tells
+    other loggers, such as those of W&B and MLflow, the chosen epoch too.
     """
 
     takes_many_steps = True
@@ -49,9 +49,6 @@ class Board(Callback):
         """Draw the chart, and the graph and the images of a run that starts."""
         titles = zip(NAMES, ("loss", "accuracy"), strict=True)
         charts = {t: ["Multiline", [f"^{stage}/{n}$" for stage in STAGES]] for n, t in titles}
-        settings = {k: v for k, v in _settings(trainer).items() if not k.startswith(PARTS)}
-        for logger in _others(trainer):
-            logger.log_hyperparams(settings)
         for board in writers(trainer):
             board.add_custom_scalars({"learning curves": charts})
             if trainer.current_epoch == 0:
@@ -80,7 +77,7 @@ class Board(Callback):
         history = next((c for c in trainer.callbacks if isinstance(c, History)), None)  # type: ignore[attr-defined]
         best = (history and history.best(trainer)) or {}
         chosen = {f"chosen/{key}": best[key] for key in CHOSEN if key in best}
-        for logger in _others(trainer):
+        for logger in others(trainer) if chosen else ():
             logger.log_metrics(chosen, trainer.global_step)
         for board in writers(trainer):
             for key, value in chosen.items():

@@ -27,10 +27,11 @@ def commit() -> str:
 
 
 def untracked(code: dict[str, str]) -> dict[str, str]:
-    """Return of the `code` that a run imported, by module, the files that no commit holds."""
+    """Return of the `code` that a run imported, by module, the files that no commit of this project
+    holds."""
     git = _git("ls-files")
     tracked = {
-        f.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for f in git.split()
+        f.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for f in git.splitlines()
     }
     return {name: version for name, version in code.items() if git and name not in tracked}
 
@@ -69,7 +70,7 @@ def model_card(
         "Repeat": f"`python train.py fit --config {shlex.quote(str(folder / parts[0]['config']))}`"
         + ", then resume" * (len(parts) > 1),
         "Code": f"commit {run['commit']}",
-        "Files of no commit": ", ".join(
+        "Files outside this project's commits": ", ".join(
             f"`{name}`, SHA-256 {version}..." for name, version in untracked(run["code"]).items()
         ),
         "Network": f"{_call(model['network'])}, {size:,} parameters",

@@ -224,7 +224,7 @@ def test_a_checkpoint_of_weights_only_is_exported(out: Out) -> None:
 def test_a_checkpoint_to_share_needs_nothing_of_its_run(
     out: Out, arrays: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "no test result of epoch_01.ckpt" in out("checkpoint", "before.ckpt")
+    assert "no result of epoch 1" in out("checkpoint", "before.ckpt")
     train.main(["test", "--ckpt_path", str(CHECKPOINT)])
     said = out("checkpoint", "share/small.ckpt")
     assert "half precision changes the class of 0 of 200 test images" in said
@@ -262,6 +262,41 @@ def test_a_checkpoint_to_share_needs_nothing_of_its_run(
     train.main(["predict", "--ckpt_path", "share/small.ckpt", *elsewhere])
     assert "photo.png" in capsys.readouterr().out
     assert not Path("nothing").exists()
+
+
+def test_the_card_of_a_shared_checkpoint_tells_of_its_own_epoch(
+    out: Out, arrays: Path, tmp_path: Path
+) -> None:
+    last = CHECKPOINT.with_name("last.ckpt")
+    train.main(["test", "--ckpt_path", str(last)])
+    assert "Of epoch 1 (`last.ckpt`)" in (CHECKPOINT.parents[1] / "model.md").read_text()
+    (tmp_path / "moved").symlink_to(arrays)
+    more = ["--trainer.max_epochs", "3", "--data.root", str(tmp_path / "moved")]
+    lr = ["--model.optimizer.lr", "1e-4"]
+    train.main(["fit", "--ckpt_path", str(last), *more, *lr])
+    assert "no result of epoch 2: run `train.py test` first" in out("checkpoint", "a.ckpt", last)
+    card = Path("a.md").read_text()
+    assert "Of epoch" not in card
+    assert "`a.ckpt`, epoch 2, validation accuracy " in card
+    content = Path("a.ckpt").read_bytes()
+    assert str(tmp_path / "moved").encode() not in content
+    train.main(["test", "--ckpt_path", str(last)])
+    out("checkpoint", "a.ckpt", last, "--overwrite")
+    (result,) = re.findall("Of epoch 2 .*", Path("a.md").read_text(), re.S)
+    out("checkpoint", "b.ckpt", Path("a.ckpt"), "--data.root", str(arrays))
+    again = Path("b.md").read_text()
+    assert result in again
+    assert again.count("SHA-256**") == 1
+
+
+def test_nan_is_not_shared(out: Out) -> None:
+    checkpoint = torch.load(CHECKPOINT, weights_only=True)
+    for value in checkpoint["state_dict"].values():
+        value *= float("nan") if value.is_floating_point() else 1
+    torch.save(checkpoint, "nan.ckpt")
+    with pytest.raises(SystemExit, match="outputs are NaN"):
+        out("checkpoint", "small.ckpt", Path("nan.ckpt"))
+    assert not Path("small.ckpt").exists()
 
 
 def test_a_checkpoint_to_share_keeps_single_precision_where_half_changes_much(out: Out) -> None:
@@ -427,6 +462,8 @@ def test_wrong_calls_are_refused_in_one_line_and_leave_nothing(
         assert len(line.strip().splitlines()) == 1
         assert files() == before
 
+    run = CHECKPOINT.parents[1]
+    always = [CHECKPOINT, "--overwrite"]  # not even so
     refused("no checkpoint nowhere.ckpt", "onnx", "m.onnx", Path("nowhere.ckpt"))
     refused("not a checkpoint", "onnx", "m.onnx", Path("damaged.ckpt"))
     refused("can't build its network", "onnx", "m.onnx", Path("hostile.ckpt"))
@@ -436,10 +473,12 @@ def test_wrong_calls_are_refused_in_one_line_and_leave_nothing(
     refused("mine exists", "page", "mine")
     refused("--format keras: expected onnx", "keras", "m")
     refused("link.ckpt is no earlier export", "checkpoint", "link.ckpt", CHECKPOINT, "--overwrite")
-    refused("is no earlier export", "checkpoint", str(CHECKPOINT), CHECKPOINT, "--overwrite")
+    refused("is no earlier export", "checkpoint", str(CHECKPOINT), *always)
+    Path("notes.md").write_text("my own notes")
+    before = files()
+    refused("notes.md is no earlier export", "checkpoint", "notes.ckpt", *always)
+    refused("model.md is no earlier export", "checkpoint", str(run / "model.ckpt"), *always)
     refused("--format weights: expected onnx, torch, safetensors (for weights)", "weights", "m.pth")
-    run = CHECKPOINT.parents[1]
-    always = [CHECKPOINT, "--overwrite"]  # not even so
     refused("full.onnx is no earlier export", "onnx", "full.onnx", *always)
     refused("full.onnx is no earlier export", "page", "full.onnx", *always)
     refused(f"{run} is no earlier export", "page", str(run), *always)

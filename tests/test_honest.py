@@ -318,6 +318,8 @@ def test_a_network_in_the_current_folder_is_found(
         run("fit", "--model.network", "mynet.Net", "--trainer.max_epochs", "1")
         card = Path("runs/default/version_0/model.md").read_text()
         digest = hashlib.sha256((tmp_path / "mynet.py").read_bytes()).hexdigest()
-        assert f"**Files of no commit**: `mynet`, SHA-256 {digest[:12]}...\n" in card
+        assert (
+            f"**Files outside this project's commits**: `mynet`, SHA-256 {digest[:12]}...\n" in card
+        )
     finally:
         sys.modules.pop("mynet", None)

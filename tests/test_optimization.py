@@ -178,7 +178,7 @@ SMALL = [
         (
             ".filters.rule",
             "adam",
-            "rule: Expected a typing.Literal['sgd', 'muon']. Got value: adam",
+            "rule: expected one of 'sgd', 'muon', not adam",
         ),
         (".filters.lr", "-1", "lr: expected a value v>0, not -1"),
         (".norms.momentum", "1.5", "momentum: expected a value v>=0 and v<=1, not 1.5"),

@@ -58,7 +58,9 @@ def test_pretrained_models_are_as_good_as_their_cards_say(
 ) -> None:
     monkeypatch.chdir(folder)
     pretrained = Path(train.__file__).parent / "pretrained"
-    for card in pretrained.glob("*.md"):
+    cards = sorted(pretrained.glob("*.md"))
+    assert [card.stem for card in cards] == ["base", "fast94", "improved"]
+    for card in cards:
         shutil.copy(card.with_suffix(".ckpt"), folder)
         train.main(["test", "--ckpt_path", f"{card.stem}.ckpt"])
         (said,) = re.findall(r"^- accuracy +([\d.]+)%", card.read_text(), re.M)

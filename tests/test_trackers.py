@@ -23,7 +23,8 @@ T = "--trainer.logger"
 SETTINGS = {  # as both name them, with what this run has
     "optimizer/class_path": "torch.optim.Adam",
     "optimizer/init_args/lr": 0.001, "batch_size": 64, "val_size": 200, "seed_everything": 3,
-    "trainer.max_epochs": 3, "trainer.precision": "32-true",
+    "trainer.max_epochs": 3, "trainer.gradient_clip_val": 1, "name": "base",
+    "checkpoint.monitor": "val/acc",
 }  # fmt: skip
 CURVES = ("train/loss", "train/acc", "val/loss", "val/acc")
 
@@ -53,7 +54,16 @@ def test_wandb_mlflow_and_csv_get_settings_curves_and_the_chosen_epoch(
     from mlflow import MlflowClient
 
     store = f"sqlite:///{tmp_path}/mlflow.db"
-    given = ["--seed_everything", "3", "--model.optimizer.lr", "0.001", "--data.batch_size", "64"]
+    given = [
+        "--seed_everything",
+        "3",
+        "--trainer.gradient_clip_val",
+        "1",
+        "--model.optimizer.lr",
+        "0.001",
+        "--data.batch_size",
+        "64",
+    ]
     run(
         "fit", "--config", BASE, *given, "--trainer.max_epochs", "3",
         f"{T}+=WandbLogger", f"{T}.offline", "true", f"{T}.project", "laboratory",

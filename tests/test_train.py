@@ -493,7 +493,7 @@ def test_predict_writes_a_class_for_every_test_image(run: Run) -> None:
         ),
         ("model:\n  network:\n    class_path: networks.Nope\n", "no attribute 'Nope'"),
         ("model:\n  optimizer:\n    class_path: torch.optim.Adma\n", "no attribute 'Adma'"),
-        ("data: [1\n", "wrong.yaml is no YAML: while parsing"),
+        ("data: [1\n", "wrong.yaml is not valid YAML: while parsing"),
         (
             "trainer:\n  max_epochs: many\n",
             "trainer.max_epochs: expected int, not many",
@@ -533,6 +533,14 @@ def test_a_wrong_yaml_is_refused(fails: Run, tmp_path: Path, text: str, message:
         ),
         (["--lr", "1"], "did you mean model.optimizer.lr?"),
         (["--data.num_workers", "4"], "which takes no workers"),
+        (
+            ["--trainer.gradient_clip_val", "x"],
+            "trainer.gradient_clip_val: expected int or float, not x",
+        ),
+        (
+            ["--model.tta", "x"],
+            "model.tta: expected one of 'none', 'mirror', 'mirror-shift', not x",
+        ),
         (["--zzz", "4"], "unknown option zzz"),
         (
             ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks+=ModelCheckpoint"],
