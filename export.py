@@ -95,7 +95,7 @@ def load(
     unchanged = torch.zeros(3), torch.ones(3)
     mean, std = (model.mean, model.std) if model.is_normalizing else unchanged
     metrics: dict[str, float] = dict(*_own_rows(checkpoint)[:1])
-    card = {
+    card: Card = {
         "network": settings["model"]["network"],
         "classes": archive.CLASSES,
         "input": "float32 [B, 3, 32, 32], RGB: pixels / 255, then (x - mean) / std per channel",
