@@ -147,6 +147,12 @@ class CIFAR10DataModule(LightningDataModule):
         kwargs = {"weights_only": True, **settings, **kwargs}
         return super().load_from_checkpoint(checkpoint_path, **kwargs)
 
+    def __str__(self) -> str:
+        """Return the numbers of images, once they are set up."""
+        sets = {k: getattr(self, f"{k}_set", None) for k in ("train", "val", "test")}
+        sizes = ", ".join(f"{len(of):,} {name}" for name, of in sets.items() if of is not None)
+        return f"CIFAR10DataModule: {f'{sizes} images' if sizes else 'call setup() first'}"
+
     def identity(self, part: Literal["train", "test"]) -> str:
         """Return which images and labels these are: `CIFAR-10`, or the start of their SHA-256."""
         if self.verify:
@@ -191,11 +197,12 @@ class CIFAR10DataModule(LightningDataModule):
             steps=self.steps_a_call,
         )
 
-    def val_dataloader(self) -> list[Batches]:
-        """Return the validation set first (empty with `val_size` 0) and, for a test curve during
-        fit, the test set second."""
-        has_curve = self.test_curve and self.trainer is not None and self.trainer.state.fn == "fit"
-        return [self._eval_batches(s) for s in (self.val_set, self.test_set)[: 1 + has_curve]]
+    def val_dataloader(self) -> Any:
+        """Return the validation set (empty with `val_size` 0); for a test curve during fit, a list
+        of it and the test set."""
+        if self.test_curve and self.trainer is not None and self.trainer.state.fn == "fit":
+            return [self._eval_batches(self.val_set), self._eval_batches(self.test_set)]
+        return self._eval_batches(self.val_set)
 
     def test_dataloader(self) -> Batches:
         """Return the 10,000 test images."""

@@ -81,6 +81,7 @@ COMMANDS = {
     "predict": "Classify pictures of your own, or the test set, by a checkpoint.",
 }
 HELP = {
+    "trainer.max_epochs": "How many epochs; -1: no end but that of max_steps or max_time.",
     "ckpt_path": "A checkpoint; or `last` or `best` of the newest run of --name.",
     "model.optimizer": "Makes the optimizer from the parameters. Arguments of a class are flags "
     "too: --model.optimizer SGD --model.optimizer.lr 0.05; --model.optimizer.help SGD lists them.",
@@ -149,7 +150,9 @@ class ShortParser(LightningArgumentParser):
         elif words != message:
             is_config = words.endswith((".yaml", ".yml"))
             message += (
-                f": did you mean --config {words}?" if is_config else ": quote patterns of files"
+                f": did you mean --config {words}?"
+                if is_config
+                else ": quote patterns of files; several are a list, --data.images '[a.jpg, b.jpg]'"
             )
         if not self.exit_on_error:  # the parser of a class's arguments: the one around it says it
             raise ArgumentError(None, message) from None
@@ -187,6 +190,8 @@ def _about(key: str, root: str, whole: str) -> str:
     if (kinds := KINDS.findall(whole)) and (value := whole.partition("Given value: ")[2]):
         types = [name for name in map("".join, kinds) if name != "NoneType"]
         return f"{key}: expected {' or '.join(types)}, not {value}"
+    if "not correspond to a subclass" in root:
+        root += "; a function needs the type that it returns, as in `-> nn.Module`"
     for said, plain in VALUES:
         root = re.sub(said, plain, root)
     is_arguments = re.match(r"\w+: expected ", root)  # of a class

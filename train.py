@@ -12,6 +12,7 @@ A run is a folder runs/<name>/version_<n>/. A checkpoint carries the settings of
 
 import argparse
 import contextlib
+import functools
 import inspect
 import io
 import json
@@ -67,6 +68,7 @@ yaml.SafeDumper.add_multi_representer(StrEnum, lambda dumper, of: dumper.represe
 BAREBONES = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
 # Arguments of a subcommand that have one right value here; a checkpoint is data, it runs no code.
 FIXED = {"weights_only": True, "verbose": False, "return_predictions": False}
+CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
 
 
@@ -85,9 +87,10 @@ SHORT = {
     "ReduceLROnPlateau": "lightning.pytorch.cli.ReduceLROnPlateau",
     "RandomCrop": "cifar10.augment.RandomCrop",
 }
-_by_name = _typehints.resolve_class_path_by_name
+_by_name = inspect.unwrap(_typehints.resolve_class_path_by_name)  # as a notebook runs this again
 
 
+@functools.wraps(_by_name)
 def _by_short_name(cls: Any, name: str) -> str:
     """Return the class path that jsonargparse finds for a name, and if there are several, ours."""
     try:
@@ -116,7 +119,9 @@ def _find_checkpoint(args: list[str]) -> Path | None:
     settings: dict[str, Any] = {}
     for file in found["config"]:
         try:
-            settings |= runs.flat(yaml.safe_load(file.read_text(encoding="utf-8")))
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+            _check_keys(content, str(file))
+            settings |= runs.flat(content)
         except OSError:
             pass  # the parser says why
         except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -137,6 +142,20 @@ def _find_checkpoint(args: list[str]) -> Path | None:
         runs.read_checkpoint(path)  # which says what is wrong with it
         return runs.newest(Path(path).parent)[1]
     return runs.named(path, parent)
+
+
+def _check_keys(content: Any, where: str) -> None:
+    """Refuse what jsonargparse takes for something else: a dotted key, whose class is another one's
+    or the default, and an argument beside a class_path."""
+    for key, value in content.items() if isinstance(content, dict) else ():
+        if "." in str(key) or ("class_path" in content and key not in CLASS_KEYS):
+            raise MisconfigurationException(
+                f"{where}: {key} belongs below its class: class_path: SGD, and below that "
+                "init_args: {lr: 0.05}"
+            )
+        for item in value if isinstance(value, list) else [value]:
+            if key not in ("init_args", "dict_kwargs"):
+                _check_keys(item, where)
 
 
 def _job(args: list[str]) -> str:
@@ -209,6 +228,7 @@ class CLI(LightningCLI):
         elif not {"--help", "-h"} & {*args}:
             raise MisconfigurationException(
                 f"name the subcommand first: {' or '.join(self.subcommands())}"
+                + f", not {args[0]}" * bool(args and args[0][0] != "-")
             )
         if self.path is not None:
             self.checkpoint = runs.read_checkpoint(self.path)
@@ -478,7 +498,7 @@ class CLI(LightningCLI):
         """Return the command that resumes from the last checkpoint, or that there is none."""
         last = self.run_folder / "checkpoints" / "last.ckpt"
         if (good := last if last.exists() else self.path) is None:
-            return f"nothing is kept; start again{how}"
+            return f"nothing is kept, as no epoch has ended; start again{how}"
         return f"to resume{how}: python train.py fit --ckpt_path {shlex.quote(str(good))}"
 
     def _finish(self, code: str) -> None:

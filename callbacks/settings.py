@@ -77,7 +77,7 @@ class SaveSettings(Callback):
         of_run = flat({key: self.settings[key] for key in RUN_SETTINGS})
         given = {k: v for k, v in of_run.items() if v is not None and ".logger" not in k}
         for logger in others(trainer):
-            logger.log_hyperparams(given)
+            logger.log_hyperparams({**given, "run": str(trainer.default_root_dir)})
         files = {"config.yaml": self.settings}
         if self.changed:
             name = f"config_{len(self.parts)}.yaml"

@@ -95,3 +95,8 @@ class Slow(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         time.sleep(1.5)
+
+
+def untyped(width: int = 8):  # type: ignore[no-untyped-def]  # noqa: ANN201
+    """Return a network, without saying so."""
+    return Flat()

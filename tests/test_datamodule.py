@@ -54,7 +54,7 @@ def test_validation_images_are_never_trained_on(arrays: Path) -> None:
     data = module(arrays)
     images = torch.cat([batch.images for batch in data.train_dataloader()])
     trained = {image.numpy().tobytes() for image in images}
-    for loader in (*data.val_dataloader(), data.test_dataloader()):
+    for loader in (data.val_dataloader(), data.test_dataloader()):
         assert not trained & {image.numpy().tobytes() for batch in loader for image in batch.images}
 
 
@@ -131,7 +131,7 @@ def test_the_same_images_come_first_where_few_are_overfitted(arrays: Path) -> No
 
 def test_the_model_gets_what_totensor_gives(arrays: Path) -> None:
     data = module(arrays)
-    batch = next(iter(data.val_dataloader()[0]))
+    batch = next(iter(data.val_dataloader()))
     floats = data.augmentation(batch.images, batch.indices)
     expected = torch.stack([to_tensor(to_pil_image(image)) for image in batch.images])
     assert torch.equal(floats, expected)
@@ -186,13 +186,17 @@ def test_it_works_without_a_trainer(arrays: Path) -> None:
     data.prepare_data()
     data.setup()
     assert sum(len(batch.labels) for batch in data.train_dataloader()) == 800
-    assert sum(len(batch.labels) for batch in data.val_dataloader()[0]) == 200
+    assert sum(len(batch.labels) for batch in data.val_dataloader()) == 200
     assert sum(len(batch.labels) for batch in data.test_dataloader()) == TEST_SIZE
+    assert str(data) == "CIFAR10DataModule: 800 train, 200 val, 200 test images"
+    assert str(CIFAR10DataModule()) == "CIFAR10DataModule: call setup() first"
 
 
 def test_the_test_set_is_evaluated_in_fit_only_when_asked_for(arrays: Path) -> None:
     def sizes(data: CIFAR10DataModule) -> list[int]:
-        return [sum(len(batch.labels) for batch in loader) for loader in data.val_dataloader()]
+        loaders = data.val_dataloader()
+        loaders = loaders if isinstance(loaders, list) else [loaders]
+        return [sum(len(batch.labels) for batch in loader) for loader in loaders]
 
     assert sizes(module(arrays)) == [200]
     data = module(arrays, test_curve=True)
