@@ -187,7 +187,8 @@ def _about(key: str, root: str, whole: str) -> str:
         return f"{key}: {_no_class(name)}"
     if names := root.partition("arguments are required: ")[2]:
         return f"{key} needs {', '.join(f'--{key}.{name}' for name in names.split(', '))}"
-    if (kinds := KINDS.findall(whole)) and (value := whole.partition("Given value: ")[2]):
+    kinds, value = KINDS.findall(whole), whole.partition("Given value: ")[2]
+    if value and len(kinds) == whole.count("\n    - "):
         types = [name for name in map("".join, kinds) if name != "NoneType"]
         return f"{key}: expected {' or '.join(types)}, not {value}"
     if "not correspond to a subclass" in root:

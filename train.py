@@ -228,7 +228,7 @@ class CLI(LightningCLI):
         elif not {"--help", "-h"} & {*args}:
             raise MisconfigurationException(
                 f"name the subcommand first: {' or '.join(self.subcommands())}"
-                + f", not {args[0]}" * bool(args and args[0][0] != "-")
+                + (f", not {args[0]}" if args and args[0][0] != "-" else "")
             )
         if self.path is not None:
             self.checkpoint = runs.read_checkpoint(self.path)

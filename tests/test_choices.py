@@ -365,8 +365,9 @@ def test_a_disk_that_fills_up_under_tensorboard_is_one_line(
 
 
 def test_without_a_subcommand_there_is_nothing_to_do() -> None:
-    with pytest.raises(SystemExit, match="name the subcommand first: fit or validate"):
-        train.main([])
+    for words, end in (([], "$"), (["train"], ", not train$")):
+        with pytest.raises(SystemExit, match=f"subcommand first: fit or .* or predict{end}"):
+            train.main(words)
 
 
 def test_predictions_stay_if_nothing_can_be_read(run: Run, tmp_path: Path) -> None:
