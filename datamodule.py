@@ -1,6 +1,7 @@
 """The data of every run: archive -> tensors on the device -> split -> batches of pixels."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
+from torchvision.transforms import v2
 
 from cifar10 import archive
 from cifar10.augment import Augment, ForEachImage
@@ -215,30 +217,65 @@ class CIFAR10DataModule(LightningDataModule):
 
 @rank_zero_only
 def _check_choices(augmentation: Augment) -> None:
-    """Refuse transforms of torchvision that choose nothing, and so would be left out of evaluation;
-    name those that draw one random number for all images of a batch."""
-    for step in augmentation.steps:
-        transform = step.transform if isinstance(step, ForEachImage) else step
-        if not type(transform).__module__.startswith("torchvision.transforms"):
-            continue
-        name = f"data.augment: {type(transform).__name__}"
-        with torch.random.fork_rng(devices=[]):
-            images = torch.rand(4, 3, 32, 32)
-            before = torch.get_rng_state()
-            try:
-                changed = step(images)
-            except (TypeError, ValueError) as error:
-                raise MisconfigurationException(
-                    f"{name} does not take float images [B, 3, 32, 32]: {error}"
-                ) from error
-            is_random = not torch.equal(before, torch.get_rng_state())
-        if not is_random and not torch.equal(changed, images):
+    """Try the transforms of torchvision: refuse those that do not take float images, or that choose
+    nothing, and so would be missing in evaluation; name those that draw one random number for all
+    images of a batch."""
+    if not any(map(_is_torchvisions, augmentation.steps)):
+        return
+    with torch.random.fork_rng(devices=[]):
+        pixels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+        images, changed = pixels / 255, pixels
+        try:
+            for _ in range(20):  # as some refuse floats by chance
+                changed = augmentation(pixels, torch.arange(4))
+        except (TypeError, ValueError, RuntimeError) as error:
             raise MisconfigurationException(
-                f"{name} changes all images in the same way, but runs in training only: make it "
-                "the first part of the network"
-            )
-        if is_random and transform is step:
-            print(
-                f"{name} makes one random choice a batch; for one an image, wrap it in "
-                "cifar10.augment.ForEachImage"
-            )
+                f"data.augment does not take float images [B, 3, 32, 32]: {error}"
+            ) from error
+        for step in augmentation.steps:
+            for member in _members(step) if _is_torchvisions(step) else ():
+                if _is_fixed(member, images, changed):
+                    raise MisconfigurationException(
+                        f"data.augment: {type(member).__name__} changes all images in the same "
+                        "way, but runs in training only: make it the first part of the network"
+                    )
+            before = torch.get_rng_state()
+            if _is_torchvisions(step) and not isinstance(step, ForEachImage):
+                with suppress(TypeError, ValueError, RuntimeError):  # it needs the steps before
+                    step(images)
+                if not torch.equal(before, torch.get_rng_state()):
+                    print(
+                        f"data.augment: {type(step).__name__} makes one random choice a batch; for "
+                        "one an image, wrap it in cifar10.augment.ForEachImage"
+                    )
+
+
+def _members(step: nn.Module) -> Iterator[nn.Module]:
+    """Yield a transform, or those of which it applies all."""
+    inner = [step.transform] if isinstance(step, ForEachImage) else []
+    inner += step.transforms if isinstance(step, v2.Compose) else []
+    inner += step if isinstance(step, nn.Sequential) else []
+    if not inner:
+        yield step
+    for part in inner:
+        yield from _members(part)
+
+
+def _is_torchvisions(step: nn.Module) -> bool:
+    return any(type(m).__module__.startswith("torchvision.transforms") for m in _members(step))
+
+
+def _is_fixed(transform: nn.Module, images: Tensor, augmented: Tensor) -> bool:
+    """Return whether a transform changes images always, and in one way; one that changes the shape
+    or the type only if the whole augmentation does."""
+    try:
+        first = transform(images)
+        if first.shape != images.shape or first.dtype != images.dtype:
+            if augmented.shape == images.shape and augmented.dtype == images.dtype:
+                return False
+        elif torch.equal(first, images):
+            return False
+        # So many that what changes 95 of 100 images is not taken for one that changes all.
+        return all(torch.equal(transform(images), first) for _ in range(200))
+    except (TypeError, ValueError, RuntimeError):  # it needs the steps before
+        return False

@@ -279,8 +279,10 @@ class ImageClassifier(RecordableModule):
                     f"a schedule over {scheduler.total_steps} steps ends before the training, "
                     f"which takes {total}"
                 )
-            end = total if self.lr_interval == "step" else self.trainer.max_epochs
-            if isinstance(scheduler, CosineAnnealingLR) and scheduler.T_max < (end or 0):
+            end = total
+            if self.lr_interval != "step" and total < math.inf:
+                end = math.ceil(total / self.steps_an_epoch())
+            if isinstance(scheduler, CosineAnnealingLR) and scheduler.T_max < end < math.inf:
                 rank_zero_only(print)(
                     f"model.lr_scheduler: the learning rate rises again after T_max "
                     f"{scheduler.T_max} of {end}"

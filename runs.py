@@ -452,7 +452,12 @@ def run_of(checkpoint: Path) -> Path:
     """Return the folder of the run that wrote a checkpoint; of one that lies elsewhere, the folder
     beside it that has its name."""
     named = checkpoint if "checkpoints" in checkpoint.parent.parts else checkpoint.absolute()
-    folders = (folder.parent for folder in named.parents if folder.name == "checkpoints")
+    folders = (
+        folder.parent
+        for folder in named.parents
+        if folder.name == "checkpoints"
+        and any((folder.parent / name).exists() for name in ("config.yaml", "hparams.yaml"))
+    )
     return next(folders, checkpoint.with_suffix("" if checkpoint.suffix else ".results"))
 
 

@@ -166,6 +166,8 @@ def _unknown(name: str, parser: LightningArgumentParser) -> str:
     known = [a.dest for a in parser._actions if not a.dest.endswith(("help", "config", "shtab"))]
     if (last := name.rpartition(".")[2]) in MEANT and "trainer.max_epochs" in known:
         hint = f": did you mean {MEANT[last]}?"
+    elif last == "class_path":
+        hint = ": arguments of a class belong under its init_args"
     elif last in ("num_workers", "pin_memory"):
         hint = ": a batch is cut from tensors in memory, which takes no workers"
     elif "fixed" in known and "." in name:  # of a study

@@ -148,10 +148,15 @@ def _check_keys(content: Any, where: str) -> None:
     """Refuse what jsonargparse takes for something else: a dotted key, whose class is another one's
     or the default, and an argument beside a class_path."""
     for key, value in content.items() if isinstance(content, dict) else ():
-        if "." in str(key) or ("class_path" in content and key not in CLASS_KEYS):
+        if "class_path" in content and key not in CLASS_KEYS:
             raise MisconfigurationException(
-                f"{where}: {key} belongs below its class: class_path: SGD, and below that "
-                "init_args: {lr: 0.05}"
+                f"{where}: {key} belongs under init_args of {content['class_path']}"
+            )
+        if "." in str(key):
+            parent, _, name = str(key).rpartition(".")
+            raise MisconfigurationException(
+                f"{where}: {key} has to be nested: {name} below {parent}, and for an argument of a "
+                "class below its init_args"
             )
         for item in value if isinstance(value, list) else [value]:
             if key not in ("init_args", "dict_kwargs"):
@@ -278,6 +283,8 @@ class CLI(LightningCLI):
             raise MisconfigurationException(
                 f"{self.subcommand}: trainer.barebones measures nothing"
             )
+        if self.checkpoint and "network" not in self.checkpoint.get("hyper_parameters", {}):
+            _note(f"{self.path} names no network: {config.model.network.class_path} is taken")
         if self.subcommand != "fit" and not self.checkpoint:
             raise MisconfigurationException(f"{self.subcommand} needs --ckpt_path CHECKPOINT")
         options = config.trainer
@@ -628,6 +635,10 @@ def _check_trainer(options: Any) -> None:
     """Refuse what Lightning accepts, and then fails on or ignores."""
     if options.limit_train_batches == 0:
         raise MisconfigurationException("trainer.limit_train_batches 0 trains nothing")
+    if options.check_val_every_n_epoch == 0:
+        raise MisconfigurationException(
+            "trainer.check_val_every_n_epoch 0: to train without validation, --data.val_size 0"
+        )
     callbacks = _listed(options.callbacks)
     if any(c.class_path.endswith(".Timer") and c.init_args.interval == "step" for c in callbacks):
         raise MisconfigurationException(

@@ -22,7 +22,9 @@ RESULT = "\n## On the test set\n"
 
 def commit() -> str:
     """Return the git commit of this code, and whether it was changed since."""
-    said = _git("describe", "--always", "--exclude=*", "--abbrev=40", "--dirty= with changes")
+    said = _git("ls-files", "train.py") and _git(
+        "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty= with changes"
+    )
     return said or "unknown: not in a git checkout"
 
 

@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
-from torchvision.transforms import v2
+from torchvision.transforms import RandAugment, v2
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image, to_tensor
 
 from cifar10 import archive
@@ -169,16 +169,35 @@ def test_one_choice_a_batch_is_said(arrays: Path, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("transform", [v2.Resize(64), v2.Grayscale(3), v2.CenterCrop(24)])
+@pytest.mark.parametrize(
+    "transform",
+    [
+        v2.Resize(64), v2.Grayscale(3), v2.CenterCrop(24), v2.GaussianBlur(3, sigma=1.0),
+        v2.RandomGrayscale(1.0), v2.Compose([v2.RandomHorizontalFlip(), v2.Grayscale(3)]),
+        nn.Sequential(v2.RandomHorizontalFlip(), v2.Grayscale(3)), v2.ToDtype(torch.float64),
+    ],
+)  # fmt: skip
 def test_a_transform_that_chooses_nothing_is_refused(arrays: Path, transform: nn.Module) -> None:
     for step in (transform, ForEachImage(transform)):
         with pytest.raises(MisconfigurationException, match="but runs in training only"):
             module(arrays, augment=[step])
 
 
-def test_a_transform_that_needs_labels_is_refused(arrays: Path) -> None:
-    with pytest.raises(MisconfigurationException, match="MixUp does not take float images"):
-        module(arrays, augment=[v2.MixUp(num_classes=10)])
+@pytest.mark.parametrize("transform", [v2.MixUp(num_classes=10), v2.JPEG(50), RandAugment()])
+def test_a_transform_that_takes_no_floats_is_refused(arrays: Path, transform: nn.Module) -> None:
+    with pytest.raises(MisconfigurationException, match="does not take float images"):
+        module(arrays, augment=[transform])
+
+
+def test_transforms_that_choose_together_are_taken(
+    arrays: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module(arrays, augment=[v2.Pad(4), ForEachImage(v2.RandomCrop(32))])
+    as_bytes = v2.ToDtype(torch.uint8, scale=True), v2.ToDtype(torch.float32, scale=True)
+    module(arrays, augment=[as_bytes[0], ForEachImage(v2.RandAugment()), as_bytes[1]])
+    module(arrays, augment=[ForEachImage(v2.RandomApply([v2.Grayscale(3)], p=0.5))])
+    module(arrays, augment=[v2.ToDtype(torch.float32), ForEachImage(v2.ColorJitter(0.2))])
+    assert capsys.readouterr().out == ""
 
 
 def test_it_works_without_a_trainer(arrays: Path) -> None:

@@ -495,11 +495,11 @@ def test_predict_writes_a_class_for_every_test_image(run: Run) -> None:
         ("model:\n  optimizer:\n    class_path: torch.optim.Adma\n", "no attribute 'Adma'"),
         (
             "model:\n  optimizer: SGD\n  optimizer.lr: 0.05\n",
-            "optimizer.lr belongs below its class",
+            "optimizer.lr has to be nested: lr below optimizer",
         ),
         (
             "model:\n  optimizer:\n    class_path: torch.optim.SGD\n    lr: 0.05\n",
-            "wrong.yaml: lr belongs below its class: class_path: SGD, and below that init_args",
+            "wrong.yaml: lr belongs under init_args of torch.optim.SGD",
         ),
         ("data: [1\n", "wrong.yaml is not valid YAML: while parsing"),
         (
@@ -876,6 +876,8 @@ def test_a_cosine_that_ends_before_the_training_is_told(run: Run) -> None:
     cosine = ("--model.lr_scheduler", "CosineAnnealingLR", "--model.lr_scheduler.T_max")
     said = "the learning rate rises again after T_max 1 of 2"
     assert said in run("fit", "--config", BASE, *cosine, "1")
+    steps = ("--trainer.max_epochs", "9", "--trainer.max_steps", "8")  # which end in an epoch
+    assert "rises again" not in run("fit", "--config", BASE, *cosine, "2", *steps)
     assert "rises again" not in run("fit", "--config", BASE, *cosine, "2")
 
 
