@@ -53,6 +53,7 @@ def test_wandb_mlflow_and_csv_get_settings_curves_and_the_chosen_epoch(
 ) -> None:
     from mlflow import MlflowClient
 
+    wandb.finish()  # the run of another test in this process
     store = f"sqlite:///{tmp_path}/mlflow.db"
     given = [
         "--seed_everything",
