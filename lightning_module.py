@@ -280,12 +280,12 @@ class ImageClassifier(RecordableModule):
                     f"which takes {total}"
                 )
             end = total
-            if self.lr_interval != "step" and total < math.inf:
-                end = math.ceil(total / self.steps_an_epoch())
+            if self.lr_interval != "step" and self.trainer.num_training_batches < math.inf:
+                end = total / self.steps_an_epoch()
             if isinstance(scheduler, CosineAnnealingLR) and scheduler.T_max < end < math.inf:
                 rank_zero_only(print)(
                     f"model.lr_scheduler: the learning rate rises again after T_max "
-                    f"{scheduler.T_max} of {end}"
+                    f"{scheduler.T_max} of {math.ceil(end)}"
                 )
             if isinstance(scheduler, OneCycleLR | CyclicLR) and any(map(self._has, FINDERS)):
                 raise ValueError(f"{type(scheduler).__name__} has rates of its own: use no finder")

@@ -264,6 +264,7 @@ def test_a_checkpoint_to_share_needs_nothing_of_its_run(
     assert not Path("nothing").exists()
 
 
+@pytest.mark.slow
 def test_the_card_of_a_shared_checkpoint_tells_of_its_own_epoch(
     out: Out, arrays: Path, tmp_path: Path
 ) -> None:

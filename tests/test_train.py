@@ -863,6 +863,7 @@ def test_weights_that_an_epochs_last_step_has_ruined_are_not_kept(
     assert last.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_in_a_slurm_job_without_srun_one_process_trains(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -872,6 +873,7 @@ def test_in_a_slurm_job_without_srun_one_process_trains(
     assert len(rows(RUN_0)) == 2
 
 
+@pytest.mark.slow
 def test_a_cosine_that_ends_before_the_training_is_told(run: Run) -> None:
     cosine = ("--model.lr_scheduler", "CosineAnnealingLR", "--model.lr_scheduler.T_max")
     said = "the learning rate rises again after T_max 1 of 2"
