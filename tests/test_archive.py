@@ -418,6 +418,7 @@ for process in processes:
 """
 
 
+@pytest.mark.slow
 def test_processes_that_start_together_do_not_spoil_each_other(
     server: Server, tarball: bytes, tmp_path: Path
 ) -> None:

@@ -95,6 +95,7 @@ def test_a_result_says_on_which_images_and_how(
     assert "trained on other images" in fails("fit", *elsewhere, "--trainer.max_epochs", "3")
 
 
+@pytest.mark.slow
 def test_a_card_tells_how_a_run_was_resumed_and_trained(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,6 +74,7 @@ def test_groups_are_known_by_name_when_a_run_goes_on(run: Run) -> None:
     assert is_same(*(weights(checkpoint("fast94", 2, version)) for version in (0, 1)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scheduler", ["WarmupCosine", pytest.param("OneCycleLR", marks=pytest.mark.slow)]
 )
@@ -272,6 +273,7 @@ def test_views_are_averaged_with_their_weights() -> None:
         )
 
 
+@pytest.mark.slow
 def test_test_and_predict_average_over_views_and_fit_does_not(run: Run, arrays: Path) -> None:
     precise = ["--trainer.precision", "32-true", "--data.test_curve", "true"]
     run("fit", "--config", CONFIGS / "fast94.yaml", *SMALL["fast94"], *precise)

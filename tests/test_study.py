@@ -598,6 +598,7 @@ def test_each_seed_can_have_a_split_of_its_own(ask: Callable[..., Path]) -> None
     assert "Each seed has its own split" in (FOLDER / "answer.md").read_text()
 
 
+@pytest.mark.slow
 def test_every_published_answer_follows_from_its_record(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

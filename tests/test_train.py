@@ -699,6 +699,7 @@ def test_a_disk_that_fills_up_leaves_whole_checkpoints(
     assert all(torch.load(path, weights_only=True)["epoch"] == 0 for path in checkpoints)
 
 
+@pytest.mark.slow
 def test_the_terminal_shows_the_run_and_nothing_else(arrays: Path, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     command = [sys.executable, str(ROOT / "train.py"), "fit", "--config", "configs/base.yaml"]
