@@ -220,34 +220,34 @@ def _check_choices(augmentation: Augment) -> None:
     """Try the transforms of torchvision: refuse those that do not take float images, or that choose
     nothing, and so would be missing in evaluation; name those that draw one random number for all
     images of a batch."""
-    if not any(map(_is_torchvisions, augmentation.steps)):
+    steps = [step for step in augmentation.steps if _is_torchvisions(step)]
+    if not steps:
         return
     with torch.random.fork_rng(devices=[]):
         pixels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-        images, changed = pixels / 255, pixels
+        images, augmented = pixels / 255, pixels
         try:
             for _ in range(20):  # as some refuse floats by chance
-                changed = augmentation(pixels, torch.arange(4))
+                augmented = augmentation(pixels, torch.arange(4))
         except (TypeError, ValueError, RuntimeError) as error:
             raise MisconfigurationException(
                 f"data.augment does not take float images [B, 3, 32, 32]: {error}"
             ) from error
-        for step in augmentation.steps:
-            for member in _members(step) if _is_torchvisions(step) else ():
-                if _is_fixed(member, images, changed):
-                    raise MisconfigurationException(
-                        f"data.augment: {type(member).__name__} changes all images in the same "
-                        "way, but runs in training only: make it the first part of the network"
-                    )
+        for member in (member for step in steps for member in _members(step)):
+            if _is_fixed(member, images, augmented):
+                raise MisconfigurationException(
+                    f"data.augment: {type(member).__name__} changes all images in the same way, "
+                    "but runs in training only: make it the first part of the network"
+                )
+        for step in (step for step in steps if not isinstance(step, ForEachImage)):
             before = torch.get_rng_state()
-            if _is_torchvisions(step) and not isinstance(step, ForEachImage):
-                with suppress(TypeError, ValueError, RuntimeError):  # it needs the steps before
-                    step(images)
-                if not torch.equal(before, torch.get_rng_state()):
-                    print(
-                        f"data.augment: {type(step).__name__} makes one random choice a batch; for "
-                        "one an image, wrap it in cifar10.augment.ForEachImage"
-                    )
+            with suppress(TypeError, ValueError, RuntimeError):  # it needs the steps before
+                step(images)
+            if not torch.equal(before, torch.get_rng_state()):
+                print(
+                    f"data.augment: {type(step).__name__} makes one random choice a batch; for one "
+                    "an image, wrap it in cifar10.augment.ForEachImage"
+                )
 
 
 def _members(step: nn.Module) -> Iterator[nn.Module]:
@@ -262,12 +262,13 @@ def _members(step: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_torchvisions(step: nn.Module) -> bool:
+    """Return whether a step is a transform of torchvision, or is made of some."""
     return any(type(m).__module__.startswith("torchvision.transforms") for m in _members(step))
 
 
 def _is_fixed(transform: nn.Module, images: Tensor, augmented: Tensor) -> bool:
-    """Return whether a transform changes images always, and in one way; one that changes the shape
-    or the type only if the whole augmentation does."""
+    """Return whether a transform always changes images [B, 3, 32, 32], and in one way; one that
+    changes their shape or type only if the whole augmentation, which returns `augmented`, does."""
     try:
         first = transform(images)
         if first.shape != images.shape or first.dtype != images.dtype:

@@ -39,8 +39,8 @@ def writers(trainer: Trainer) -> list[SummaryWriter]:
 class Board(Callback):
     """Fills TensorBoard: at the start with a chart for train and validation together, the graph and
     a sample of augmented training images; after each epoch with the norms of the weights; at the
-    end with the hyperparameters and the chosen epoch. Tells
-    other loggers, such as those of W&B and MLflow, the chosen epoch too.
+    end with the hyperparameters and the chosen epoch. Logs the chosen epoch in other loggers too,
+    such as those of W&B and MLflow.
     """
 
     takes_many_steps = True
