@@ -60,7 +60,7 @@ class RecordableModule(LeanModule):
 
     step_loss: Callable[..., tuple[Tensor, Tensor]]
     network: nn.Module
-    augment: nn.Module
+    augment: Any
     train_metrics: Any
     compile_mode: Any = "off"
 
@@ -261,6 +261,10 @@ class RecordedStep:
         with torch.cuda.stream(self.stream), self._tensors_in_groups():
             self.step(*batch)
         main.wait_stream(self.stream)
+
+    def forget(self) -> None:
+        """Record anew, as the step has become another one."""
+        self.constants = []
 
     def _follow_groups(self, device: torch.device) -> None:
         """Forget the recording if the groups are others; fill the learning rates."""

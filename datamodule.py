@@ -1,7 +1,6 @@
 """The data of every run: archive -> tensors on the device -> split -> batches of pixels."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
@@ -10,12 +9,10 @@ import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
 from cifar10 import archive
-from cifar10.augment import Augment, ForEachImage
+from cifar10.augment import Augment, check_choices
 from cifar10.batches import Batches, ImageSet, shuffled, split
 from cifar10.pictures import Pictures, find_pictures
 from runs import read_checkpoint
@@ -121,7 +118,7 @@ class CIFAR10DataModule(LightningDataModule):
         if self._predicts_pictures:
             return
         if stage == "fit":
-            _check_choices(self.augmentation)
+            check_choices(self.augmentation)
         data = self._load()
         size = len(data.train_labels)
         if self.val_size >= size:
@@ -213,70 +210,3 @@ class CIFAR10DataModule(LightningDataModule):
     def predict_dataloader(self) -> Any:
         """Return the pictures of `images`; without, the 10,000 test images."""
         return self.pictures.batches() if self.images else self._eval_batches(self.test_set)
-
-
-@rank_zero_only
-def _check_choices(augmentation: Augment) -> None:
-    """Try the transforms of torchvision: refuse those that do not take float images, or that choose
-    nothing, and so would be missing in evaluation; name those that draw one random number for all
-    images of a batch."""
-    steps = [step for step in augmentation.steps if _is_torchvisions(step)]
-    if not steps:
-        return
-    with torch.random.fork_rng(devices=[]):
-        pixels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-        images, augmented = pixels / 255, pixels
-        try:
-            for _ in range(20):  # as some refuse floats by chance
-                augmented = augmentation(pixels, torch.arange(4))
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise MisconfigurationException(
-                f"data.augment does not take float images [B, 3, 32, 32]: {error}"
-            ) from error
-        for member in (member for step in steps for member in _members(step)):
-            if _is_fixed(member, images, augmented):
-                raise MisconfigurationException(
-                    f"data.augment: {type(member).__name__} changes all images in the same way, "
-                    "but runs in training only: make it the first part of the network"
-                )
-        for step in (step for step in steps if not isinstance(step, ForEachImage)):
-            before = torch.get_rng_state()
-            with suppress(TypeError, ValueError, RuntimeError):  # it needs the steps before
-                step(images)
-            if not torch.equal(before, torch.get_rng_state()):
-                print(
-                    f"data.augment: {type(step).__name__} makes one random choice a batch; for one "
-                    "an image, wrap it in cifar10.augment.ForEachImage"
-                )
-
-
-def _members(step: nn.Module) -> Iterator[nn.Module]:
-    """Yield a transform, or those of which it applies all."""
-    inner = [step.transform] if isinstance(step, ForEachImage) else []
-    inner += step.transforms if isinstance(step, v2.Compose) else []
-    inner += step if isinstance(step, nn.Sequential) else []
-    if not inner:
-        yield step
-    for part in inner:
-        yield from _members(part)
-
-
-def _is_torchvisions(step: nn.Module) -> bool:
-    """Return whether a step is a transform of torchvision, or is made of some."""
-    return any(type(m).__module__.startswith("torchvision.transforms") for m in _members(step))
-
-
-def _is_fixed(transform: nn.Module, images: Tensor, augmented: Tensor) -> bool:
-    """Return whether a transform always changes images [B, 3, 32, 32], and in one way; one that
-    changes their shape or type only if the whole augmentation, which returns `augmented`, does."""
-    try:
-        first = transform(images)
-        if first.shape != images.shape or first.dtype != images.dtype:
-            if augmented.shape == images.shape and augmented.dtype == images.dtype:
-                return False
-        elif torch.equal(first, images):
-            return False
-        # So many that what changes 95 of 100 images is not taken for one that changes all.
-        return all(torch.equal(transform(images), first) for _ in range(200))
-    except (TypeError, ValueError, RuntimeError):  # it needs the steps before
-        return False

@@ -26,7 +26,14 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, CyclicLR, OneCycleLR, Re
 from torchmetrics import Metric
 
 from cifar10.archive import CLASSES
-from cifar10.augment import MEAN, STD, Augment, TestTimeAugmentation, average_over_views
+from cifar10.augment import (
+    MEAN,
+    STD,
+    Augment,
+    GrowingResize,
+    TestTimeAugmentation,
+    average_over_views,
+)
 from cifar10.batches import Batch, Batches
 from cuda_graph import RecordableModule
 from networks import has_large_stem
@@ -184,21 +191,22 @@ class ImageClassifier(RecordableModule):
         return (self.compiled_loss if size == self.compiled_for else self._loss)(*batch)
 
     def _loss(self, pixels: Tensor, labels: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        return self._score(self._logits(pixels, indices), labels)
+        images, targets = self.augment(pixels, labels, indices)
+        weights = None if self.class_weights is None else self.class_weights.float()
+        return self._score(self.forward(images), targets, weights, self.label_smoothing)
 
-    def _logits(self, pixels: Tensor, indices: Tensor) -> Tensor:
-        return average_over_views(self.forward, self.augment(pixels, indices), self.views)
-
-    def _score(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _score(
+        self, logits: Tensor, targets: Tensor, weights: Tensor | None = None, smoothing: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """Return loss and correct predictions; of mixed images the larger share is the label."""
         logits = logits.float()  # of weights in bfloat16 too
         scores = logits.softmax(dim=1) if self.softmax_before_loss else logits
-        if self.training:
-            weights = None if self.class_weights is None else self.class_weights.float()
-            smoothing = self.label_smoothing
-            loss = F.cross_entropy(scores, labels, weights, label_smoothing=smoothing)
-        else:
-            loss = F.cross_entropy(scores, labels)
+        loss = F.cross_entropy(scores, targets, weights, label_smoothing=smoothing)
+        labels = targets.argmax(dim=1) if targets.ndim > 1 else targets
         return loss, (logits.argmax(dim=1) == labels).sum()
+
+    def _logits(self, pixels: Tensor) -> Tensor:
+        return average_over_views(self.forward, pixels / 255, self.views)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Evaluate a batch of the validation set, or of the test set for its curve; return its
@@ -212,7 +220,7 @@ class ImageClassifier(RecordableModule):
     def _evaluate(self, batch: Batch, metrics: "Means") -> Tensor:
         if not len(batch.labels):  # a rank whose share of the batch is empty
             return torch.zeros(0, len(CLASSES), device=batch.labels.device)
-        logits = self._logits(batch.images, batch.indices)
+        logits = self._logits(batch.images)
         metrics.update(*self._score(logits, batch.labels), len(batch.labels))
         return logits
 
@@ -220,7 +228,7 @@ class ImageClassifier(RecordableModule):
         """Return class probabilities [B, 10]."""
         if not len(batch.images):  # none of the files of this batch is a picture
             return torch.zeros(0, len(CLASSES))
-        return self._logits(batch.images, batch.indices).float().softmax(dim=1)
+        return self._logits(batch.images).float().softmax(dim=1)
 
     # ------------------------------------------------------------------ optimizer and schedule
 
@@ -371,6 +379,9 @@ class ImageClassifier(RecordableModule):
             with torch.no_grad():
                 self.network.init_from(self.to(pixels.device).normalized(pixels / 255))  # type: ignore[operator]
         self.is_new = False  # for another fit in Python
+        resizes = [step for step in self.augment.steps if isinstance(step, GrowingResize)]
+        for size in {size for step in resizes for size in step.sizes}:
+            _check(self.network, size)
 
     def on_train_start(self) -> None:
         """Start an epoch, as Lightning calls no hook when it resumes in the middle of one."""
@@ -388,7 +399,16 @@ class ImageClassifier(RecordableModule):
         unbroken one draws."""
         entropy = (self.seed, self.current_epoch, self.global_rank)
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
-        self.augment.epoch.fill_(self.current_epoch)  # type: ignore[operator]
+        progress = 0.0
+        if self.augment.growing:
+            if (total := self.steps_of_training()) == math.inf:
+                raise MisconfigurationException(
+                    "data.augment has sizes that grow until an end: give trainer.max_epochs"
+                )
+            progress = self.current_epoch * self.steps_an_epoch() / total
+            if self.steps_a_call:
+                self.recorded.forget()
+        self.augment.begin_epoch(self.current_epoch, progress)
         self.train_metrics.reset()
         self.counted = -1
 
@@ -541,15 +561,15 @@ def _start_from(weights: dict[str, Tensor], network: nn.Module) -> None:
         rank_zero_only(print)(f"model.weights: of other shapes, so not loaded: {names}")
 
 
-def _check(network: nn.Module) -> None:
+def _check(network: nn.Module, size: int = 32) -> None:
     """Refuse a network of other shapes before a run starts."""
-    name, copied = f"model.network {type(network).__name__}", copy.deepcopy(network).eval()
+    name, copied = f"model.network {type(network).__name__}", copy.deepcopy(network).cpu().eval()
     try:
         with torch.no_grad():
-            shape = list(copied(torch.zeros(2, 3, 32, 32)).shape)
+            shape = list(copied(torch.zeros(2, 3, size, size)).shape)
     except RuntimeError as error:
         raise MisconfigurationException(
-            f"{name} does not take images [B, 3, 32, 32]: {error}"
+            f"{name} does not take images [B, 3, {size}, {size}]: {error}"
         ) from error
     if shape != [2, len(CLASSES)]:
         raise MisconfigurationException(

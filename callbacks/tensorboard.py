@@ -53,9 +53,9 @@ class Board(Callback):
             board.add_custom_scalars({"learning curves": charts})
             if trainer.current_epoch == 0:
                 image_set = trainer.datamodule.train_set  # type: ignore[attr-defined]
-                pixels, _, indices = image_set.batch(image_set.indices[:SHOWN])
+                batch = image_set.batch(image_set.indices[:SHOWN])
                 # The random numbers drawn here change no run: the module seeds every epoch.
-                grid = make_grid(pl_module.augment(pixels, indices).float().clamp(0, 1), nrow=8)
+                grid = make_grid(pl_module.augment(*batch)[0].float().clamp(0, 1), nrow=8)
                 board.add_image("train/images", F.interpolate(grid[None], scale_factor=2.0)[0])
                 # A network that can't be traced has no graph to show, and that is all.
                 with warnings.catch_warnings(), redirect_stdout(None), suppress(Exception):

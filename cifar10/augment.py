@@ -10,16 +10,21 @@
         - class_path: cifar10.augment.RandomFlip
 
 The steps run in training only, in this order, on float images in [0, 1]. Each image has a random
-choice of its own, without a loop over images.
+choice of its own, without a loop over images. torchvision's MixUp and CutMix are steps too, which
+mix the labels as they mix the images.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Literal
 
 import torch
 from jsonargparse.typing import NonNegativeFloat, PositiveInt
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.transforms import v2
 
 # Of the 50,000 training images, each channel over all pixels, in [0, 1].
 MEAN = (0.49140, 0.48216, 0.44653)
@@ -27,11 +32,14 @@ STD = (0.24703, 0.24349, 0.26159)
 
 
 class Augment(nn.Module):
-    """Turns pixels uint8 [B, 3, 32, 32] into floats in [0, 1], as torchvision's `ToTensor` does; in
-    training mode applies the steps to them.
+    """Turns the pixels of training images into floats in [0, 1], as torchvision's `ToTensor` does,
+    and applies the steps to them.
 
     Args:
-        steps: Modules that map float images [B, 3, 32, 32] to such.
+        steps: Modules that map float images [B, 3, H, W] to such. One that has `mixes_labels`, or
+            has torchvision's `MixUp` or `CutMix` in it, maps images and labels to images and
+            probabilities [B, 10]. One that has `set_progress` is told how much of the training is
+            done, in [0, 1), before each epoch.
         seed: Decides, with an image's index, which image begins `AlternatingFlip` in which turn.
 
     """
@@ -42,16 +50,33 @@ class Augment(nn.Module):
         super().__init__()
         self.steps = nn.ModuleList(steps)
         self.seed = seed
+        self.mixes = [_mixes_labels(step) for step in steps]
         # A tensor, as `torch.compile` would compile a number anew every epoch.
         self.register_buffer("epoch", torch.zeros((), dtype=torch.int64), persistent=False)
 
-    def forward(self, pixels: Tensor, indices: Tensor) -> Tensor:
-        """Map pixels uint8 [B, 3, 32, 32] of the images of `indices` int64 [B] to floats."""
+    def forward(self, pixels: Tensor, labels: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Map a batch, pixels uint8 [B, 3, 32, 32], labels and indices int64 [B], to float images
+        and what the network should say: labels, or probabilities [B, 10]."""
         images = pixels / 255
-        for step in self.steps if self.training else ():
-            is_by_epoch = getattr(step, "is_by_epoch", False)
-            images = step(images, *((indices, self.epoch, self.seed) if is_by_epoch else ()))
-        return images
+        for step, mixes in zip(self.steps, self.mixes, strict=True):
+            if mixes:
+                images, labels = step(images, labels)
+            elif getattr(step, "is_by_epoch", False):
+                images = step(images, indices, self.epoch, self.seed)
+            else:
+                images = step(images)
+        return images, labels
+
+    @property
+    def growing(self) -> list[nn.Module]:
+        """The steps that follow the progress of the training."""
+        return [step for step in self.steps if hasattr(step, "set_progress")]
+
+    def begin_epoch(self, epoch: int, progress: float) -> None:
+        """Tell the steps the epoch and how much of the training is done, in [0, 1)."""
+        self.epoch.fill_(epoch)
+        for step in self.growing:
+            step.set_progress(progress)  # type: ignore[operator]
 
 
 class ForEachImage(nn.Module):
@@ -104,6 +129,37 @@ class RandomFlip(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Mirror about half of images [B, C, H, W]."""
         return _flip(images, torch.rand(len(images), device=images.device) < 0.5)
+
+
+class GrowingResize(nn.Module):
+    """Makes the images smaller, less so as training goes on: the first epochs cost less and learn
+    what is large. For networks that take any size; whatever evaluates sees whole images.
+
+    Progressive resizing, as the CIFAR-10 speedruns of 2026 have it
+    (github.com/fulcrumresearch/cifar-10-speedrun). Bilinear, with anti-aliasing.
+
+    Args:
+        sizes: Height and width in pixels, each for an equal share of the training; a size changes
+            between epochs only.
+
+    """
+
+    def __init__(self, sizes: Sequence[PositiveInt]) -> None:
+        super().__init__()
+        if not sizes:
+            raise ValueError("sizes is empty")
+        self.sizes = [int(size) for size in sizes]
+        self.set_progress(0.0)
+
+    def set_progress(self, progress: float) -> None:
+        """Choose the size for a progress in [0, 1]."""
+        self.size = self.sizes[min(int(progress * len(self.sizes) + 1e-6), len(self.sizes) - 1)]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Resize images [B, C, H, W]."""
+        if images.shape[2:] == (self.size, self.size):
+            return images
+        return F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
 
 
 class AlternatingFlip(nn.Module):
@@ -233,3 +289,79 @@ def _coins(indices: Tensor, seed: int) -> Tensor:
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         bits = ((bits ^ (bits >> shift)) * factor) & 0xFFFFFFFF
     return bits >> 31  # which the last step of the finaliser leaves as it is
+
+
+@rank_zero_only
+def check_choices(augmentation: Augment) -> None:
+    """Try the transforms of torchvision: refuse those that do not take float images, or that choose
+    nothing, and so would be missing in evaluation; name those that draw one random number for all
+    images of a batch."""
+    steps = [step for step in augmentation.steps if _is_torchvisions(step)]
+    if not steps:
+        return
+    with torch.random.fork_rng(devices=[]):
+        pixels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+        images, augmented = pixels / 255, pixels
+        try:
+            for _ in range(20):  # as some refuse floats by chance
+                augmented, labels = augmentation(pixels, torch.arange(4), torch.arange(4))
+            if labels.shape not in ((4,), (4, 10)):
+                raise ValueError(f"labels of {labels.shape[1]} classes, expected 10")
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise MisconfigurationException(
+                f"data.augment does not take float images [B, 3, 32, 32]: {error}"
+            ) from error
+        for member in (member for step in steps for member in _members(step)):
+            if _is_fixed(member, images, augmented):
+                raise MisconfigurationException(
+                    f"data.augment: {type(member).__name__} changes all images in the same way, "
+                    "but runs in training only: make it the first part of the network"
+                )
+        for step in (step for step in steps if not isinstance(step, ForEachImage)):
+            before = torch.get_rng_state()
+            with suppress(TypeError, ValueError, RuntimeError):  # it needs the steps before
+                step(images)
+            if not torch.equal(before, torch.get_rng_state()):
+                print(
+                    f"data.augment: {type(step).__name__} makes one random choice a batch; for one "
+                    "an image, wrap it in cifar10.augment.ForEachImage"
+                )
+
+
+def _members(step: nn.Module) -> Iterator[nn.Module]:
+    """Yield a transform, or those of which it applies all."""
+    inner = [step.transform] if isinstance(step, ForEachImage) else []
+    inner += step.transforms if isinstance(step, v2.Compose) else []
+    inner += step if isinstance(step, nn.Sequential) else []
+    if not inner:
+        yield step
+    for part in inner:
+        yield from _members(part)
+
+
+def _mixes_labels(step: nn.Module) -> bool:
+    """Return whether a step, or one of which it chooses, maps images and labels."""
+    if isinstance(step, v2.MixUp | v2.CutMix) or getattr(step, "mixes_labels", False):
+        return True
+    return any(map(_mixes_labels, getattr(step, "transforms", ())))
+
+
+def _is_torchvisions(step: nn.Module) -> bool:
+    """Return whether a step is a transform of torchvision, or is made of some."""
+    return any(type(m).__module__.startswith("torchvision.transforms") for m in _members(step))
+
+
+def _is_fixed(transform: nn.Module, images: Tensor, augmented: Tensor) -> bool:
+    """Return whether a transform always changes images [B, 3, 32, 32], and in one way; one that
+    changes their shape or type only if the whole augmentation, which returns `augmented`, does."""
+    try:
+        first = transform(images)
+        if first.shape != images.shape or first.dtype != images.dtype:
+            if augmented.shape == images.shape and augmented.dtype == images.dtype:
+                return False
+        elif torch.equal(first, images):
+            return False
+        # So many that what changes 95 of 100 images is not taken for one that changes all.
+        return all(torch.equal(transform(images), first) for _ in range(200))
+    except (TypeError, ValueError, RuntimeError):  # it needs the steps before
+        return False

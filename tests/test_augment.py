@@ -16,6 +16,7 @@ from cifar10.augment import (
     Augment,
     Cutout,
     ForEachImage,
+    GrowingResize,
     RandomBrightness,
     RandomContrast,
     RandomCrop,
@@ -65,7 +66,7 @@ def test_alternating_flip_shows_the_other_side_in_the_next_epoch(images: Tensor)
     def is_mirrored(transform: Augment, epoch: int) -> Tensor:
         transform.epoch.fill_(epoch)
         shown = torch.empty_like(plain)
-        shown[order] = transform(pixels[order], order)  # whatever the order of the batch
+        shown[order], _ = transform(pixels[order], order, order)  # whatever the order of the batch
         sides = torch.stack([(shown == side).flatten(1).all(1) for side in (plain, mirrored)])
         assert (sides.sum(0) == 1).all()
         return sides[1]
@@ -132,11 +133,34 @@ def test_brightness_and_contrast_are_torchvisions(
     assert max(factors) - min(factors) > 0.7
 
 
-def test_evaluation_changes_nothing(images: Tensor) -> None:
-    pixels, indices = (images * 255).to(torch.uint8), torch.arange(600)
-    augment = Augment([*RANDOM, AlternatingFlip()]).eval()
-    assert torch.equal(augment(pixels, indices), pixels / 255)
-    assert not torch.equal(augment.train()(pixels, indices), pixels / 255)
+def test_sizes_grow_in_equal_shares_of_the_training(images: Tensor) -> None:
+    step = GrowingResize([16, 24, 32])
+    augment = Augment([step])
+    sizes = []
+    for epoch in range(9):
+        augment.begin_epoch(epoch, epoch / 9)
+        sizes.append(step(images).shape[-1])
+    assert sizes == [16] * 3 + [24] * 3 + [32] * 3
+    step.set_progress(0.4)
+    expected = tv.resize(images, [24, 24], antialias=True)
+    torch.testing.assert_close(step(images), expected)
+    hundred = GrowingResize(list(range(1, 101)))
+    for epoch in range(100):  # where epoch / 100 * 100 may be rounded down
+        hundred.set_progress(epoch / 100)
+        assert hundred.size == epoch + 1
+    with pytest.raises(ValueError, match="sizes is empty"):
+        GrowingResize([])
+
+
+@pytest.mark.parametrize("step", [v2.MixUp(num_classes=10), v2.CutMix(num_classes=10)])
+def test_torchvisions_mixing_mixes_labels_by_the_share_of_the_pixels(step: nn.Module) -> None:
+    labels = torch.arange(10)
+    pixels = (labels * 25).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
+    for steps in ([step], [v2.RandomChoice([step, step])]):
+        images, targets = Augment(steps)(pixels, labels, labels)
+        assert targets.shape == (10, 10)
+        torch.testing.assert_close(targets.sum(1), torch.ones(10))
+        torch.testing.assert_close(images.mean((1, 2, 3)), targets @ (labels * 25 / 255))
 
 
 def test_torchvisions_transforms_draw_for_each_image_where_asked_to(images: Tensor) -> None:

@@ -87,7 +87,7 @@ def test_no_pixel_is_changed_on_the_way_to_the_network(count: int, seed: int) ->
     batches = Batches(
         ImageSet(images, torch.arange(count), torch.arange(count)), 7, order=lambda: order
     )
-    floats = torch.cat([Augment()(batch.images, batch.indices) for batch in batches])
+    floats = torch.cat([Augment()(*batch)[0] for batch in batches])
     assert torch.equal(floats, torch.stack([to_tensor(to_pil_image(images[i])) for i in order]))
 
 
@@ -114,7 +114,7 @@ def test_flips_mirror_or_leave_whole_images(count: int, seed: int, epoch: int) -
     shown = []
     for later in range(3):
         alternating.epoch.fill_(epoch + later)
-        shown.append(alternating(images, indices))
+        shown.append(alternating(images, indices, indices)[0])
     for image, *sides in zip(images / 255, *shown, strict=True):
         assert torch.equal(sides[0], sides[2])
         assert torch.equal(sides[1], hflip(sides[0]))

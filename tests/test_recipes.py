@@ -13,10 +13,11 @@ from torch.nn import functional as F
 
 from cifar10 import archive
 from cifar10.augment import MEAN, STD, average_over_views
+from cifar10.batches import Batch
 from datamodule import CIFAR10DataModule
 from lightning_module import ImageClassifier
 from networks import DeepConvNet, SpeedrunNet
-from tests.conftest import Run
+from tests.conftest import BASE, Run
 from tests.test_train import is_same, rows, weights
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -310,8 +311,38 @@ def test_smoothed_labels_are_of_the_training_loss_only() -> None:
     logits = network(pixels / 255)
     smoothed = 0.8 * F.cross_entropy(logits, labels) - 0.02 * logits.log_softmax(1).sum(1).mean()
     torch.testing.assert_close(model._loss(pixels, labels, labels)[0], smoothed)
-    plain = model.eval()._loss(pixels, labels, labels)[0]
+    model.eval().validation_step(Batch(pixels, labels, labels), 0)
+    plain = model.val_metrics.compute()["loss"]
     torch.testing.assert_close(plain, F.cross_entropy(logits, labels))
+
+
+def test_mixed_images_train_and_resume(run: Run) -> None:
+    mixing = ["--data.augment+=torchvision.transforms.v2.MixUp", "--data.augment.num_classes", "10"]
+    three = ["--trainer.max_epochs", "3", "--model.label_smoothing", "0.1"]
+    run("fit", "--config", BASE, *mixing, *three)
+    run("fit", "--ckpt_path", checkpoint("base", 0))
+    assert is_same(*(weights(checkpoint("base", 2, version)) for version in (0, 1)))
+
+
+def test_images_grow_with_the_epochs_and_after_resuming(run: Run, fails: Run) -> None:
+    growing = [
+        "--data.augment+=cifar10.augment.GrowingResize",
+        "--data.augment.sizes",
+        "[16,16,32]",
+    ]
+    fast = ["--config", CONFIGS / "fast94.yaml", *SMALL["fast94"], "--trainer.max_epochs", "3"]
+    run("fit", *fast, *growing)
+    run("fit", *fast)
+    run("fit", "--ckpt_path", checkpoint("fast94", 0))
+    run("fit", "--ckpt_path", checkpoint("fast94", 1))
+    first, plain, *resumed = (weights(checkpoint("fast94", 2, version)) for version in range(4))
+    assert not is_same(first, plain)
+    assert all(is_same(first, other) for other in resumed)
+    message = fails("fit", "--config", BASE, *growing, "--model.network", "networks.ConvNet")
+    assert "model.network ConvNet does not take images [B, 3, 16, 16]" in message
+    no_end = ["--trainer.max_epochs", "-1", "--trainer.max_time", "00:00:01:00"]
+    message = fails("fit", *fast, *growing, "--model.lr_scheduler", "null", *no_end)
+    assert "sizes that grow until an end: give trainer.max_epochs" in message
 
 
 # ---------------------------------------------------------------------------- earlier versions
