@@ -12,13 +12,12 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer, callbacks
+from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cifar10.batches import Batch, Batches
-from overhead import LeanModule
 
 STEPS_A_CALL = 32  # of `training_step`: makes Lightning's bookkeeping small beside the steps
 WARM_UP = 3  # steps before the recording, in which libraries choose kernels and take memory
@@ -44,12 +43,12 @@ BETWEEN = (  # backward pass and update
 )  # fmt: skip
 
 
-class RecordableModule(LeanModule):
+class RecordableModule(LightningModule):
     """A module whose `training_step` may make many optimizer steps in one call, each recorded.
 
     Lightning takes a call for one step. It makes none itself (the overridden hooks), is told of the
     others, and steps epoch schedules, saves and validates as ever. Subclasses have `step_loss`,
-    `network`, `augment` and `train_metrics`.
+    `images_of_step`, `network`, `proxy`, `augment` and `train_metrics`.
 
     Args:
         cuda_graph: `auto`: record on one GPU if every part of a step is known to allow it. True:
@@ -59,7 +58,9 @@ class RecordableModule(LeanModule):
     """
 
     step_loss: Callable[..., tuple[Tensor, Tensor]]
+    images_of_step: Callable[[int], int]
     network: nn.Module
+    proxy: nn.Module | None
     augment: Any
     train_metrics: Any
     compile_mode: Any = "off"
@@ -103,7 +104,7 @@ class RecordableModule(LeanModule):
         reason = why_not(self.trainer)
         if reason or self.cuda_graph is True:
             return reason
-        return decides_on_cpu(self.network, self.augment)
+        return decides_on_cpu(*filter(None, (self.network, self.proxy, self.augment)))
 
     def many_steps(self, chunk: Batch) -> Tensor:
         """Make a step of each of the batches that came as one; return their mean loss []."""
@@ -124,8 +125,9 @@ class RecordableModule(LeanModule):
         for steps in vars(loop.automatic_optimization.optim_progress.optimizer.step).values():
             steps.increment_by(more)
         loss, correct = self.sums.unbind()
-        loss = loss / len(chunk.labels)
-        self.train_metrics.update(loss, correct.long(), len(chunk.labels))
+        images = sum(self.images_of_step(len(batch[0])) for batch in batches)
+        loss = loss / images
+        self.train_metrics.update(loss, correct.long(), images)
         return loss
 
     def _optimize(self, *batch: Tensor) -> None:
@@ -140,7 +142,7 @@ class RecordableModule(LeanModule):
                 optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm
             )
             optimizer.step()
-            self.sums[0] += loss.detach() * len(batch[0])
+            self.sums[0] += loss.detach() * self.images_of_step(len(batch[0]))
             self.sums[1] += correct
 
     def steps_an_epoch(self) -> int:

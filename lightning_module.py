@@ -86,6 +86,11 @@ class ImageClassifier(RecordableModule):
         log_steps: Log `train/loss_step` too, every `trainer.log_every_n_steps` steps.
         tta: Test-time augmentation of `validate`, `test` and `predict`: the views of an image whose
             logits are averaged (`average_over_views`). During `fit` there is none.
+        proxy: A small network that sees each batch first and picks the images which train: those
+            of its largest losses (Jordan's `airbench96_faster.py`). It trains on them too, by the
+            same optimizer, for which its parameters have names that begin with `proxy.`; it is of
+            no use afterwards. Training loss and accuracy are of the images picked.
+        hardest: The share of a batch that `proxy` picks, in (0, 1].
 
     Raises:
         MisconfigurationException: The network does not map [B, 3, 32, 32] to [B, 10].
@@ -114,11 +119,16 @@ class ImageClassifier(RecordableModule):
         cuda_graph: bool | Literal["auto"] = "auto",
         log_steps: bool = False,
         tta: TestTimeAugmentation = "none",
+        proxy: nn.Module | None = None,
+        hardest: ClosedUnitInterval = 0.5,
     ) -> None:
         super().__init__(cuda_graph)
-        # For plain Python; the command line saves how to build these three too.
-        self.save_hyperparameters(ignore=["network", "optimizer", "lr_scheduler"], logger=False)
+        built = ["network", "proxy", "optimizer", "lr_scheduler"]
+        # For plain Python; the command line saves how to build these too.
+        self.save_hyperparameters(ignore=built, logger=False)
         self.network = network
+        self.proxy = proxy
+        self.hardest = hardest
         self.make_optimizer = optimizer
         self.make_lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
@@ -145,7 +155,10 @@ class ImageClassifier(RecordableModule):
         self.train_metrics = Means()
         self.val_metrics = Means()
         self.test_metrics = Means()
-        _check(network)
+        if not hardest > 0:
+            raise MisconfigurationException("model.hardest 0 leaves no image to train on")
+        for one in (network,) if proxy is None else (network, proxy):
+            _check(one)
         if weights is not None:
             _start_from(read_weights(weights), network)
 
@@ -172,7 +185,8 @@ class ImageClassifier(RecordableModule):
         else:
             loss, correct = self.step_loss(*batch)
             if not is_repeated:
-                self.train_metrics.update(loss.detach(), correct, len(batch.labels))
+                images = self.images_of_step(len(batch.labels))
+                self.train_metrics.update(loss.detach(), correct, images)
         if self.log_steps:
             self.log("train/loss_step", loss, batch_size=len(batch.labels))
         if self.trainer.is_last_batch and not is_repeated:
@@ -192,18 +206,32 @@ class ImageClassifier(RecordableModule):
 
     def _loss(self, pixels: Tensor, labels: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         images, targets = self.augment(pixels, labels, indices)
-        weights = None if self.class_weights is None else self.class_weights.float()
-        return self._score(self.forward(images), targets, weights, self.label_smoothing)
-
-    def _score(
-        self, logits: Tensor, targets: Tensor, weights: Tensor | None = None, smoothing: float = 0.0
-    ) -> tuple[Tensor, Tensor]:
-        """Return loss and correct predictions; of mixed images the larger share is the label."""
-        logits = logits.float()  # of weights in bfloat16 too
-        scores = logits.softmax(dim=1) if self.softmax_before_loss else logits
-        loss = F.cross_entropy(scores, targets, weights, label_smoothing=smoothing)
-        labels = targets.argmax(dim=1) if targets.ndim > 1 else targets
+        images = self.normalized(images)
+        proxy_loss = None
+        if self.proxy is not None:
+            losses = self._cross_entropy(self.proxy(images), targets, reduction="none")
+            hardest = losses.topk(self.images_of_step(len(losses))).indices
+            images, targets, proxy_loss = images[hardest], targets[hardest], losses[hardest].mean()
+        logits = self.network(images)
+        loss = self._cross_entropy(logits, targets)
+        if proxy_loss is not None:  # of which only the gradient counts
+            loss = loss + (proxy_loss - proxy_loss.detach())
+        labels = targets.argmax(dim=1) if targets.ndim > 1 else targets  # of mixed ones the larger
         return loss, (logits.argmax(dim=1) == labels).sum()
+
+    def _cross_entropy(self, logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        """Return the loss of training."""
+        scores = logits.float()  # of weights in bfloat16 too
+        scores = scores.softmax(dim=1) if self.softmax_before_loss else scores
+        weights = None if self.class_weights is None else self.class_weights.float()
+        smoothing = self.label_smoothing
+        return F.cross_entropy(
+            scores, targets, weights, reduction=reduction, label_smoothing=smoothing
+        )
+
+    def images_of_step(self, size: int) -> int:
+        """Return how many images of a batch train."""
+        return size if self.proxy is None else math.ceil(size * self.hardest)
 
     def _logits(self, pixels: Tensor) -> Tensor:
         return average_over_views(self.forward, pixels / 255, self.views)
@@ -221,7 +249,9 @@ class ImageClassifier(RecordableModule):
         if not len(batch.labels):  # a rank whose share of the batch is empty
             return torch.zeros(0, len(CLASSES), device=batch.labels.device)
         logits = self._logits(batch.images)
-        metrics.update(*self._score(logits, batch.labels), len(batch.labels))
+        scores = logits.float().softmax(dim=1) if self.softmax_before_loss else logits.float()
+        correct = (logits.argmax(dim=1) == batch.labels).sum()
+        metrics.update(F.cross_entropy(scores, batch.labels), correct, len(batch.labels))
         return logits
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -234,7 +264,9 @@ class ImageClassifier(RecordableModule):
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer, with a scheduler if there is one; name what refuses values."""
-        named = [(n, p) for n, p in self.network.named_parameters() if p.requires_grad]
+        named = [*self.network.named_parameters()]
+        named += [] if self.proxy is None else self.proxy.named_parameters("proxy")
+        named = [(name, parameter) for name, parameter in named if parameter.requires_grad]
         parameters: Any = Parameters(p for _, p in named)
         parameters.named = named
         if self.decay_matrices_only:
@@ -313,11 +345,20 @@ class ImageClassifier(RecordableModule):
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Tell a schedule of `optimization` the progress; leave PyTorch's to Lightning."""
-        if hasattr(scheduler, "set_progress"):
-            done = self.trainer.global_step + self.steps_inside_call + self.step_offset
-            scheduler.set_progress(done / self.total_steps)
-        else:
+        if not hasattr(scheduler, "set_progress"):
             super().lr_scheduler_step(scheduler, metric)
+            return
+        done = self.trainer.global_step + self.steps_inside_call + self.step_offset
+        scheduler.set_progress(done / self.total_steps)
+        if self.trainer.world_size == 1:  # as DDP waits for the gradients of all
+            self._train_until(done / self.total_steps)
+
+    def _train_until(self, progress: float) -> None:
+        """Compute no gradients any more for groups of the optimizer whose `until` has come."""
+        for group in self.trainer.optimizers[0].param_groups:
+            if group.get("until", 1.0) < 1:
+                for parameter in group["params"]:
+                    parameter.requires_grad_(progress < group["until"])
 
     def _restart_schedules(self) -> None:
         """Set the learning rates of a resumed run, whose epochs may now have another number of
@@ -374,10 +415,11 @@ class ImageClassifier(RecordableModule):
             )
         if self.class_weights is not None and self.trainer.world_size > 1:
             raise MisconfigurationException("model.class_weights takes one device")
-        if data is not None and self.is_new and hasattr(self.network, "init_from"):
-            pixels = data.train_set.images[data.train_set.indices[:INIT_IMAGES]]
-            with torch.no_grad():
-                self.network.init_from(self.to(pixels.device).normalized(pixels / 255))  # type: ignore[operator]
+        for network in (self.network, self.proxy):
+            if data is not None and self.is_new and hasattr(network, "init_from"):
+                pixels = data.train_set.images[data.train_set.indices[:INIT_IMAGES]]
+                with torch.no_grad():
+                    network.init_from(self.to(pixels.device).normalized(pixels / 255))  # type: ignore[union-attr, operator]
         self.is_new = False  # for another fit in Python
         resizes = [step for step in self.augment.steps if isinstance(step, GrowingResize)]
         for size in {size for step in resizes for size in step.sizes}:
@@ -443,6 +485,7 @@ class ImageClassifier(RecordableModule):
 
     def on_train_end(self) -> None:
         """Raise `Diverged` if the last step made a weight NaN or infinite."""
+        self._train_until(0.0)  # for another fit in Python
         self._refuse_divergence("a weight", *self.network.parameters())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

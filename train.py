@@ -54,7 +54,6 @@ from callbacks import Board, History, LayerTable, PredictionsKeeper, PredictionT
 from datamodule import CIFAR10DataModule
 from lightning_module import FINDERS, Diverged, ImageClassifier
 from memory import keep_freed_memory
-from overhead import NoProfiler
 from reports.card import RESULT, commit, early_stops, model_card, with_result
 from terminal import COMMANDS, ShortParser, quieten, refused, short_errors
 
@@ -415,7 +414,6 @@ class CLI(LightningCLI):
                 enable_progress_bar=has_bar,
                 enable_checkpointing=saves,
                 max_time=None,
-                profiler=options.profiler or (None if options.barebones else NoProfiler()),
                 **kwargs,
             )
         except (TypeError, ValueError) as error:
