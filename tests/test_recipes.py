@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -343,6 +344,46 @@ def test_images_grow_with_the_epochs_and_after_resuming(run: Run, fails: Run) ->
     no_end = ["--trainer.max_epochs", "-1", "--trainer.max_time", "00:00:01:00"]
     message = fails("fit", *fast, *growing, "--model.lr_scheduler", "null", *no_end)
     assert "sizes that grow until an end: give trainer.max_epochs" in message
+
+
+def test_the_proxy_picks_what_trains_and_trains_on_it_too() -> None:
+    torch.manual_seed(0)
+    network, proxy = (nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)) for _ in range(2))
+    model = ImageClassifier(network, proxy=proxy, hardest=0.3, label_smoothing=0.1)
+    pixels = torch.randint(0, 256, (9, 3, 32, 32), dtype=torch.uint8)
+    labels = torch.arange(9)
+    model.compiled_for = 10  # no batch of this size is compiled
+    loss, correct = model.step_loss(pixels, labels, labels)
+    loss.backward()
+    gradient = proxy[1].weight.grad
+    smooth = nn.CrossEntropyLoss(label_smoothing=0.1, reduction="none")
+    of_proxy, of_network = (smooth(one(pixels / 255), labels) for one in (proxy, network))
+    hardest = of_proxy.argsort(descending=True)[:3]  # 0.3 of 9, rounded up
+    torch.testing.assert_close(loss, of_network[hardest].mean())
+    right = (network(pixels / 255).argmax(1) == labels)[hardest].sum()
+    assert correct == right
+    expected = torch.autograd.grad(of_proxy[hardest].mean(), proxy[1].weight)[0]
+    torch.testing.assert_close(gradient, expected)
+    with pytest.raises(MisconfigurationException, match="hardest 0 leaves no image"):
+        ImageClassifier(network, proxy=proxy, hardest=0.0)
+
+
+def test_a_run_with_a_proxy_resumes_exactly_and_is_tested_without_it(run: Run) -> None:
+    proxy = ["--model.proxy", "networks.SpeedrunNet", "--model.proxy.widths", "[8,8,8]"]
+    groups = "--model.optimizer.groups"
+    patterns = [
+        *(f"{groups}.whitening.parameters", "*whiten.bias"),
+        *(f"{groups}.head.parameters", "*head.weight"),
+        *(f"{groups}.norms.lr", "5"),  # as so few images don't bear more
+    ]
+    fast = ["--config", CONFIGS / "fast94.yaml", *SMALL["fast94"], "--trainer.max_epochs", "6"]
+    run("fit", *fast, *proxy, *patterns, "--model.network.depth", "3")
+    run("fit", "--ckpt_path", checkpoint("fast94", 2))
+    before, after = (weights(checkpoint("fast94", 5, version)) for version in (0, 1))
+    assert "proxy.head.weight" in before
+    assert is_same(before, after)
+    assert rows(Path("runs/fast94/version_0"))[-1]["val/acc"] > 0.4
+    assert "test/acc" in run("test", "--ckpt_path", checkpoint("fast94", 5))
 
 
 # ---------------------------------------------------------------------------- earlier versions
