@@ -4,11 +4,12 @@ import csv
 import json
 import shutil
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,7 +19,8 @@ from cifar10.batches import Batch
 from datamodule import CIFAR10DataModule
 from lightning_module import ImageClassifier
 from networks import DeepConvNet, SpeedrunNet
-from tests.conftest import BASE, Run
+from optimization import Group, LinearDecay, MuonSGD
+from tests.conftest import BASE, QUIET, Run
 from tests.test_train import is_same, rows, weights
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -354,15 +356,15 @@ def test_the_proxy_picks_what_trains_and_trains_on_it_too() -> None:
     labels = torch.arange(9)
     model.compiled_for = 10  # no batch of this size is compiled
     loss, correct = model.step_loss(pixels, labels, labels)
-    loss.backward()
-    gradient = proxy[1].weight.grad
+    weight = proxy.get_parameter("1.weight")
+    gradient = torch.autograd.grad(loss, weight, retain_graph=True)[0]
     smooth = nn.CrossEntropyLoss(label_smoothing=0.1, reduction="none")
     of_proxy, of_network = (smooth(one(pixels / 255), labels) for one in (proxy, network))
     hardest = of_proxy.argsort(descending=True)[:3]  # 0.3 of 9, rounded up
     torch.testing.assert_close(loss, of_network[hardest].mean())
     right = (network(pixels / 255).argmax(1) == labels)[hardest].sum()
     assert correct == right
-    expected = torch.autograd.grad(of_proxy[hardest].mean(), proxy[1].weight)[0]
+    expected = torch.autograd.grad(of_proxy[hardest].mean(), weight)[0]
     torch.testing.assert_close(gradient, expected)
     with pytest.raises(MisconfigurationException, match="hardest 0 leaves no image"):
         ImageClassifier(network, proxy=proxy, hardest=0.0)
@@ -384,6 +386,26 @@ def test_a_run_with_a_proxy_resumes_exactly_and_is_tested_without_it(run: Run) -
     assert is_same(before, after)
     assert rows(Path("runs/fast94/version_0"))[-1]["val/acc"] > 0.4
     assert "test/acc" in run("test", "--ckpt_path", checkpoint("fast94", 5))
+
+
+def test_a_group_whose_time_is_over_costs_no_gradient(arrays: Path) -> None:
+    class Watch(Callback):
+        trains: ClassVar[list[bool]] = []
+
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            self.trains.append(pl_module.network.whiten.bias.grad is not None)
+
+    groups = {"bias": Group("whiten.bias", lr=0.1, until=0.5), "rest": Group("[gh]*", lr=0.01)}
+    model = ImageClassifier(
+        SpeedrunNet((8, 8, 8)),
+        optimizer=lambda named: MuonSGD(named, groups),
+        lr_scheduler=LinearDecay,
+    )
+    data = CIFAR10DataModule(str(arrays), verify=False, batch_size=200, val_size=200)
+    for _ in range(2):  # another fit trains it again
+        Watch.trains.clear()
+        Trainer(max_epochs=2, callbacks=Watch(), **QUIET).fit(model, datamodule=data)
+        assert Watch.trains == [True] * 4 + [False] * 4
 
 
 # ---------------------------------------------------------------------------- earlier versions
