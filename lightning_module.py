@@ -90,7 +90,7 @@ class ImageClassifier(RecordableModule):
             of its largest losses (Jordan's `airbench96_faster.py`). It trains on them too, by the
             same optimizer, for which its parameters have names that begin with `proxy.`; it is of
             no use afterwards. Training loss and accuracy are of the images picked.
-        hardest: The share of a batch that `proxy` picks, in (0, 1].
+        hardest: The share of a batch that `proxy` picks, in (0, 1]; half of it by default.
 
     Raises:
         MisconfigurationException: The network does not map [B, 3, 32, 32] to [B, 10].
@@ -120,7 +120,7 @@ class ImageClassifier(RecordableModule):
         log_steps: bool = False,
         tta: TestTimeAugmentation = "none",
         proxy: nn.Module | None = None,
-        hardest: ClosedUnitInterval = 0.5,
+        hardest: ClosedUnitInterval | None = None,
     ) -> None:
         super().__init__(cuda_graph)
         built = ["network", "proxy", "optimizer", "lr_scheduler"]
@@ -128,7 +128,7 @@ class ImageClassifier(RecordableModule):
         self.save_hyperparameters(ignore=built, logger=False)
         self.network = network
         self.proxy = proxy
-        self.hardest = hardest
+        self.hardest = 0.5 if hardest is None else hardest
         self.make_optimizer = optimizer
         self.make_lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
@@ -155,7 +155,7 @@ class ImageClassifier(RecordableModule):
         self.train_metrics = Means()
         self.val_metrics = Means()
         self.test_metrics = Means()
-        if not hardest > 0:
+        if not self.hardest > 0:
             raise MisconfigurationException("model.hardest 0 leaves no image to train on")
         for one in (network,) if proxy is None else (network, proxy):
             _check(one)

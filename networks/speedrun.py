@@ -4,8 +4,6 @@ Jordan, arXiv 2404.00498, as his `airbench94_muon.py` simplifies it and `airbenc
 deepens it (github.com/KellerJordan/cifar10-airbench).
 """
 
-from typing import Literal
-
 import torch
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 from torch import Tensor, nn
@@ -22,8 +20,7 @@ class Stage(nn.Module):
         self,
         channels_in: int,
         channels: int,
-        depth: int,
-        activation: nn.Module,
+        residual: bool,
         dirac: bool,
         norm_momentum: float,
         learn_scale: bool,
@@ -38,18 +35,17 @@ class Stage(nn.Module):
             norm.weight.requires_grad_(learn_scale)
             return conv, norm
 
-        self.activation = activation
         self.conv1, self.norm1 = layer(channels_in)
         self.conv2, self.norm2 = layer(channels)
-        self.is_residual = depth == 3
-        if self.is_residual:
+        self.is_residual = residual
+        if residual:
             self.conv3, self.norm3 = layer(channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Pooling comes first, as it leaves a quarter as much to normalise."""
-        x = self.activation(self.norm1(F.max_pool2d(self.conv1(x), 2)))
-        y = self.activation(self.norm2(self.conv2(x)))
-        return self.activation(self.norm3(self.conv3(y)) + x) if self.is_residual else y
+        x = F.gelu(self.norm1(F.max_pool2d(self.conv1(x), 2)))
+        y = F.gelu(self.norm2(self.conv2(x)))
+        return F.gelu(self.norm3(self.conv3(y)) + x) if self.is_residual else y
 
 
 class SpeedrunNet(nn.Module):
@@ -67,8 +63,7 @@ class SpeedrunNet(nn.Module):
     Args:
         widths: Channels of the three stages. With fewer than 24 in the first, `dirac` hands on
             only some of what the first layer makes.
-        depth: Convolutions of a stage: 2, or 3, of which the last adds to what the first made.
-        activation: After each convolution but the first layer's, which has GELU.
+        residual: Have a third convolution in each stage, which adds to what the first one made.
         whiten: Make the first layer's filters from training images and train its bias alone.
             Without, they begin at random and are trained.
         dirac: Begin the other convolutions as the identity, as far as it goes.
@@ -80,8 +75,7 @@ class SpeedrunNet(nn.Module):
     def __init__(
         self,
         widths: tuple[PositiveInt, PositiveInt, PositiveInt] = (64, 256, 256),
-        depth: Literal[2, 3] = 2,
-        activation: Literal["gelu", "silu"] = "gelu",
+        residual: bool = False,
         whiten: bool = True,
         dirac: bool = True,
         norm_momentum: ClosedUnitInterval = 0.4,
@@ -90,10 +84,9 @@ class SpeedrunNet(nn.Module):
         super().__init__()
         self.whiten = nn.Conv2d(3, 24, 2)
         self.whiten.weight.requires_grad_(not whiten)
-        curve = nn.SiLU() if activation == "silu" else nn.GELU()
         self.groups = nn.Sequential(
             *(
-                Stage(before, channels, depth, curve, dirac, norm_momentum, learn_scale)
+                Stage(before, channels, residual, dirac, norm_momentum, learn_scale)
                 for before, channels in zip((24, *widths), widths, strict=False)
             )
         )

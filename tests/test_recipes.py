@@ -379,7 +379,7 @@ def test_a_run_with_a_proxy_resumes_exactly_and_is_tested_without_it(run: Run) -
         *(f"{groups}.norms.lr", "5"),  # as so few images don't bear more
     ]
     fast = ["--config", CONFIGS / "fast94.yaml", *SMALL["fast94"], "--trainer.max_epochs", "6"]
-    run("fit", *fast, *proxy, *patterns, "--model.network.depth", "3")
+    run("fit", *fast, *proxy, *patterns, "--model.network.residual", "true")
     run("fit", "--ckpt_path", checkpoint("fast94", 2))
     before, after = (weights(checkpoint("fast94", 5, version)) for version in (0, 1))
     assert "proxy.head.weight" in before
