@@ -1,7 +1,9 @@
-"""All that a GPU can show, in a given time.
+"""All that a GPU can show, in a given time, and `fast94` beside its reference on any device.
 
     python -m benchmarks --device cuda --minutes 12 --reference airbench94_muon.py
     python -m benchmarks --device cpu --minutes 9 --rounds 1 --synthetic 400     # a rehearsal
+    python -m benchmarks --device cpu --minutes 90 --rounds 2 --only fast94 \
+        --reference airbench94_muon.py
 
 Each step is a process with a time limit, the most telling first: one that fails or takes too long
 takes no other along, and steps for which no time is left are left out.
@@ -9,16 +11,15 @@ takes no other along, and steps for which no time is left are left out.
 
 import argparse
 import csv
-import importlib
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from itertools import count, pairwise, repeat
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -30,9 +31,11 @@ import train
 from benchmarks import common
 from cifar10 import archive
 
-RUN = common.DATA + " --trainer.max_epochs {epochs} --trainer.default_root_dir {runs} --name {name}"
-BASE, FAST94, IMPROVED, RESNET18 = (
-    f"--config configs/{recipe}.yaml {RUN}" for recipe in ("base", "fast94", "improved", "resnet18")
+RUN = common.DATA + " --trainer.default_root_dir {runs} --name {name}"
+FAST94 = f"--config configs/fast94.yaml {RUN}"
+BASE, IMPROVED, RESNET18 = (
+    f"--config configs/{recipe}.yaml --trainer.max_epochs {{epochs}} {RUN}"
+    for recipe in ("base", "improved", "resnet18")
 )
 GRAPH, EAGER = "--model.cuda_graph true", "--model.cuda_graph false"
 MIDDLE = "{runs}/base_graph/version_0/checkpoints/epoch_{middle:02d}.ckpt"
@@ -40,12 +43,22 @@ TEST = "train.py test --ckpt_path {out}/version_0/checkpoints/last.ckpt"
 STUDY = "study.py configs/studies/batch_size.yaml --folder {out} --fixed {fixed} --grid {grid}"
 
 
-def steps(is_real: bool) -> list[tuple[str, float, str]]:
-    """Return name, also of the folder, seconds that it may take, and command of each step. In a
-    rehearsal all is small."""
-    fast, compiled = "--trainer.benchmark true --trainer.max_epochs 8", "--model.compile default"
+# What the reference has that a CPU has not, and what stands for it.
+ON_CPU = {
+    "@torch.compile": "", 'device("cuda")': 'device("cpu")', 'device="cuda"': 'device="cpu"',
+    ".half()": ".bfloat16()", "torch.half": "torch.bfloat16", "torch.cuda.synchronize()": "",
+    "torch.cuda.Event(enable_timing=True)": "Clock()",
+}  # fmt: skip
+
+
+def steps(is_real: bool, on_gpu: bool) -> list[tuple[str, float, str]]:
+    """Return name, also of the folder, seconds that it may take on a GPU, and command of each step.
+    In a rehearsal all is small."""
+    compiled = "--model.compile default" * on_gpu
+    fast = "--trainer.benchmark true"
     if not is_real:
-        fast, compiled = "--model.network.widths [16,16,16] --trainer.precision 32-true", ""
+        fast = "--model.network.widths [16,16,16] --trainer.precision 32-true"
+        fast += " --trainer.max_epochs {epochs}"
     fast, on_all = f"{FAST94} {fast} {compiled}", "--data.val_size 0 --checkpoint.save_top_k -1"
     return [
         ("fast94", 300, f"-m benchmarks.gpu fast94 {{runs}} {{rounds}} {{reference}} {fast}"),
@@ -73,18 +86,18 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     runs, end = (folder / "runs").absolute(), time.monotonic() + 60 * args.minutes
     runs.mkdir(parents=True)
-    is_real = args.device == "cuda"
+    is_real = not args.synthetic
     epochs, study_epochs, seeds = (30, 10, range(16)) if is_real else (2, 1, range(4))
     values = vars(args) | {"runs": runs, "epochs": epochs, "middle": epochs // 2 - 1}
     values |= {"reference": args.reference and args.reference.absolute(), "network": "ConvNet"}
     flags = common.words(f"{common.DATA} --trainer.max_epochs {study_epochs}", **values)
     fixed = {flag[2:]: value for flag, value in zip(flags[::2], flags[1::2], strict=True)}
     values |= {"fixed": json.dumps(fixed), "grid": '{"data.batch_size": [128]}', "seeds": [*seeds]}
-    for name, limit, command in steps(is_real):
+    for name, limit, command in steps(is_real, args.device == "cuda"):
         if args.only and name not in args.only:
             continue
         figures, log, began = found.setdefault(name, {}), folder / f"{name}.log", time.monotonic()
-        limit = min(limit, end - began)
+        limit = min(limit if args.device == "cuda" else 3600 * limit, end - began)
         if limit < 5:
             figures.setdefault("failed", "left out: no time")
             continue
@@ -179,8 +192,7 @@ def fast94(runs: str, turns: str, path: str, *flags: str) -> None:
             subprocess.run([sys.executable, *command], cwd=common.HERE, check=True)
         with (out / "version_0/metrics.csv").open() as file:
             rates = [float(epoch["images_per_second"]) for epoch in csv.DictReader(file)]
-        # At the median of images a second, which leaves out compilation.
-        seconds = len(rates) * len(data.train_labels) / statistics.median(rates)
+        seconds = sum(len(data.train_labels) / rate for rate in rates)
         found = json.loads((out / "version_0/test.json").read_text(encoding="utf-8"))
         found = {**row, "ours s": round(seconds, 4), "ours test/acc": found["test/acc"]}
         if row:
@@ -190,24 +202,42 @@ def fast94(runs: str, turns: str, path: str, *flags: str) -> None:
 
 def reference(path: str, data: archive.CIFAR10, folder: str) -> Iterator[dict[str, float]]:
     """Train the reference, a file of KellerJordan/cifar10-airbench, which times itself; yield the
-    figures of each run but the first, in which it is compiled."""
+    figures of each run, on a GPU but of the first, in which it is compiled. On a CPU it computes in
+    bfloat16, without compilation."""
     Path(folder, "cifar10").mkdir()
     os.chdir(folder)  # where it looks for its images
     for part in ("train", "test"):
         images = getattr(data, f"{part}_images").permute(0, 2, 3, 1).contiguous()
         content = {"images": images, "labels": getattr(data, f"{part}_labels").long()}
         torch.save({**content, "classes": list(archive.CLASSES)}, f"cifar10/{part}.pt")
-    sys.path.append(str(Path(path).parent))
-    module: Any = importlib.import_module(Path(path).stem)
+    text, has_gpu = Path(path).read_text(encoding="utf-8"), torch.cuda.is_available()
+    for there, here in {} if has_gpu else ON_CPU.items():
+        text = text.replace(there, here)
+    module: Any = ModuleType("reference")
+    module.Clock = Clock
+    exec(compile(text, path, "exec"), vars(module))
     times: list[float] = []
     module.print_training_details = lambda row, is_final_entry: times.append(row["time_seconds"])
-    network = module.CifarNet().cuda().to(memory_format=torch.channels_last)
-    network.compile(mode="max-autotune")
-    module.main("warmup", network)
+    network = module.CifarNet().to("cuda" if has_gpu else "cpu", memory_format=torch.channels_last)
+    if has_gpu:
+        network.compile(mode="max-autotune")
+        module.main("warmup", network)
     for seed in count():
         result = module.main(seed, network)
         accuracy = result[1] if isinstance(result, tuple) else result
         yield {"reference s": times[-2], "reference test/acc": accuracy}  # times[-1]: with test
+
+
+class Clock:
+    """Does on a CPU what `torch.cuda.Event` does on a GPU."""
+
+    def record(self) -> None:
+        """Note the time."""
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, later: "Clock") -> float:
+        """Return the milliseconds between two notes."""
+        return 1000 * (later.time - self.time)
 
 
 if __name__ == "__main__":
