@@ -212,8 +212,8 @@ class RecordedStep:
     A recording holds kernels and addresses. Learning rates are read from tensors, which are filled
     with what the optimizer's groups say; if anything else in the groups changes, such as the
     momentum that `OneCycleLR` cycles, the step is recorded anew. A batch of another shape than the
-    first is not replayed. Nothing else may change from step to step: no parameter may be replaced
-    or frozen.
+    first is not replayed. Nothing else may change from step to step, as when a parameter is
+    replaced or frozen, unless `forget` is called.
 
     Args:
         step: Computes gradients and updates the parameters, all on the device; takes the tensors of

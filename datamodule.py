@@ -26,7 +26,7 @@ class CIFAR10DataModule(LightningDataModule):
     """CIFAR-10 with a validation set cut from the 50,000 training images.
 
     A batch is pixels uint8 [B, 3, 32, 32], labels int64 [B] and indices int64 [B]; `augmentation`
-    turns the pixels into float images, as a part of the model's step.
+    turns the pixels into float images, and may mix the labels, as a part of the model's step.
 
     Args:
         root: Folder that holds or receives the images.

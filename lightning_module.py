@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
 )
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -89,7 +90,9 @@ class ImageClassifier(RecordableModule):
         proxy: A small network that sees each batch first and picks the images which train: those
             of its largest losses (Jordan's `airbench96_faster.py`). It trains on them too, by the
             same optimizer, for which its parameters have names that begin with `proxy.`; it is of
-            no use afterwards. Training loss and accuracy are of the images picked.
+            no use afterwards. Training loss and accuracy are of the images picked. With several
+            devices each picks from its share of the batch; gradients are clipped by the norm of
+            both networks' together.
         hardest: The share of a batch that `proxy` picks, in (0, 1]; half of it by default.
 
     Raises:
@@ -138,6 +141,7 @@ class ImageClassifier(RecordableModule):
         self.compile_mode = compile
         self.log_steps = log_steps
         self.lr: float | None = None  # found by Lightning's LearningRateFinder
+        self.frozen: list[nn.Parameter] = []  # by `_freeze`
         self.label_smoothing = label_smoothing
         of_classes = None if class_weights is None else torch.tensor(class_weights).float()
         if of_classes is not None and not (len(of_classes) == len(CLASSES) and min(of_classes) > 0):
@@ -145,7 +149,8 @@ class ImageClassifier(RecordableModule):
                 f"model.class_weights {class_weights}: expected {len(CLASSES)} numbers above 0"
             )
         self.register_buffer("class_weights", of_classes, persistent=False)
-        self.is_new = weights is None  # so its network may still begin in a way of its own
+        self.is_new = True  # so its networks may still begin in a way of their own
+        self.starts_from = weights
         self.decay_matrices_only = decay_matrices_only
         self.tta = self.views = tta
         for name, values in _normalization(normalize).items():
@@ -155,12 +160,18 @@ class ImageClassifier(RecordableModule):
         self.train_metrics = Means()
         self.val_metrics = Means()
         self.test_metrics = Means()
-        if not self.hardest > 0:
-            raise MisconfigurationException("model.hardest 0 leaves no image to train on")
-        for one in (network,) if proxy is None else (network, proxy):
-            _check(one)
+        if not self.hardest > 0 or (hardest is not None and proxy is None):
+            raise MisconfigurationException(
+                f"model.hardest {hardest}: a share above 0 that model.proxy picks"
+            )
+        self._check_networks()
         if weights is not None:
             _start_from(read_weights(weights), network)
+
+    def _check_networks(self, size: int = 32) -> None:
+        _check("model.network", self.network, size)
+        if self.proxy is not None:
+            _check("model.proxy", self.proxy, size)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map float images [B, 3, 32, 32] in [0, 1] to logits [B, 10].
@@ -209,9 +220,11 @@ class ImageClassifier(RecordableModule):
         images = self.normalized(images)
         proxy_loss = None
         if self.proxy is not None:
-            losses = self._cross_entropy(self.proxy(images), targets, reduction="none")
+            logits = self.proxy(images)
+            losses = self._cross_entropy(logits.detach(), targets, reduction="none")
             hardest = losses.topk(self.images_of_step(len(losses))).indices
-            images, targets, proxy_loss = images[hardest], targets[hardest], losses[hardest].mean()
+            images, targets = images[hardest], targets[hardest]
+            proxy_loss = self._cross_entropy(logits[hardest], targets)
         logits = self.network(images)
         loss = self._cross_entropy(logits, targets)
         if proxy_loss is not None:  # of which only the gradient counts
@@ -231,7 +244,7 @@ class ImageClassifier(RecordableModule):
 
     def images_of_step(self, size: int) -> int:
         """Return how many images of a batch train."""
-        return size if self.proxy is None else math.ceil(size * self.hardest)
+        return size if self.proxy is None else max(1, round(size * self.hardest))
 
     def _logits(self, pixels: Tensor) -> Tensor:
         return average_over_views(self.forward, pixels / 255, self.views)
@@ -264,6 +277,7 @@ class ImageClassifier(RecordableModule):
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer, with a scheduler if there is one; name what refuses values."""
+        self._unfreeze()  # what a fit that failed has left
         named = [*self.network.named_parameters()]
         named += [] if self.proxy is None else self.proxy.named_parameters("proxy")
         named = [(name, parameter) for name, parameter in named if parameter.requires_grad]
@@ -350,15 +364,25 @@ class ImageClassifier(RecordableModule):
             return
         done = self.trainer.global_step + self.steps_inside_call + self.step_offset
         scheduler.set_progress(done / self.total_steps)
-        if self.trainer.world_size == 1:  # as DDP waits for the gradients of all
-            self._train_until(done / self.total_steps)
+        self._freeze(done / self.total_steps)
 
-    def _train_until(self, progress: float) -> None:
-        """Compute no gradients any more for groups of the optimizer whose `until` has come."""
+    def _freeze(self, progress: float) -> None:
+        """Compute no gradients any more for groups of the optimizer whose `until` has come; DDP
+        would wait for them, and a compiled step would be compiled again."""
+        strategy = self.trainer.strategy
+        if self.compile_mode != "off" or not isinstance(strategy, SingleDeviceStrategy):
+            return
         for group in self.trainer.optimizers[0].param_groups:
-            if group.get("until", 1.0) < 1:
-                for parameter in group["params"]:
-                    parameter.requires_grad_(progress < group["until"])
+            is_over = progress >= group.get("until", 1.0) < 1
+            for parameter in group["params"] if is_over else ():
+                if parameter.requires_grad:
+                    self.frozen.append(parameter.requires_grad_(False))
+                    if self.steps_a_call:
+                        self.recorded.forget()
+
+    def _unfreeze(self) -> None:
+        while self.frozen:
+            self.frozen.pop().requires_grad_(True)
 
     def _restart_schedules(self) -> None:
         """Set the learning rates of a resumed run, whose epochs may now have another number of
@@ -415,15 +439,21 @@ class ImageClassifier(RecordableModule):
             )
         if self.class_weights is not None and self.trainer.world_size > 1:
             raise MisconfigurationException("model.class_weights takes one device")
-        for network in (self.network, self.proxy):
+        for network in (None if self.starts_from else self.network, self.proxy):
             if data is not None and self.is_new and hasattr(network, "init_from"):
                 pixels = data.train_set.images[data.train_set.indices[:INIT_IMAGES]]
                 with torch.no_grad():
                     network.init_from(self.to(pixels.device).normalized(pixels / 255))  # type: ignore[union-attr, operator]
         self.is_new = False  # for another fit in Python
-        resizes = [step for step in self.augment.steps if isinstance(step, GrowingResize)]
+        resizes = [step for step in self.augment.growing if isinstance(step, GrowingResize)]
         for size in {size for step in resizes for size in step.sizes}:
-            _check(self.network, size)
+            self._check_networks(size)
+        if resizes and self._has(BatchSizeFinder):
+            raise MisconfigurationException(
+                "BatchSizeFinder would find what fits for the smallest images of GrowingResize"
+            )
+        if self.class_weights is not None and any(self.augment.mixes):
+            raise MisconfigurationException("model.class_weights needs labels that are not mixed")
 
     def on_train_start(self) -> None:
         """Start an epoch, as Lightning calls no hook when it resumes in the middle of one."""
@@ -448,9 +478,8 @@ class ImageClassifier(RecordableModule):
                     "data.augment has sizes that grow until an end: give trainer.max_epochs"
                 )
             progress = self.current_epoch * self.steps_an_epoch() / total
-            if self.steps_a_call:
-                self.recorded.forget()
-        self.augment.begin_epoch(self.current_epoch, progress)
+        if self.augment.begin_epoch(self.current_epoch, progress) and self.steps_a_call:
+            self.recorded.forget()
         self.train_metrics.reset()
         self.counted = -1
 
@@ -485,7 +514,7 @@ class ImageClassifier(RecordableModule):
 
     def on_train_end(self) -> None:
         """Raise `Diverged` if the last step made a weight NaN or infinite."""
-        self._train_until(0.0)  # for another fit in Python
+        self._unfreeze()
         self._refuse_divergence("a weight", *self.network.parameters())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -511,6 +540,9 @@ class ImageClassifier(RecordableModule):
         another order."""
         super().on_load_checkpoint(checkpoint)
         self.lr = checkpoint.get("found_lr")
+        if self.proxy is None:  # of a run that had one
+            for key in [key for key in checkpoint["state_dict"] if key.startswith("proxy.")]:
+                del checkpoint["state_dict"][key]
         checkpoint["state_dict"].update(self.augment.state_dict(prefix="augment."))
         for state in checkpoint.get("lr_schedulers", []):
             for key in ("total_steps", "base_lrs", "_schedule_phases"):
@@ -604,9 +636,9 @@ def _start_from(weights: dict[str, Tensor], network: nn.Module) -> None:
         rank_zero_only(print)(f"model.weights: of other shapes, so not loaded: {names}")
 
 
-def _check(network: nn.Module, size: int = 32) -> None:
+def _check(key: str, network: nn.Module, size: int) -> None:
     """Refuse a network of other shapes before a run starts."""
-    name, copied = f"model.network {type(network).__name__}", copy.deepcopy(network).cpu().eval()
+    name, copied = f"{key} {type(network).__name__}", copy.deepcopy(network).cpu().float().eval()
     try:
         with torch.no_grad():
             shape = list(copied(torch.zeros(2, 3, size, size)).shape)

@@ -24,7 +24,8 @@ class Group:
     """How some of the parameters are updated.
 
     Args:
-        parameters: Which: a pattern for their names in the network, such as `*.conv*.weight`.
+        parameters: Which: a pattern for their names in the network, such as `*.conv*.weight`, and
+            in the model's proxy, if there is one, such as `proxy.head.weight`.
         lr: Learning rate, for the mean loss of a batch.
         rule: `sgd`: a step along the gradient, with Nesterov momentum. `muon`: of the same step,
             seen as a matrix with a row for each output channel, the singular values are brought

@@ -39,7 +39,7 @@ class Augment(nn.Module):
         steps: Modules that map float images [B, 3, H, W] to such. One that has `mixes_labels`, or
             has torchvision's `MixUp` or `CutMix` in it, maps images and labels to images and
             probabilities [B, 10]. One that has `set_progress` is told how much of the training is
-            done, in [0, 1), before each epoch.
+            done, in [0, 1), before each epoch; it may return False if that changes nothing.
         seed: Decides, with an image's index, which image begins `AlternatingFlip` in which turn.
 
     """
@@ -60,7 +60,7 @@ class Augment(nn.Module):
         images = pixels / 255
         for step, mixes in zip(self.steps, self.mixes, strict=True):
             if mixes:
-                images, labels = step(images, labels)
+                images, labels = _mix(step, images, labels)
             elif getattr(step, "is_by_epoch", False):
                 images = step(images, indices, self.epoch, self.seed)
             else:
@@ -69,14 +69,15 @@ class Augment(nn.Module):
 
     @property
     def growing(self) -> list[nn.Module]:
-        """The steps that follow the progress of the training."""
-        return [step for step in self.steps if hasattr(step, "set_progress")]
+        """The modules that follow the progress of the training."""
+        return [module for module in self.steps.modules() if hasattr(module, "set_progress")]
 
-    def begin_epoch(self, epoch: int, progress: float) -> None:
-        """Tell the steps the epoch and how much of the training is done, in [0, 1)."""
+    def begin_epoch(self, epoch: int, progress: float) -> bool:
+        """Tell the steps the epoch and how much of the training is done, in [0, 1); return whether
+        they may have changed."""
         self.epoch.fill_(epoch)
-        for step in self.growing:
-            step.set_progress(progress)  # type: ignore[operator]
+        changed = [m.set_progress(progress) is not False for m in self.growing]  # type: ignore[operator]
+        return any(changed)
 
 
 class ForEachImage(nn.Module):
@@ -149,17 +150,22 @@ class GrowingResize(nn.Module):
         if not sizes:
             raise ValueError("sizes is empty")
         self.sizes = [int(size) for size in sizes]
-        self.set_progress(0.0)
+        self.size = self.sizes[0]
 
-    def set_progress(self, progress: float) -> None:
-        """Choose the size for a progress in [0, 1]."""
+    def set_progress(self, progress: float) -> bool:
+        """Choose the size for a progress in [0, 1]; return whether it is another one."""
+        before = self.size
         self.size = self.sizes[min(int(progress * len(self.sizes) + 1e-6), len(self.sizes) - 1)]
+        return self.size != before
 
     def forward(self, images: Tensor) -> Tensor:
         """Resize images [B, C, H, W]."""
         if images.shape[2:] == (self.size, self.size):
             return images
-        return F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
+        size = (self.size, self.size)
+        # In 32 bits: on a CPU there is nothing else.
+        resized = F.interpolate(images.float(), size, mode="bilinear", antialias=True)
+        return resized.to(images.dtype)
 
 
 class AlternatingFlip(nn.Module):
@@ -270,6 +276,11 @@ def average_over_views(
     return logits / 2 + (shifted[0] + shifted[1]) / 4
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # else compiled for each share
+def _mix(step: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return step(images, labels)
+
+
 def _flip(images: Tensor, is_flipped: Tensor) -> Tensor:
     return torch.where(is_flipped.view(-1, 1, 1, 1), images.flip(-1), images)
 
@@ -302,14 +313,17 @@ def check_choices(augmentation: Augment) -> None:
     with torch.random.fork_rng(devices=[]):
         pixels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
         images, augmented = pixels / 255, pixels
+        parts = [s for s in augmentation.steps if not isinstance(s, GrowingResize)]
+        whole, mixing = Augment(parts, augmentation.seed), any(augmentation.mixes)
         try:
             for _ in range(20):  # as some refuse floats by chance
-                augmented, labels = augmentation(pixels, torch.arange(4), torch.arange(4))
+                augmented, labels = whole(pixels, torch.arange(4), torch.arange(4))
             if labels.shape not in ((4,), (4, 10)):
                 raise ValueError(f"labels of {labels.shape[1]} classes, expected 10")
         except (TypeError, ValueError, RuntimeError) as error:
+            what = "float images [B, 3, 32, 32]" + " and labels [B] of ten classes" * mixing
             raise MisconfigurationException(
-                f"data.augment does not take float images [B, 3, 32, 32]: {error}"
+                f"data.augment does not take {what}: {error}"
             ) from error
         for member in (member for step in steps for member in _members(step)):
             if _is_fixed(member, images, augmented):
@@ -317,7 +331,9 @@ def check_choices(augmentation: Augment) -> None:
                     f"data.augment: {type(member).__name__} changes all images in the same way, "
                     "but runs in training only: make it the first part of the network"
                 )
-        for step in (step for step in steps if not isinstance(step, ForEachImage)):
+        for step in steps:
+            if isinstance(step, ForEachImage) or _mixes_labels(step):
+                continue
             before = torch.get_rng_state()
             with suppress(TypeError, ValueError, RuntimeError):  # it needs the steps before
                 step(images)

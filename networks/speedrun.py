@@ -20,10 +20,10 @@ class Stage(nn.Module):
         self,
         channels_in: int,
         channels: int,
-        residual: bool,
         dirac: bool,
         norm_momentum: float,
         learn_scale: bool,
+        residual: bool,
     ) -> None:
         super().__init__()
 
@@ -63,30 +63,30 @@ class SpeedrunNet(nn.Module):
     Args:
         widths: Channels of the three stages. With fewer than 24 in the first, `dirac` hands on
             only some of what the first layer makes.
-        residual: Have a third convolution in each stage, which adds to what the first one made.
         whiten: Make the first layer's filters from training images and train its bias alone.
             Without, they begin at random and are trained.
         dirac: Begin the other convolutions as the identity, as far as it goes.
         norm_momentum: Share of the newest batch in batch norm's running statistics, in [0, 1].
         learn_scale: Train batch norm's scale as well as its bias.
+        residual: Have a third convolution in each stage, which adds to what the first one made.
 
     """
 
     def __init__(
         self,
         widths: tuple[PositiveInt, PositiveInt, PositiveInt] = (64, 256, 256),
-        residual: bool = False,
         whiten: bool = True,
         dirac: bool = True,
         norm_momentum: ClosedUnitInterval = 0.4,
         learn_scale: bool = False,
+        residual: bool = False,
     ) -> None:
         super().__init__()
         self.whiten = nn.Conv2d(3, 24, 2)
         self.whiten.weight.requires_grad_(not whiten)
         self.groups = nn.Sequential(
             *(
-                Stage(before, channels, residual, dirac, norm_momentum, learn_scale)
+                Stage(before, channels, dirac, norm_momentum, learn_scale, residual)
                 for before, channels in zip((24, *widths), widths, strict=False)
             )
         )
@@ -113,4 +113,5 @@ class SpeedrunNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Map normalised images [B, 3, H, W], of 9 pixels or more, to logits [B, 10]."""
         x = F.gelu(self.whiten(images.contiguous(memory_format=torch.channels_last)))
-        return self.head(self.groups(x).amax((2, 3)))
+        x = self.groups(x)
+        return self.head(F.max_pool2d(x, x.shape[2:]).flatten(1))

@@ -148,6 +148,11 @@ def test_sizes_grow_in_equal_shares_of_the_training(images: Tensor) -> None:
     for epoch in range(100):  # where epoch / 100 * 100 may be rounded down
         hundred.set_progress(epoch / 100)
         assert hundred.size == epoch + 1
+    inner = Augment([nn.Sequential(RandomFlip(), GrowingResize([16, 32]))])
+    batch = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.arange(2), torch.arange(2)
+    assert [inner.begin_epoch(0, progress) for progress in (0.0, 0.5, 0.9)] == [False, True, False]
+    assert inner(*batch)[0].shape == (2, 3, 32, 32)
+    assert GrowingResize([16])(images.bfloat16()).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="sizes is empty"):
         GrowingResize([])
 

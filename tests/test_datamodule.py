@@ -14,7 +14,7 @@ from torchvision.transforms import RandAugment, v2
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image, to_tensor
 
 from cifar10 import archive
-from cifar10.augment import ForEachImage, RandomCrop
+from cifar10.augment import ForEachImage, GrowingResize, RandomCrop
 from cifar10.batches import Batches, ImageSet, shuffled
 from datamodule import CIFAR10DataModule
 from lightning_module import ImageClassifier
@@ -215,6 +215,10 @@ def test_transforms_that_choose_together_are_taken(
     module(arrays, augment=[as_bytes[0], ForEachImage(v2.RandAugment()), as_bytes[1]])
     module(arrays, augment=[ForEachImage(v2.RandomApply([v2.Grayscale(3)], p=0.5))])
     module(arrays, augment=[v2.ToDtype(torch.float32), ForEachImage(v2.ColorJitter(0.2))])
+    module(arrays, augment=[v2.Pad(4), ForEachImage(v2.RandomCrop(32)), GrowingResize([16, 32])])
+    mixing = [v2.MixUp(num_classes=10), v2.CutMix(num_classes=10)]
+    module(arrays, augment=[*mixing[:1]])
+    module(arrays, augment=[v2.RandomChoice(mixing)])
     assert capsys.readouterr().out == ""
 
 

@@ -319,12 +319,14 @@ def test_smoothed_labels_are_of_the_training_loss_only() -> None:
     torch.testing.assert_close(plain, F.cross_entropy(logits, labels))
 
 
-def test_mixed_images_train_and_resume(run: Run) -> None:
+def test_mixed_images_train_and_resume(run: Run, fails: Run) -> None:
     mixing = ["--data.augment+=torchvision.transforms.v2.MixUp", "--data.augment.num_classes", "10"]
     three = ["--trainer.max_epochs", "3", "--model.label_smoothing", "0.1"]
     run("fit", "--config", BASE, *mixing, *three)
     run("fit", "--ckpt_path", checkpoint("base", 0))
     assert is_same(*(weights(checkpoint("base", 2, version)) for version in (0, 1)))
+    weighted = ["--model.class_weights", str([1.0] * 10)]
+    assert "labels that are not mixed" in fails("fit", "--config", BASE, *mixing, *weighted)
 
 
 def test_images_grow_with_the_epochs_and_after_resuming(run: Run, fails: Run) -> None:
@@ -346,6 +348,8 @@ def test_images_grow_with_the_epochs_and_after_resuming(run: Run, fails: Run) ->
     no_end = ["--trainer.max_epochs", "-1", "--trainer.max_time", "00:00:01:00"]
     message = fails("fit", *fast, *growing, "--model.lr_scheduler", "null", *no_end)
     assert "sizes that grow until an end: give trainer.max_epochs" in message
+    finder = ["--trainer.callbacks+=BatchSizeFinder"]
+    assert "for the smallest images" in fails("fit", *fast, *growing, *finder)
 
 
 def test_the_proxy_picks_what_trains_and_trains_on_it_too() -> None:
@@ -366,8 +370,11 @@ def test_the_proxy_picks_what_trains_and_trains_on_it_too() -> None:
     assert correct == right
     expected = torch.autograd.grad(of_proxy[hardest].mean(), weight)[0]
     torch.testing.assert_close(gradient, expected)
-    with pytest.raises(MisconfigurationException, match="hardest 0 leaves no image"):
-        ImageClassifier(network, proxy=proxy, hardest=0.0)
+    for wrong in ({"proxy": proxy, "hardest": 0.0}, {"hardest": 0.5}):
+        with pytest.raises(MisconfigurationException, match="a share above 0 that model.proxy pic"):
+            ImageClassifier(network, **wrong)
+    with pytest.raises(MisconfigurationException, match="model.proxy Linear does not take images"):
+        ImageClassifier(network, proxy=nn.Linear(3, 10))
 
 
 def test_a_run_with_a_proxy_resumes_exactly_and_is_tested_without_it(run: Run) -> None:
@@ -379,6 +386,7 @@ def test_a_run_with_a_proxy_resumes_exactly_and_is_tested_without_it(run: Run) -
         *(f"{groups}.norms.lr", "5"),  # as so few images don't bear more
     ]
     fast = ["--config", CONFIGS / "fast94.yaml", *SMALL["fast94"], "--trainer.max_epochs", "6"]
+    fast += ["--data.augment+=cifar10.augment.GrowingResize", "--data.augment.sizes", "[24,32]"]
     run("fit", *fast, *proxy, *patterns, "--model.network.residual", "true")
     run("fit", "--ckpt_path", checkpoint("fast94", 2))
     before, after = (weights(checkpoint("fast94", 5, version)) for version in (0, 1))
@@ -386,6 +394,12 @@ def test_a_run_with_a_proxy_resumes_exactly_and_is_tested_without_it(run: Run) -
     assert is_same(before, after)
     assert rows(Path("runs/fast94/version_0"))[-1]["val/acc"] > 0.4
     assert "test/acc" in run("test", "--ckpt_path", checkpoint("fast94", 5))
+    start = ["--model.weights", checkpoint("fast94", 5), "--trainer.max_epochs", "1"]
+    run("fit", *fast, *proxy, *patterns, "--model.network.residual", "true", *start)
+    again = weights(checkpoint("fast94", 0, 2))
+    assert torch.equal(again["proxy.whiten.weight"], before["proxy.whiten.weight"]), "whitened"
+    network = SpeedrunNet((16, 16, 16), residual=True)
+    ImageClassifier.load_from_checkpoint(checkpoint("fast94", 5), network=network, proxy=None)
 
 
 def test_a_group_whose_time_is_over_costs_no_gradient(arrays: Path) -> None:
