@@ -338,11 +338,10 @@ def test_images_grow_with_the_epochs_and_after_resuming(run: Run, fails: Run) ->
     fast = ["--config", CONFIGS / "fast94.yaml", *SMALL["fast94"], "--trainer.max_epochs", "3"]
     run("fit", *fast, *growing)
     run("fit", *fast)
-    run("fit", "--ckpt_path", checkpoint("fast94", 0))
     run("fit", "--ckpt_path", checkpoint("fast94", 1))
-    first, plain, *resumed = (weights(checkpoint("fast94", 2, version)) for version in range(4))
+    first, plain, resumed = (weights(checkpoint("fast94", 2, version)) for version in range(3))
     assert not is_same(first, plain)
-    assert all(is_same(first, other) for other in resumed)
+    assert is_same(first, resumed)
     message = fails("fit", "--config", BASE, *growing, "--model.network", "networks.ConvNet")
     assert "model.network ConvNet does not take images [B, 3, 16, 16]" in message
     no_end = ["--trainer.max_epochs", "-1", "--trainer.max_time", "00:00:01:00"]
@@ -377,6 +376,7 @@ def test_the_proxy_picks_what_trains_and_trains_on_it_too() -> None:
         ImageClassifier(network, proxy=nn.Linear(3, 10))
 
 
+@pytest.mark.slow
 def test_a_run_with_a_proxy_resumes_exactly_and_is_tested_without_it(run: Run) -> None:
     proxy = ["--model.proxy", "networks.SpeedrunNet", "--model.proxy.widths", "[8,8,8]"]
     groups = "--model.optimizer.groups"
