@@ -329,6 +329,7 @@ def test_mixed_images_train_and_resume(run: Run, fails: Run) -> None:
     assert "labels that are not mixed" in fails("fit", "--config", BASE, *mixing, *weighted)
 
 
+@pytest.mark.slow
 def test_images_grow_with_the_epochs_and_after_resuming(run: Run, fails: Run) -> None:
     growing = [
         "--data.augment+=cifar10.augment.GrowingResize",

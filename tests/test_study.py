@@ -868,7 +868,7 @@ def test_every_study_of_the_project_can_run(
     files = sorted(Path("configs/studies").glob("*.yaml"))
     assert [file.stem for file in files] == [
         "batch_size", "epochs", "fast94", "improved", "improved_full", "learning_rate",
-        "remedies", "softmax",
+        "regularisation", "remedies", "softmax",
     ]  # fmt: skip
     for file in files:
         with pytest.raises(SystemExit, match="no run has ended yet"):
