@@ -187,6 +187,7 @@ def test_onnx_says_the_same_for_every_size_of_batch(out: Out, tmp_path: Path) ->
     as_documented("model.onnx", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_torch_program_needs_nothing_of_this_project(out: Out, tmp_path: Path) -> None:
     out("torch", "model.pt2")
     program = torch.export.load("model.pt2").module()

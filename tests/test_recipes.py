@@ -68,6 +68,7 @@ def test_a_schedule_goes_on_where_it_was_when_a_rate_is_typed(run: Run, recipe: 
         assert now["lr"] / 0.001 == pytest.approx(before["lr"] / before["initial_lr"])
 
 
+@pytest.mark.slow
 def test_groups_are_known_by_name_when_a_run_goes_on(run: Run) -> None:
     run("fit", "--config", CONFIGS / "fast94.yaml", "--trainer.max_epochs", "3", *SMALL["fast94"])
     path = checkpoint("fast94", 1)
@@ -134,6 +135,7 @@ def test_a_loaded_model_begins_a_new_training_at_full_rate(run: Run) -> None:
     assert not any(p.equal(before[name]) for name, p in model.named_parameters())
 
 
+@pytest.mark.slow
 def test_a_longer_training_begins_with_its_own_rate(run: Run) -> None:
     often = ["--checkpoint.every_n_train_steps", "1", "--checkpoint.filename", "{step}"]
     often += ["--checkpoint.monitor", "null", "--data.batch_size", "200"]
@@ -145,6 +147,7 @@ def test_a_longer_training_begins_with_its_own_rate(run: Run) -> None:
     assert not is_same(before, weights(found / "9.ckpt")), "the step to 9 was not at rate zero"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "schedule",
     [

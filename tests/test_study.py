@@ -348,6 +348,7 @@ def test_settings_differ_by_all_but_arguments_that_another_version_lacks(
     assert [*differences(its, ours)] == [*differences(ours, its)] == names
 
 
+@pytest.mark.slow
 def test_a_run_by_hand_beside_one_that_has_ended_is_not_taken_for_it(
     after: Callable[..., Path],
 ) -> None:
