@@ -168,11 +168,6 @@ class ImageClassifier(RecordableModule):
         if weights is not None:
             _start_from(read_weights(weights), network)
 
-    def _check_networks(self, size: int = 32) -> None:
-        _check("model.network", self.network, size)
-        if self.proxy is not None:
-            _check("model.proxy", self.proxy, size)
-
     def forward(self, images: Tensor) -> Tensor:
         """Map float images [B, 3, 32, 32] in [0, 1] to logits [B, 10].
 
@@ -233,14 +228,16 @@ class ImageClassifier(RecordableModule):
         return loss, (logits.argmax(dim=1) == labels).sum()
 
     def _cross_entropy(self, logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-        """Return the loss of training."""
-        scores = logits.float()  # of weights in bfloat16 too
-        scores = scores.softmax(dim=1) if self.softmax_before_loss else scores
+        """Return the training loss, [] or [B], for labels int64 [B] or probabilities [B, 10]."""
         weights = None if self.class_weights is None else self.class_weights.float()
-        smoothing = self.label_smoothing
+        smoothing, scores = self.label_smoothing, self._scores(logits)
         return F.cross_entropy(
             scores, targets, weights, reduction=reduction, label_smoothing=smoothing
         )
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        """Return what the loss is computed from, in 32 bits also if the weights have 16."""
+        return logits.float().softmax(dim=1) if self.softmax_before_loss else logits.float()
 
     def images_of_step(self, size: int) -> int:
         """Return how many images of a batch train."""
@@ -262,9 +259,8 @@ class ImageClassifier(RecordableModule):
         if not len(batch.labels):  # a rank whose share of the batch is empty
             return torch.zeros(0, len(CLASSES), device=batch.labels.device)
         logits = self._logits(batch.images)
-        scores = logits.float().softmax(dim=1) if self.softmax_before_loss else logits.float()
-        correct = (logits.argmax(dim=1) == batch.labels).sum()
-        metrics.update(F.cross_entropy(scores, batch.labels), correct, len(batch.labels))
+        loss = F.cross_entropy(self._scores(logits), batch.labels)
+        metrics.update(loss, (logits.argmax(dim=1) == batch.labels).sum(), len(batch.labels))
         return logits
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -367,8 +363,8 @@ class ImageClassifier(RecordableModule):
         self._freeze(done / self.total_steps)
 
     def _freeze(self, progress: float) -> None:
-        """Compute no gradients any more for groups of the optimizer whose `until` has come; DDP
-        would wait for them, and a compiled step would be compiled again."""
+        """Stop computing gradients for groups of the optimizer whose `until` has passed, except
+        under DDP, which would wait for them, and in a compiled step, which would be recompiled."""
         strategy = self.trainer.strategy
         if self.compile_mode != "off" or not isinstance(strategy, SingleDeviceStrategy):
             return
@@ -454,6 +450,11 @@ class ImageClassifier(RecordableModule):
             )
         if self.class_weights is not None and any(self.augment.mixes):
             raise MisconfigurationException("model.class_weights needs labels that are not mixed")
+
+    def _check_networks(self, size: int = 32) -> None:
+        _check("model.network", self.network, size)
+        if self.proxy is not None:
+            _check("model.proxy", self.proxy, size)
 
     def on_train_start(self) -> None:
         """Start an epoch, as Lightning calls no hook when it resumes in the middle of one."""

@@ -133,8 +133,8 @@ class RandomFlip(nn.Module):
 
 
 class GrowingResize(nn.Module):
-    """Makes the images smaller, less so as training goes on: the first epochs cost less and learn
-    what is large. For networks that take any size; whatever evaluates sees whole images.
+    """Shrinks training images to sizes that grow over the training, so that the first epochs cost
+    less. Needs a network that takes any size; evaluation always sees images of full size.
 
     Progressive resizing, as the CIFAR-10 speedruns of 2026 have it
     (github.com/fulcrumresearch/cifar-10-speedrun). Bilinear, with anti-aliasing.
