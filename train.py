@@ -32,6 +32,7 @@ from jsonargparse import _typehints
 from jsonargparse.typing import register_type, restricted_number_type
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import (
     Checkpoint,
     LearningRateMonitor,
@@ -422,6 +423,16 @@ class CLI(LightningCLI):
             raise MisconfigurationException(
                 "srun started several processes for one device: give trainer.devices, or srun -n 1"
             )
+        is_16 = str(trainer.precision).startswith("bf16")
+        if is_fit and is_16 and isinstance(trainer.accelerator, CPUAccelerator):
+            can: dict[str, Any] = getattr(
+                torch.cpu, "get_capabilities", dict
+            )()  # of torch 2.10 and later
+            if not can.get("avx512_bf16", True) and not can.get("amx_bf16", True):
+                _note(
+                    f"this processor has no instructions for trainer.precision {trainer.precision}:"
+                    " 32-true may be twice as fast"
+                )
         return trainer
 
     def find_run_folder(self) -> Path:

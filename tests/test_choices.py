@@ -225,6 +225,18 @@ def test_a_seed_is_drawn(run: Run) -> None:
     assert len(seeds) == 2
 
 
+@pytest.mark.parametrize("knows", [True, False])
+def test_a_processor_without_bfloat16_is_told_of(
+    run: Run, printed: list[str], monkeypatch: pytest.MonkeyPatch, knows: bool
+) -> None:
+    can = {"avx512_bf16": knows, "amx_bf16": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can, raising=False)
+    for precision in ("bf16-mixed", "32-true"):
+        run(*FLAT, "--trainer.fast_dev_run", "true", "--trainer.precision", precision)
+    note = "note: this processor has no instructions for trainer.precision bf16-mixed"
+    assert sum(line.startswith(note) for line in printed) == (not knows)
+
+
 def test_what_a_setting_leaves_out_is_told(run: Run, printed: list[str]) -> None:
     run(*FLAT, f"{CALLBACK}+=ModelCheckpoint", "--checkpoint.save_top_k", "1")
     assert "note: the ModelCheckpoint in trainer.callbacks replaces checkpoint.*" in printed
