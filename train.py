@@ -424,15 +424,11 @@ class CLI(LightningCLI):
                 "srun started several processes for one device: give trainer.devices, or srun -n 1"
             )
         is_16 = str(trainer.precision).startswith("bf16")
-        if is_fit and is_16 and isinstance(trainer.accelerator, CPUAccelerator):
-            can: dict[str, Any] = getattr(
-                torch.cpu, "get_capabilities", dict
-            )()  # of torch 2.10 and later
-            if not can.get("avx512_bf16", True) and not can.get("amx_bf16", True):
-                _note(
-                    f"this processor has no instructions for trainer.precision {trainer.precision}:"
-                    " 32-true may be twice as fast"
-                )
+        if is_fit and is_16 and isinstance(trainer.accelerator, CPUAccelerator) and lacks_bf16():
+            _note(
+                f"this processor has no instructions for trainer.precision {trainer.precision}: "
+                "32-true may be twice as fast"
+            )
         return trainer
 
     def find_run_folder(self) -> Path:
@@ -662,6 +658,12 @@ def _check_trainer(options: Any) -> None:
         raise MisconfigurationException(
             "BackboneFinetuning needs a module with a `backbone`: here it is the whole network"
         )
+
+
+def lacks_bf16() -> bool:
+    """Return whether this processor, of Intel's or AMD's, has no instructions for bfloat16."""
+    can: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older PyTorch
+    return not can.get("avx512_bf16", True) and not can.get("amx_bf16", True)
 
 
 @rank_zero_only
