@@ -27,15 +27,15 @@ class Stage(nn.Module):
     ) -> None:
         super().__init__()
 
-        def layer(channels_in: int) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
-            conv = nn.Conv2d(channels_in, channels, 3, padding=1, bias=False)
+        def layer(channels_in: int, padding: int = 1) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
+            conv = nn.Conv2d(channels_in, channels, 3, padding=padding, bias=False)
             norm = nn.BatchNorm2d(channels, eps=1e-12, momentum=norm_momentum)
             if dirac:  # the first filters hand on what comes; those beyond begin at random
                 nn.init.dirac_(conv.weight.data[:channels_in])
             norm.weight.requires_grad_(learn_scale)
             return conv, norm
 
-        self.conv1, self.norm1 = layer(channels_in)
+        self.conv1, self.norm1 = layer(channels_in, padding=0)
         self.conv2, self.norm2 = layer(channels)
         self.is_residual = residual
         if residual:
@@ -43,7 +43,10 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pooling comes first, as it leaves a quarter as much to normalise."""
-        x = F.gelu(self.norm1(F.max_pool2d(self.conv1(x), 2)))
+        # No padding on the far sides of an odd size: pooling would drop the last row and column.
+        height, width = x.shape[2:]
+        padded = F.pad(x, (1, 1 - width % 2, 1, 1 - height % 2))
+        x = F.gelu(self.norm1(F.max_pool2d(self.conv1(padded), 2)))
         y = F.gelu(self.norm2(self.conv2(x)))
         return F.gelu(self.norm3(self.conv3(y)) + x) if self.is_residual else y
 

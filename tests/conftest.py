@@ -158,7 +158,8 @@ def run(
                 *(*on(data), "--data.batch_size", "50", "--trainer.max_epochs", "2"),
                 *("--trainer.accelerator", "cpu"),
             ]
-            if not any("fast94" in word for word in words):  # which has a rate for each group
+            # Speedruns have a rate for each group.
+            if not any(re.search(r"fast9\d|airbench", word) for word in words):
                 words[after_config:after_config] = ["--model.optimizer.lr", "0.002"]
             if str(BASE) in words and not any(word.startswith("--model.network") for word in words):
                 words[after_config:after_config] = ["--model.network", "tests.small.Small"]

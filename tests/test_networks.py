@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from networks import ConvNet, MaxPool2x2, has_large_stem, library_network
+from networks import ConvNet, MaxPool2x2, SpeedrunNet, has_large_stem, library_network
 
 
 def test_output_shapes_of_every_part_are_those_of_the_report() -> None:
@@ -33,6 +33,19 @@ def test_output_shapes_of_every_part_are_those_of_the_report() -> None:
 @pytest.mark.parametrize(("dense_units", "parameters"), [(84, 78_658), (80, 78_134)])
 def test_parameter_count(dense_units: int, parameters: int) -> None:
     assert sum(p.numel() for p in ConvNet(dense_units).parameters()) == parameters
+
+
+@pytest.mark.parametrize("size", [32, 28, 27])
+def test_the_speedrun_network_leaves_out_only_what_pooling_drops(size: int) -> None:
+    network, images = SpeedrunNet((8, 8, 8), residual=True), torch.rand(2, 3, size, size)
+
+    x = F.gelu(network.whiten(images))
+    for stage in network.groups:
+        whole = F.conv2d(x, stage.conv1.weight, padding=1)
+        x = F.gelu(stage.norm1(F.max_pool2d(whole, 2)))
+        y = F.gelu(stage.norm2(stage.conv2(x)))
+        x = F.gelu(stage.norm3(stage.conv3(y)) + x)
+    torch.testing.assert_close(network(images), network.head(x.amax((2, 3))))
 
 
 def test_width_multiplies_the_channels_and_dropout_drops_in_training_only() -> None:

@@ -868,7 +868,7 @@ def test_every_study_of_the_project_can_run(
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     files = sorted(Path("configs/studies").glob("*.yaml"))
     assert [file.stem for file in files] == [
-        "batch_size", "epochs", "fast94", "improved", "improved_full", "learning_rate",
+        "airbench94", "batch_size", "epochs", "improved", "improved_full", "learning_rate",
         "regularisation", "remedies", "softmax",
     ]  # fmt: skip
     for file in files:
