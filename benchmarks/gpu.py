@@ -32,7 +32,6 @@ from benchmarks import common
 from cifar10 import archive
 
 RUN = common.DATA + " --trainer.default_root_dir {runs} --name {name}"
-FAST94 = f"--config configs/fast94.yaml {RUN}"
 BASE, IMPROVED, RESNET18 = (
     f"--config configs/{recipe}.yaml --trainer.max_epochs {{epochs}} {RUN}"
     for recipe in ("base", "improved", "resnet18")
@@ -61,7 +60,11 @@ def steps(is_real: bool, on_gpu: bool) -> list[tuple[str, float, str]]:
     if not is_real:
         fast = "--model.network.widths [16,16,16] --trainer.precision 32-true"
         fast += " --trainer.max_epochs {epochs}"
-    fast, on_all = f"{FAST94} {fast} {compiled}", "--data.val_size 0 --checkpoint.save_top_k -1"
+    fast, of_one_size = (
+        f"--config configs/{recipe}.yaml {RUN} {fast} {compiled}"
+        for recipe in ("fast94", "airbench94")
+    )
+    on_all = "--data.val_size 0 --checkpoint.save_top_k -1"
     return [
         ("fast94", 300, f"-m benchmarks.gpu fast94 {{runs}} {{rounds}} {{reference}} {fast}"),
         ("base_graph", 90, f"train.py fit {BASE} {GRAPH}"),
@@ -77,7 +80,7 @@ def steps(is_real: bool, on_gpu: bool) -> list[tuple[str, float, str]]:
         ("base_compiled", 90, f"train.py fit {BASE} {EAGER} {compiled}"),
         ("bare", 90, f"{common.PEER} --way c --epochs {{epochs}}"),
         ("bare_best", 90, f"{common.PEER} --way d --epochs {{epochs}}"),
-        ("fast94_trace", 90, f"-m benchmarks.gpu trace {fast} {GRAPH}"),
+        ("airbench94_trace", 90, f"-m benchmarks.gpu trace {of_one_size} {GRAPH}"),
         ("resnet18", 180, f"train.py fit {RESNET18} {on_all}"),
         ("resnet18", 60, TEST),
     ]

@@ -3,6 +3,8 @@
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +15,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import export
 from cifar10 import archive
 from cifar10.augment import MEAN, STD, average_over_views
 from cifar10.batches import Batch
@@ -20,8 +23,8 @@ from datamodule import CIFAR10DataModule
 from lightning_module import ImageClassifier
 from networks import DeepConvNet, SpeedrunNet
 from optimization import Group, LinearDecay, MuonSGD
-from tests.conftest import BASE, QUIET, Run
-from tests.test_train import is_same, rows, weights
+from tests.conftest import BASE, QUIET, Run, on
+from tests.test_train import ROOT, is_same, rows, weights
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SMALL = {
@@ -31,6 +34,12 @@ SMALL = {
         *("--trainer.precision", "32-true"),  # in bfloat16 processors without it are slow
     ],
 }
+SMALL["fast96"] = [
+    *SMALL["fast94"],
+    *("--model.proxy.widths", "[8,8,8]", "--checkpoint.save_top_k", "-1"),
+    *("--model.optimizer.groups.norms.lr", "5"),  # so few images don't bear more
+]
+RECIPES = ["improved", "fast94", pytest.param("fast96", marks=pytest.mark.slow)]
 # For tests of improved.yaml's schedule alone.
 SCHEDULE = ["--model.network", "tests.small.Small", "--trainer.precision", "32-true"]
 
@@ -39,7 +48,7 @@ def checkpoint(recipe: str, epoch: int, version: int = 0) -> Path:
     return Path(f"runs/{recipe}/version_{version}/checkpoints/epoch_{epoch:02d}.ckpt")
 
 
-@pytest.mark.parametrize("recipe", SMALL)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_learns_goes_on_exactly_and_can_be_trained_for_longer(
     run: Run, recipe: str
 ) -> None:
@@ -56,7 +65,7 @@ def test_a_recipe_learns_goes_on_exactly_and_can_be_trained_for_longer(
     assert rates[1] < 1e-4
 
 
-@pytest.mark.parametrize("recipe", SMALL)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_a_schedule_goes_on_where_it_was_when_a_rate_is_typed(run: Run, recipe: str) -> None:
     four = ["--config", CONFIGS / f"{recipe}.yaml", "--trainer.max_epochs", "4"]
     run("fit", *four, *SMALL[recipe], once=True)
@@ -381,23 +390,34 @@ def test_the_proxy_picks_what_trains_and_trains_on_it_too() -> None:
 
 
 @pytest.mark.slow
-def test_fast96_resumes_exactly_and_is_tested_without_its_proxy(run: Run) -> None:
-    fast = ["--config", CONFIGS / "fast96.yaml", *SMALL["fast94"], "--trainer.max_epochs", "6"]
-    fast += ["--model.proxy.widths", "[8,8,8]"]
-    fast += ["--model.optimizer.groups.norms.lr", "5"]  # as so few images don't bear more
-    run("fit", *fast, "--checkpoint.save_top_k", "-1")
-    run("fit", "--ckpt_path", checkpoint("fast96", 2))
-    before, after = (weights(checkpoint("fast96", 5, version)) for version in (0, 1))
+def test_fast96_is_tested_and_used_without_its_proxy(run: Run) -> None:
+    fast = ["--config", CONFIGS / "fast96.yaml", *SMALL["fast96"], "--trainer.max_epochs", "3"]
+    run("fit", *fast)
+    path = checkpoint("fast96", 2)
+    before = weights(path)
     assert "proxy.head.weight" in before
-    assert is_same(before, after)
-    assert rows(Path("runs/fast96/version_0"))[-1]["val/acc"] > 0.4
-    assert "test/acc" in run("test", "--ckpt_path", checkpoint("fast96", 5))
-    start = ["--model.weights", checkpoint("fast96", 5), "--trainer.max_epochs", "1"]
-    run("fit", *fast, *start)
-    again = weights(checkpoint("fast96", 0, 2))
+    assert "test/acc" in run("test", "--ckpt_path", path)
+    run("fit", *fast, "--model.weights", path, "--trainer.max_epochs", "1")
+    again = weights(checkpoint("fast96", 0, 1))
     assert torch.equal(again["proxy.whiten.weight"], before["proxy.whiten.weight"]), "whitened"
     network = SpeedrunNet((16, 16, 16), residual=True)
-    ImageClassifier.load_from_checkpoint(checkpoint("fast96", 5), network=network, proxy=None)
+    ImageClassifier.load_from_checkpoint(path, network=network, proxy=None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", SMALL)
+def test_a_recipe_trains_in_two_processes_and_is_exported(
+    run: Run, arrays: Path, capsys: pytest.CaptureFixture[str], recipe: str
+) -> None:
+    fit = ["fit", "--config", CONFIGS / f"{recipe}.yaml", *SMALL[recipe], *on(arrays)]
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.accelerator", "cpu"]
+    command = [sys.executable, ROOT / "train.py", *fit, *two, "--trainer.max_epochs", "4"]
+    subprocess.run(command, check=True)
+    path = checkpoint(recipe, 3)
+    assert "test/acc" in run("test", "--ckpt_path", path, "--trainer.devices", "1")
+    assert rows(Path(f"runs/{recipe}/version_0"))[-1]["val/acc"] > 0.4
+    export.main(["--ckpt_path", str(path), "--format", "onnx", "--out", "model.onnx"])
+    assert "the same classes" in capsys.readouterr().out
 
 
 def test_a_group_whose_time_is_over_costs_no_gradient(arrays: Path) -> None:
