@@ -40,6 +40,7 @@ def test_the_speedrun_network_leaves_out_only_what_pooling_drops(size: int) -> N
     network, images = SpeedrunNet((8, 8, 8), residual=True), torch.rand(2, 3, size, size)
 
     x = F.gelu(network.whiten(images))
+    stage: Any
     for stage in network.groups:
         whole = F.conv2d(x, stage.conv1.weight, padding=1)
         x = F.gelu(stage.norm1(F.max_pool2d(whole, 2)))

@@ -412,7 +412,7 @@ def test_a_recipe_trains_in_two_processes_and_is_exported(
     fit = ["fit", "--config", CONFIGS / f"{recipe}.yaml", *SMALL[recipe], *on(arrays)]
     two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.accelerator", "cpu"]
     command = [sys.executable, ROOT / "train.py", *fit, *two, "--trainer.max_epochs", "4"]
-    subprocess.run(command, check=True)
+    subprocess.run([str(word) for word in command], check=True)
     path = checkpoint(recipe, 3)
     assert "test/acc" in run("test", "--ckpt_path", path, "--trainer.devices", "1")
     assert rows(Path(f"runs/{recipe}/version_0"))[-1]["val/acc"] > 0.4
