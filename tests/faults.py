@@ -49,14 +49,14 @@ IMPROVED = [
     *("[4,4,8]", "--model.network.dense_units", "8", "--data.batch_size", "50"),
 ]
 FAST = [
-    *("fit", "--config", str(ROOT / "configs" / "fast94.yaml"), "--model.network.widths"),
+    *("fit", "--config", str(ROOT / "configs" / "airbench94.yaml"), "--model.network.widths"),
     *("[4,4,8]", "--data.batch_size", "100"),
 ]
 SMALL = [
     *("--data.verify", "false", "--data.val_size", "200", "--trainer.accelerator", "cpu"),
     *("--trainer.max_epochs", str(EPOCHS), "--name", "run", "--data.download", "false"),
 ]
-RECIPES = {"improved": [*IMPROVED, *SMALL], "fast94": [*FAST, *SMALL]}
+RECIPES = {"improved": [*IMPROVED, *SMALL], "airbench94": [*FAST, *SMALL]}
 
 
 CHOICE = random.Random(0)
@@ -341,7 +341,7 @@ def read_only(times: int, packed: bytes, table: Table) -> None:
 def sick(times: int, packed: bytes, table: Table) -> None:
     """Go on with a learning rate that makes the loss infinite; then with the run's own."""
     for name, words in RECIPES.items():
-        bad = ["--model.optimizer." + ("groups.norms.lr" if name == "fast94" else "lr"), "1e30"]
+        bad = ["--model.optimizer." + ("groups.norms.lr" if name == "airbench94" else "lr"), "1e30"]
         for epoch in range(1, EPOCHS):
             with empty_folder(packed) as folder:
                 assert start(words, folder).wait() == 0

@@ -81,7 +81,7 @@ def test_the_images_are_moved_once(arrays: Path) -> None:
     assert data.train_set.images.data_ptr() == data.val_set.images.data_ptr()
 
 
-@pytest.mark.parametrize("recipe", ["base", "improved", "fast94"])
+@pytest.mark.parametrize("recipe", ["base", "improved", "airbench94", "fast94"])
 def test_runs_repeat_and_resume_to_the_bit(run: Run, recipe: str, tmp_path: Path) -> None:
     config = CONFIGS / f"{recipe}.yaml"
     common = ("fit", "--config", config, *GPU, "--trainer.max_epochs", 4)

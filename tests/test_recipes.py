@@ -34,12 +34,16 @@ SMALL = {
         *("--trainer.precision", "32-true"),  # in bfloat16 processors without it are slow
     ],
 }
+SMALL["airbench94"] = SMALL["fast94"]
 SMALL["fast96"] = [
     *SMALL["fast94"],
     *("--model.proxy.widths", "[8,8,8]", "--checkpoint.save_top_k", "-1"),
     *("--model.optimizer.groups.norms.lr", "5"),  # so few images don't bear more
 ]
-RECIPES = ["improved", "fast94", pytest.param("fast96", marks=pytest.mark.slow)]
+RECIPES = [
+    *("improved", "fast94"),
+    *(pytest.param(recipe, marks=pytest.mark.slow) for recipe in ("airbench94", "fast96")),
+]
 # For tests of improved.yaml's schedule alone.
 SCHEDULE = ["--model.network", "tests.small.Small", "--trainer.precision", "32-true"]
 
@@ -193,12 +197,12 @@ def test_the_schedule_goes_step_by_step(run: Run) -> None:
     often = ["--checkpoint.every_n_train_steps", "1", "--checkpoint.filename", "{step}"]
     often += ["--checkpoint.monitor", "null"]
     wide = ["--data.batch_size", "200", "--trainer.max_epochs", "2"]
-    run("fit", "--config", CONFIGS / "fast94.yaml", *SMALL["fast94"], *wide, *often)
-    found = Path("runs/fast94/version_0/checkpoints")
+    run("fit", "--config", CONFIGS / "airbench94.yaml", *SMALL["fast94"], *wide, *often)
+    found = Path("runs/airbench94/version_0/checkpoints")
     heads = [groups(found / f"{step}.ckpt")[2]["lr"] for step in range(1, 9)]
-    assert heads == pytest.approx([0.00511 * (1 - step / 8) for step in range(1, 9)])
+    assert heads == pytest.approx([0.02045 * (1 - step / 8) for step in range(1, 9)])
     bias = [groups(found / f"{step}.ckpt")[0]["lr"] for step in range(1, 9)]
-    assert bias == pytest.approx([26.5 * max(0, 1 - step / 1.6) for step in range(1, 9)])
+    assert bias == pytest.approx([106 * max(0, 1 - step / 3) for step in range(1, 9)])
 
 
 def test_without_validation_fast94_trains_on_everything(run: Run) -> None:
