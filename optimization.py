@@ -150,15 +150,18 @@ def orthogonalized(updates: list[Tensor], steps: int = 3) -> list[Tensor]:
     """Return the updates [C, ...] with their larger singular values, as matrices [C, N], in
     [0.5, 1.5], and the small ones up to 41 times as large.
 
-    Newton-Schulz iteration in bfloat16. Those of one shape are done at once.
+    Newton-Schulz iteration, in bfloat16 where the device has instructions for it, else in float32.
+    Those of one shape are done at once.
     """
     a, b, c = NEWTON_SCHULZ
+    on_cpu = bool(updates) and updates[0].device.type == "cpu"
+    dtype = torch.float32 if on_cpu and lacks_bf16() else torch.bfloat16
     results: dict[int, Tensor] = {}
     order = sorted(range(len(updates)), key=lambda i: updates[i].shape)
     for shape, places in groupby(order, key=lambda i: updates[i].shape):
         same = list(places)
         x = torch.stack([updates[i].flatten(1) for i in same])
-        x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16()
+        x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
         is_tall = x.shape[1] > x.shape[2]
         x = x.mT if is_tall else x  # the smaller product
         for _ in range(steps):
@@ -236,3 +239,9 @@ class WarmupCosine(Schedule):
 def _half_wave(part: float) -> float:
     """Return a value that rises from 0 to 1."""
     return (1 - math.cos(math.pi * part)) / 2
+
+
+def lacks_bf16() -> bool:
+    """Return whether this processor, of Intel's or AMD's, has no instructions for bfloat16."""
+    can: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older PyTorch
+    return not can.get("avx512_bf16", True) and not can.get("amx_bf16", True)

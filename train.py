@@ -49,12 +49,12 @@ from lightning_utilities.core.enums import StrEnum
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
-import optimization  # noqa: F401  # so that short names of its classes are known
 import runs
 from callbacks import Board, History, LayerTable, PredictionsKeeper, PredictionTable, SaveSettings
 from datamodule import CIFAR10DataModule
 from lightning_module import FINDERS, Diverged, ImageClassifier
 from memory import keep_freed_memory
+from optimization import lacks_bf16  # its import makes short names of the optimizers known
 from reports.card import RESULT, commit, early_stops, model_card, with_result
 from terminal import COMMANDS, ShortParser, quieten, refused, short_errors
 
@@ -427,7 +427,7 @@ class CLI(LightningCLI):
         if is_fit and is_16 and isinstance(trainer.accelerator, CPUAccelerator) and lacks_bf16():
             _note(
                 f"this processor has no instructions for trainer.precision {trainer.precision}: "
-                "32-true may be twice as fast"
+                "--trainer.precision 32-true is several times as fast"
             )
         return trainer
 
@@ -658,12 +658,6 @@ def _check_trainer(options: Any) -> None:
         raise MisconfigurationException(
             "BackboneFinetuning needs a module with a `backbone`: here it is the whole network"
         )
-
-
-def lacks_bf16() -> bool:
-    """Return whether this processor, of Intel's or AMD's, has no instructions for bfloat16."""
-    can: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older PyTorch
-    return not can.get("avx512_bf16", True) and not can.get("amx_bf16", True)
 
 
 @rank_zero_only

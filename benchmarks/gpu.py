@@ -27,6 +27,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.autograd import DeviceType
 from torch.profiler import profile
 
+import optimization
 import train
 from benchmarks import common
 from cifar10 import archive
@@ -55,7 +56,7 @@ def steps(is_real: bool, on_gpu: bool) -> list[tuple[str, float, str]]:
     In a rehearsal all is small."""
     compiled = "--model.compile default" * on_gpu
     fast = "--trainer.benchmark true"
-    if not on_gpu and train.lacks_bf16():
+    if not on_gpu and optimization.lacks_bf16():
         fast += " --trainer.precision 32-true"
     if not is_real:
         fast = "--model.network.widths [16,16,16] --trainer.precision 32-true"
@@ -216,7 +217,7 @@ def reference(path: str, data: archive.CIFAR10, folder: str) -> Iterator[dict[st
         content = {"images": images, "labels": getattr(data, f"{part}_labels").long()}
         torch.save({**content, "classes": list(archive.CLASSES)}, f"cifar10/{part}.pt")
     text, has_gpu = Path(path).read_text(encoding="utf-8"), torch.cuda.is_available()
-    in_32 = train.lacks_bf16()
+    in_32 = optimization.lacks_bf16()
     for there, here in {} if has_gpu else ON_CPU.items():
         text = text.replace(there, here.replace("bfloat16", "float") if in_32 else here)
     module: Any = ModuleType("reference")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import optimization
 from optimization import Group, LinearDecay, MuonSGD, WarmupCosine
 from tests.conftest import Run
 
@@ -48,8 +49,12 @@ def test_the_rule_sgd_is_pytorchs() -> None:
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("computes_in_32_bits", [False, True])
 @pytest.mark.parametrize("shape", [(6, 5, 3, 3), (40, 2, 3, 3)])
-def test_the_rule_muon_is_pytorchs_on_filters_as_matrices(shape: tuple[int, ...]) -> None:
+def test_the_rule_muon_is_pytorchs_on_filters_as_matrices(
+    shape: tuple[int, ...], computes_in_32_bits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimization, "lacks_bf16", lambda: computes_in_32_bits)
     ours, theirs = parameters(shape, shape), parameters(shape, shape)
     theirs = [nn.Parameter(p.detach().flatten(1)) for p in theirs]
     group = Group("*", lr=0.1, rule="muon", momentum=0.6, normalize=False)
