@@ -7,9 +7,9 @@
     python export.py --ckpt_path X --format checkpoint --out small.ckpt # to share
 
 X is a path, or `best --name base`: of the newest run of that name. ONNX, torch and page map pixels
-uint8 [B, 3, 32, 32] to probabilities float32 [B, 10]: normalisation, test-time augmentation and
-softmax are inside. Every export is loaded again and compared with the checkpoint on 1,000 test
-images (to share: on all) before it is written; docs/export.md shows how to use each.
+uint8 [B, 3, 32, 32] to probabilities float32 [B, 10]: normalisation, test-time augmentation,
+calibration and softmax are inside. Every export is loaded again and compared with the checkpoint on
+1,000 test images (to share: on all) before it is written; docs/export.md shows how to use each.
 """
 
 import contextlib
@@ -36,7 +36,6 @@ from lightning.pytorch.cli import instantiate_module
 from torch import Tensor, nn
 
 from cifar10 import archive
-from cifar10.augment import average_over_views
 from lightning_module import ImageClassifier
 from reports.card import RESULT
 from runs import named, read_checkpoint, run_of, settings_of, write_whole
@@ -59,7 +58,7 @@ DIGEST = "- **SHA-256**: "  # in the card of a shared checkpoint
 MAY_DIFFER = 0.0005  # the share of images whose class may change by half precision
 SHARED = (  # the parts of a checkpoint that do not only serve to resume it
     "epoch", "global_step", "pytorch-lightning_version", "hparams_name", "hyper_parameters",
-    "datamodule_hparams_name", "datamodule_hyper_parameters",
+    "datamodule_hparams_name", "datamodule_hyper_parameters", "temperature",
 )  # fmt: skip
 EXAMPLE = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)  # of one image the batch would be fixed
 SHAPES = ({0: torch.export.Dim("batch", min=1)},)
@@ -74,7 +73,7 @@ class Classifier(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Map pixels uint8 [B, 3, 32, 32] to probabilities float32 [B, 10]."""
-        return average_over_views(self.model, pixels / 255, self.model.tta).softmax(dim=1)
+        return self.model.probabilities(pixels)
 
 
 def load(
@@ -101,7 +100,9 @@ def load(
         "input": "float32 [B, 3, 32, 32], RGB: pixels / 255, then (x - mean) / std per channel",
         "mean": mean.flatten().tolist(),
         "std": std.flatten().tolist(),
-        "output": "logits [B, 10]; softmax makes probabilities of them",
+        "output": "logits [B, 10]; softmax of logits / temperature is the probabilities",
+        "temperature": model.temperature_used or 1.0,
+        "calibrated": model.temperature_used is not None,
         "test_time_augmentation": model.tta,
         "recipe": settings.get("name"),
         "epoch": checkpoint["epoch"],
@@ -124,7 +125,8 @@ def export_onnx(classifier: Classifier, card: Card) -> tuple[bytes, Predict]:
         opset_version=18,  # the oldest that this exporter writes
     )  # fmt: skip
     assert program is not None
-    keys = [key for key in ("classes", "recipe", "epoch", "val/acc") if key in card]
+    names = ("classes", "recipe", "epoch", "val/acc", "calibrated")
+    keys = [key for key in names if key in card]
     program.model.metadata_props.update({key: json.dumps(card[key]) for key in keys})
     content = program.model_proto.SerializeToString()
     run = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"]).run
@@ -153,6 +155,7 @@ def export_safetensors(classifier: Classifier, card: Card) -> tuple[bytes, Predi
     arguments["normalize"] = {key: read[key] for key in ("mean", "std")}
     model = instantiate_module(ImageClassifier, arguments)
     model.network.load_state_dict(load(content))
+    model.temperature = read["temperature"]
     return content, Classifier(model).eval()
 
 
@@ -240,7 +243,7 @@ def page_files(model: bytes, card: Card) -> dict[str, bytes]:
         with tarfile.open(package) as tar:
             members = {name: tar.extractfile(f"package/dist/{name}") for name in RUNTIME_FILES}
             files = {name: member.read() for name, member in members.items() if member}
-    said = json.dumps({key: card[key] for key in ("classes", "recipe", "epoch")})
+    said = json.dumps({key: card[key] for key in ("classes", "recipe", "epoch", "calibrated")})
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     page = page.replace("CARD", said.replace("<", "\\u003c"))
     return {"index.html": page.encode(), "model.onnx": model, **files}
@@ -357,6 +360,8 @@ def export(args: list[str]) -> None:
     checkpoint = read_checkpoint(path)
     classifier, card, images = load(path, checkpoint, options.data.root)
     classifier(EXAMPLE)  # a bug in the network's code shows its traceback here
+    if not card["calibrated"]:
+        print("its probabilities are not calibrated: no validation was part of its training")
     if format_ == "checkpoint":
         content, precision = export_checkpoint(classifier, checkpoint, images)
         described = card_of_file(path, out, content, precision, card)

@@ -35,7 +35,7 @@ from cifar10.augment import (
     TestTimeAugmentation,
     average_over_views,
 )
-from cifar10.batches import Batch, Batches
+from cifar10.batches import Batch, Batches, Predictions, gathered
 from cuda_graph import RecordableModule
 from networks import has_large_stem
 from runs import natural_mode, read_checkpoint, read_weights
@@ -87,6 +87,10 @@ class ImageClassifier(RecordableModule):
         log_steps: Log `train/loss_step` too, every `trainer.log_every_n_steps` steps.
         tta: Test-time augmentation of `validate`, `test` and `predict`: the views of an image whose
             logits are averaged (`average_over_views`). During `fit` there is none.
+        calibrate: `auto`: probabilities are those of the logits divided by a temperature, fitted on
+            the validation set after each validation of `fit` and saved with the checkpoint
+            (`fit_temperature`). False: of the logits as they are. A checkpoint's file: by its
+            temperature, for a model that trains on all images. No class changes by it.
         proxy: A small network that sees each batch first and picks the images which train: those
             of its largest losses (Jordan's `airbench96_faster.py`). It trains on them too, by the
             same optimizer, for which its parameters have names that begin with `proxy.`; it is of
@@ -122,6 +126,7 @@ class ImageClassifier(RecordableModule):
         cuda_graph: bool | Literal["auto"] = "auto",
         log_steps: bool = False,
         tta: TestTimeAugmentation = "none",
+        calibrate: bool | str = "auto",
         proxy: nn.Module | None = None,
         hardest: ClosedUnitInterval | None = None,
     ) -> None:
@@ -153,6 +158,12 @@ class ImageClassifier(RecordableModule):
         self.starts_from = weights
         self.decay_matrices_only = decay_matrices_only
         self.tta = self.views = tta
+        self.calibrate = calibrate
+        self.temperature: float | None = None  # none is known
+        if takes_file := calibrate not in ("auto", True, False):
+            self.temperature = _temperature_in(str(calibrate))
+        self.fits_temperature = not takes_file
+        self.validated: list[Predictions] = []
         for name, values in _normalization(normalize).items():
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
         self.is_normalizing = normalize is not None
@@ -249,7 +260,10 @@ class ImageClassifier(RecordableModule):
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Evaluate a batch of the validation set, or of the test set for its curve; return its
         logits [B, 10]."""
-        return self._evaluate(batch, self.test_metrics if dataloader_idx else self.val_metrics)
+        logits = self._evaluate(batch, self.test_metrics if dataloader_idx else self.val_metrics)
+        if self.fits_temperature and self.trainer.state.fn == "fit" and not dataloader_idx:
+            self.validated.append(Predictions(logits.float(), batch.labels, batch.indices))
+        return logits
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Evaluate a batch of the test set; return its logits [B, 10]."""
@@ -267,7 +281,18 @@ class ImageClassifier(RecordableModule):
         """Return class probabilities [B, 10]."""
         if not len(batch.images):  # none of the files of this batch is a picture
             return torch.zeros(0, len(CLASSES))
-        return self._logits(batch.images).float().softmax(dim=1)
+        return self.probabilities(batch.images)
+
+    def probabilities(self, pixels: Tensor) -> Tensor:
+        """Map pixels uint8 [B, 3, 32, 32] to class probabilities float32 [B, 10]: with test-time
+        augmentation, and calibrated if `calibrate` is not false and a temperature is known."""
+        logits = self._logits(pixels).float()
+        return (logits / (self.temperature_used or 1.0)).softmax(dim=1)
+
+    @property
+    def temperature_used(self) -> float | None:
+        """What logits are divided by; None if they are not."""
+        return self.temperature if self.calibrate else None
 
     # ------------------------------------------------------------------ optimizer and schedule
 
@@ -485,10 +510,13 @@ class ImageClassifier(RecordableModule):
         self.counted = -1
 
     def on_validation_epoch_end(self) -> None:
-        """Log the metrics of the sets that were evaluated."""
+        """Log the metrics of the sets that were evaluated; fit the temperature."""
         for stage, metrics in (("val", self.val_metrics), ("test", self.test_metrics)):
             if metrics.update_called:
                 self._log_epoch(stage, metrics)
+        validated, self.validated = self.validated, []
+        if (found := gathered(validated)) is not None:
+            self.temperature = fit_temperature(found.logits, found.labels)
 
     on_test_epoch_end = on_validation_epoch_end
 
@@ -522,6 +550,7 @@ class ImageClassifier(RecordableModule):
         """Save no weights that are NaN, and the metric that `ReduceLROnPlateau` sees after this."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["found_lr"] = self.lr
+        checkpoint["temperature"] = self.temperature
         for key in self.augment.state_dict(prefix="augment."):  # which are the data's
             checkpoint["state_dict"].pop(key, None)
         if self.train_metrics.update_called:
@@ -541,6 +570,8 @@ class ImageClassifier(RecordableModule):
         another order."""
         super().on_load_checkpoint(checkpoint)
         self.lr = checkpoint.get("found_lr")
+        if self.fits_temperature:
+            self.temperature = checkpoint.get("temperature")
         if self.proxy is None:  # of a run that had one
             for key in [key for key in checkpoint["state_dict"] if key.startswith("proxy.")]:
                 del checkpoint["state_dict"][key]
@@ -558,6 +589,7 @@ class ImageClassifier(RecordableModule):
             "weights_only": True,
             **settings,
             "weights": None,
+            "calibrate": bool(settings.get("calibrate", True)),  # a file was read in training
             **kwargs,
         }
         model = super().load_from_checkpoint(checkpoint_path, **kwargs)
@@ -600,6 +632,29 @@ class Means(Metric):
     def compute(self) -> dict[str, Tensor]:
         """Return `loss` [] and `acc` [], a fraction, over all ranks."""
         return {"loss": self.loss / self.images, "acc": self.correct.float() / self.images}
+
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """Return the number in [0.05, 20] that logits [N, 10] divided by which have the lowest cross
+    entropy with labels int64 [N].
+
+    Guo et al., "On Calibration of Modern Neural Networks" (arXiv 1706.04599, section 4.2).
+    """
+    from scipy.optimize import minimize_scalar  # slow to import
+
+    def loss(log_temperature: float) -> float:
+        return float(F.cross_entropy(logits.double() / math.exp(log_temperature), labels))
+
+    return math.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x)
+
+
+def _temperature_in(file: str) -> float:
+    """Return the temperature that a checkpoint has."""
+    if (found := read_checkpoint(file).get("temperature")) is None:
+        raise MisconfigurationException(
+            f"model.calibrate {file}: it has no temperature, as no validation was part of its fit"
+        )
+    return float(found)
 
 
 def _monitor(scheduler: Any) -> str:

@@ -26,6 +26,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from jsonargparse import _typehints
@@ -350,8 +351,11 @@ class CLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; arguments that a class refuses are the user's mistake."""
-        if self.checkpoint:  # which has weights of its own
-            self.config[self.subcommand].model.weights = None
+        if self.checkpoint:  # which has weights of its own, and the temperature of a file
+            model, its = self.config[self.subcommand].model, runs.settings_of(self.checkpoint)
+            model.weights = None
+            if model.calibrate and model.calibrate == its["model"].get("calibrate"):
+                model.calibrate = "auto"
         try:
             super().instantiate_classes()
         except (ValueError, OSError, ImportError) as error:
@@ -558,18 +562,16 @@ class CLI(LightningCLI):
 
         assert self.path is not None
         results = self._report()
-        test, val = self.keeper.predictions(), None
-        now = {part: self.datamodule.identity(part) for part in ("train", "test")}
+        test = self.keeper.predictions()
+        now = self.datamodule.identity("test")
         if test is None or not test.logits.isfinite().all():
             reason = "the network's outputs are NaN" if test else "no image was tested"
             raise MisconfigurationException(f"{self.path}: {reason}")
-        # Of other training images some may be among those that it was trained on.
-        if self.config.test.data.val_size and now["train"] == self.seen.get("train"):
-            self.trainer.validate(self.model, self.datamodule, verbose=False)
-            val = self.keeper.predictions()
         if not self.trainer.is_global_zero:
             return
-        evaluation, folder = Evaluation(test, val), self.run_folder
+        self._say_if_not_calibrated()
+        evaluation = Evaluation(test, self.model.temperature_used)
+        folder = self.run_folder
         before, used = runs.settings_of(self.checkpoint), self.config_dump
         changed = runs.differences(
             {"model": before["model"], "precision": before.get("trainer", {}).get("precision")},
@@ -582,12 +584,15 @@ class CLI(LightningCLI):
         if len(test.labels) < len(self.datamodule.test_set):
             print(f"of {len(test.labels)} images only: nothing is written")
             return
-        is_own = now["test"] == self.seen.get("test", now["test"])
-        suffix = "" if is_own else f"_{now['test']}"
-        values = {**results, "set": now["test"], "tta": self.model.tta, "changed": changed}
+        is_own = now == self.seen.get("test", now)
+        suffix = "" if is_own else f"_{now}"
+        values = {**results, "set": now, "tta": self.model.tta, "changed": changed}
         values |= evaluation.values()
         figures = evaluation.figures(self.datamodule.test_set.images)
         files = {f"test{suffix}.json": json.dumps(values, indent=2).encode()}
+        logits = io.BytesIO()
+        np.savez_compressed(logits, logits=test.logits.numpy(), labels=test.labels.numpy())
+        files[f"test{suffix}.npz"] = logits.getvalue()
         files |= {f"{name}{suffix}.png": png(figure, 110) for name, figure in figures.items()}
         for name, content in files.items():
             runs.write_whole(folder / name, content)
@@ -600,7 +605,7 @@ class CLI(LightningCLI):
             which = f"epoch {results['epoch']} (`{self.path.name}`)"
             summary = evaluation.summary()
             text = card.read_text(encoding="utf-8")
-            text = with_result(text, which, summary, now["test"], changed)
+            text = with_result(text, which, summary, now, changed)
             runs.write_whole(card, text.encode())
         print(f"written to {folder}: {', '.join(files)}")
 
@@ -613,6 +618,13 @@ class CLI(LightningCLI):
         if self.trainer.is_global_zero:
             print(f"epoch {epoch}:", *(f"{name} {value:.4f}" for name, value in values.items()))
         return {"checkpoint": self.path.name, "epoch": epoch, **values}
+
+    def _say_if_not_calibrated(self) -> None:
+        if self.model.calibrate and self.model.temperature is None:
+            print(
+                "probabilities are not calibrated, as no validation was part of this training: "
+                "--model.calibrate CHECKPOINT takes the temperature of another run"
+            )
 
     def before_predict(self) -> None:
         """Write a line for each picture, or test image, to `predictions.csv` in the run."""
@@ -628,6 +640,7 @@ class CLI(LightningCLI):
         """Say if images were left out; exit with an error if files could not be read."""
         if self.config.predict.trainer.fast_dev_run:
             return
+        self._say_if_not_calibrated()
         data, skipped = self.datamodule, self.table.skipped
         total = len(data.pictures if self.config.predict.data.images else data.test_set)
         if (done := len(self.table.rows) + skipped) < total:

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich import box
 from rich.console import Console
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from callbacks.tensorboard import writers
 from cifar10.archive import CLASSES
-from cifar10.batches import Batch, Predictions
+from cifar10.batches import Batch, Predictions, gathered
 from cifar10.pictures import BATCH_SIZE, why_unreadable
 from runs import write_whole
 
@@ -53,19 +52,9 @@ class PredictionsKeeper(Callback):
     on_test_batch_end = on_validation_batch_end
 
     def predictions(self) -> Predictions | None:
-        """Return the predictions of all ranks, in the order of the images in the data set, and
-        forget them; None if there was no batch."""
-        mine = [torch.cat(parts).cpu() for parts in zip(*self.batches, strict=True)]
-        self.batches = []
-        every = [mine]
-        if torch.distributed.is_initialized():
-            every *= torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(every, mine)
-        whole = [torch.cat(parts) for parts in zip(*filter(None, every), strict=True)]
-        if not whole:
-            return None
-        order = whole[2].argsort()
-        return Predictions(*(part[order] for part in whole))
+        """Return the predictions of all ranks, and forget them; None if there was no batch."""
+        batches, self.batches = self.batches, []
+        return gathered(batches)
 
 
 class ConfusionMatrix(PredictionsKeeper):

@@ -26,6 +26,17 @@ class Predictions(NamedTuple):
     indices: Tensor
 
 
+def gathered(batches: list[Predictions]) -> Predictions | None:
+    """Return the predictions of all batches of all ranks, on the CPU in the order of the images in
+    the data set; None if there are none."""
+    every = [mine := [torch.cat(parts).cpu() for parts in zip(*batches, strict=True)]]
+    if torch.distributed.is_initialized():
+        every *= torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(every, mine)
+    whole = [torch.cat(parts) for parts in zip(*filter(None, every), strict=True)]
+    return Predictions(*(part[whole[2].argsort()] for part in whole)) if whole else None
+
+
 @dataclass
 class ImageSet:
     """Images uint8 [N, 3, 32, 32] and labels int64 [N], on the device that trains, of which

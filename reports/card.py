@@ -105,6 +105,12 @@ def model_card(
         "Precision": trainer.precision_plugin.precision,
         "Trainer": ", ".join(f"{k} {v}" for k, v in limits.items() if v != defaults[k].default),
         "Evaluated": f"with {model['tta']} views" if model["tta"] != "none" else "",
+        "Probabilities": "not calibrated: no validation was part of the training"
+        if module.temperature is None
+        else "as the logits have them, not calibrated"
+        if not module.calibrate
+        else "calibrated, by a temperature "
+        + ("fitted on validation" if module.fits_temperature else f"of {model['calibrate']}"),
     }
     for i, part in enumerate(parts[1:], 1):
         changes = ", ".join(f"{k} {now} (was {old})" for k, (old, now) in part["changed"].items())

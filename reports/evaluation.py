@@ -1,18 +1,16 @@
-"""How good a model is: accuracy with its interval, classes, confusions, calibration, mistakes."""
+"""How good a model is: accuracy, classes, confusions, mistakes, and what its probabilities say."""
 
-import math
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
-from scipy.optimize import minimize_scalar
-from scipy.stats import binomtest
+from scipy.stats import binomtest, bootstrap
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional.classification import (
     multiclass_accuracy,
-    multiclass_calibration_error,
     multiclass_confusion_matrix,
     multiclass_f1_score,
     multiclass_precision,
@@ -21,27 +19,12 @@ from torchmetrics.functional.classification import (
 
 from cifar10.archive import CLASSES
 from cifar10.batches import Predictions
-from reports.figures import BINS, confusion_figure, mistakes_figure, reliability_figure
+from reports.figures import confusion_figure, coverage_figure, mistakes_figure, reliability_figure
 
 N = len(CLASSES)
-
-
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """Return the number that logits [N, 10] divided by which have the lowest cross entropy.
-
-    Guo et al., "On Calibration of Modern Neural Networks" (arXiv 1706.04599, section 4.2).
-    """
-
-    def loss(log_temperature: float) -> float:
-        return float(F.cross_entropy(logits.double() / math.exp(log_temperature), labels))
-
-    return math.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x)
-
-
-def calibration(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Return `ece`, the expected calibration error over 15 bins, and `nll`, the cross entropy."""
-    ece = multiclass_calibration_error(logits.softmax(dim=1), labels, N, n_bins=BINS)
-    return {"ece": float(ece), "nll": float(F.cross_entropy(logits, labels))}
+BINS = 15  # of confidence, as in Guo et al.
+RESAMPLES = 999
+SURE = (0.95, 0.99)  # confidences
 
 
 def confusion_of(predictions: Predictions) -> Tensor:
@@ -49,89 +32,194 @@ def confusion_of(predictions: Predictions) -> Tensor:
     return multiclass_confusion_matrix(predictions.logits, predictions.labels, N)
 
 
-class Evaluation:
-    """How good a model is, by its predictions of the test set, and of the validation set, if there
-    is one: on that the temperature is fitted."""
+def wilson(correct: int, images: int) -> tuple[float, float]:
+    """Return the 95 % confidence interval of a share, by Wilson; (0, 1) of no image."""
+    if not images:
+        return 0.0, 1.0
+    interval = binomtest(correct, images).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
-    def __init__(self, test: Predictions, val: Predictions | None = None) -> None:
-        self.test = test
+
+def equal_mass_bins(confidence: np.ndarray) -> list[np.ndarray]:
+    """Return the places of confidences [N] in `BINS` bins of equally many, the lowest first."""
+    order = np.argsort(confidence, kind="stable")
+    return [part for part in np.array_split(order, BINS) if len(part)]
+
+
+def calibration_error(confidence: np.ndarray, is_right: np.ndarray) -> float:
+    """Return the expected calibration error: how far confidence [N] and accuracy are apart, in the
+    mean over the images, by bins of equally many (Roelofs et al., arXiv 2012.08668)."""
+    gaps = (abs((confidence[of] - is_right[of]).sum()) for of in equal_mass_bins(confidence))
+    return float(sum(gaps)) / len(confidence)
+
+
+class Probabilities:
+    """What probabilities [N, 10] for images with labels int64 [N] are worth."""
+
+    def __init__(self, probabilities: Tensor, labels: Tensor) -> None:
+        self.labels = labels
+        confidence, predicted = probabilities.max(dim=1)
+        self.confidence: np.ndarray = confidence.double().numpy()
+        self.is_right: np.ndarray = (predicted == labels).numpy().astype(float)
+        self.ece = calibration_error(self.confidence, self.is_right)
+        chosen = probabilities.double().gather(1, labels[:, None])[:, 0]
+        self.nll = -float(chosen.log().mean())
+        one_hot = F.one_hot(labels, N).double()
+        self.brier = float((probabilities.double() - one_hot).square().sum(dim=1).mean())
+
+    def interval(self) -> dict[str, float]:
+        """Return the ECE without its bias, which chance within the bins gives it, and its 95 %
+        interval, by the basic bootstrap over images."""
+        found = bootstrap(
+            (self.confidence, self.is_right), calibration_error, paired=True, vectorized=False,
+            n_resamples=RESAMPLES, method="basic", rng=np.random.default_rng(0),
+        )  # fmt: skip
+        interval = found.confidence_interval
+        unbiased = 2 * self.ece - float(found.bootstrap_distribution.mean())
+        parts = {"unbiased": unbiased, "low": float(interval.low), "high": float(interval.high)}
+        return {key: max(0.0, value) for key, value in parts.items()}
+
+    def risks(self) -> np.ndarray:
+        """Return the share of mistakes among the k most confident predictions, k from 1 to N."""
+        order = np.argsort(-self.confidence, kind="stable")
+        return np.cumsum(1 - self.is_right[order]) / np.arange(1, len(order) + 1)
+
+    def aurc(self) -> float:
+        """Return the area under the risk-coverage curve: the mean of `risks` (Geifman et al., arXiv
+        1805.08206)."""
+        return float(self.risks().mean())
+
+    def at(self, confidence: float) -> dict[str, float]:
+        """Return the share of images of at least this confidence, and the accuracy on them."""
+        is_sure = self.confidence >= confidence
+        right = float(self.is_right[is_sure].mean()) if is_sure.any() else 0.0
+        return {"coverage": float(is_sure.mean()), "accuracy": right}
+
+    def values(self) -> dict[str, float]:
+        """Return ECE, NLL (cross entropy) and Brier score."""
+        return {"ece": self.ece, "nll": self.nll, "brier": self.brier}
+
+
+class Evaluation:
+    """How good a model is, by its predictions of the test set, whose logits are divided by a
+    temperature, if it has one."""
+
+    def __init__(self, test: Predictions, temperature: float | None = None) -> None:
+        self.test, self.temperature = test, temperature
         logits, labels = test.logits, test.labels
         self.confusion = confusion_of(test)
-        correct = int(self.confusion.diagonal().sum())
-        self.accuracy = correct / len(labels)
-        self.low, self.high = binomtest(correct, len(labels)).proportion_ci(method="wilson")
+        self.accuracy = float(self.confusion.diagonal().sum()) / len(labels)
+        self.low, self.high = wilson(int(self.confusion.diagonal().sum()), len(labels))
         self.top2 = float(multiclass_accuracy(logits, labels, N, average="micro", top_k=2))
         self.precision, self.recall, self.f1 = (
             metric(logits, labels, N, average="none").tolist()
             for metric in (multiclass_precision, multiclass_recall, multiclass_f1_score)
         )
-        self.calibration = calibration(logits, labels)
-        self.temperature = fit_temperature(val.logits, val.labels) if val else None
-        self.fitted_on = len(val.labels) if val else 0
-        self.scaled = calibration(logits / (self.temperature or 1), labels)
+        of_logits = logits.softmax(dim=1)
+        self.as_trained = Probabilities(of_logits, labels)
+        used = of_logits if temperature is None else (logits / temperature).softmax(dim=1)
+        self.probabilities = Probabilities(used, labels)
+        self.interval = self.probabilities.interval()
 
     def values(self) -> dict[str, Any]:
         """Return all numbers as plain data; accuracies are fractions."""
-        sizes = self.confusion.sum(1).tolist()
-        per_class = zip(self.precision, self.recall, self.f1, sizes, strict=True)
         found: dict[str, Any] = {
             "images": len(self.test.labels),
             "accuracy": {"value": self.accuracy, "low": self.low, "high": self.high},
             "top2_accuracy": self.top2,
-            "calibration": self.calibration,
+            "temperature": self.temperature,
+            "calibration": {
+                **self.probabilities.values(),
+                **{f"ece_{key}": value for key, value in self.interval.items()},
+                "aurc": self.probabilities.aurc(),
+                "confident": {str(least): self.probabilities.at(least) for least in SURE},
+            },
+            "as_trained": self.as_trained.values(),
             "classes": {
-                name: {"precision": p, "recall": r, "f1": f, "images": n}
-                for name, (p, r, f, n) in zip(CLASSES, per_class, strict=True)
+                name: {
+                    "precision": self._share(self.precision[i], i, dim=0),
+                    "recall": self._share(self.recall[i], i, dim=1),
+                    "f1": self.f1[i],
+                    "images": int(self.confusion[i].sum()),
+                }
+                for i, name in enumerate(CLASSES)
             },
             "confusion": self.confusion.tolist(),
         }
-        if self.temperature is not None:
-            found["temperature"] = {"value": self.temperature, "calibration": self.scaled}
         return _rounded(found)
+
+    def _share(self, value: float, i: int, dim: int) -> dict[str, float]:
+        """Return precision or recall of a class, which are shares of a column or a row of the
+        confusion matrix, with the interval."""
+        low, high = wilson(int(self.confusion[i, i]), int(self.confusion.select(1 - dim, i).sum()))
+        return {"value": value, "low": low, "high": high}
 
     def summary(self) -> str:
         """Return what matters most, on a few lines."""
-        low, high = 100 * self.low, 100 * self.high
-        lines = [
-            f"accuracy     {self.accuracy:.2%}, 95 % interval {low:.2f} to {high:.2f} (Wilson); "
-            f"among the first two {self.top2:.2%}",
-            f"calibration  ECE {self.calibration['ece']:.2%}, NLL {self.calibration['nll']:.4f}",
-        ]
+        found, interval = self.probabilities, self.interval
+        how = "not calibrated"
         if self.temperature is not None:
-            lines[-1] += (
-                f"; divided by temperature {self.temperature:.2f}, fitted on "
-                f"{self.fitted_on:,} validation images: "
-                f"ECE {self.scaled['ece']:.2%}, NLL {self.scaled['nll']:.4f}"
+            trained = self.as_trained.ece
+            how = f"divided by temperature {self.temperature:.2f} (as trained: ECE {trained:.2%})"
+        sure = (
+            f"at {least:.0%} and more {at['coverage']:.1%} of the images, {at['accuracy']:.2%} "
+            "of them right"
+            for least in SURE
+            for at in [found.at(least)]
+        )
+        return "\n".join(
+            (
+                f"accuracy     {self.accuracy:.2%}, 95 % interval {100 * self.low:.2f} to "
+                f"{100 * self.high:.2f} (Wilson); among the first two {self.top2:.2%}",
+                f"calibration  ECE {found.ece:.2%}, without its bias {interval['unbiased']:.2%} "
+                f"({100 * interval['low']:.2f} to {100 * interval['high']:.2f}); "
+                f"NLL {found.nll:.4f}, Brier score {found.brier:.4f}; {how}",
+                f"confidence   {'; '.join(sure)}; AURC {found.aurc():.2%}",
             )
-        return "\n".join(lines)
+        )
 
     def table(self) -> Table:
-        """Return a row for each class: how well it is found, what it is taken for."""
+        """Return a row for each class: how well it is found, with the 95 % interval of the recall,
+        and what it is taken for."""
         table = Table(box=box.SIMPLE, header_style="bold", pad_edge=False)
         table.add_column("class")
-        for header in ("precision", "recall", "F1"):
+        for header in ("recall", "95 %", "precision", "F1"):
             table.add_column(header, justify="right")
         table.add_column("most often taken for")
         wrong = self.confusion - self.confusion.diagonal().diag()
         for i, name in enumerate(CLASSES):
-            numbers = [f"{v[i]:.1%}" for v in (self.precision, self.recall, self.f1)]
+            recall = self._share(self.recall[i], i, dim=1)
+            interval = f"{100 * recall['low']:.1f}-{100 * recall['high']:.1f}"
+            found, precision, f1 = (f"{v[i]:.1%}" for v in (self.recall, self.precision, self.f1))
             count, other = wrong[i].max(dim=0)
             taken = f"{CLASSES[other]} ({count} of {int(self.confusion[i].sum())})"
-            table.add_row(name, *numbers, taken if count else "")
+            table.add_row(name, found, interval, precision, f1, taken if count else "")
         return table
 
     def figures(self, images: Tensor) -> dict[str, Figure]:
         """Return all figures by name; images are those of the set, uint8 [N, 3, 32, 32]."""
         logits, labels = self.test.logits, self.test.labels
-        panels = {f"as trained: ECE {self.calibration['ece']:.1%}": logits}
+        panels = {f"as trained: ECE {self.as_trained.ece:.1%}": _bins(self.as_trained)}
         if self.temperature is not None:
-            title = f"temperature {self.temperature:.2f}: ECE {self.scaled['ece']:.1%}"
-            panels[title] = logits / self.temperature
+            title = f"temperature {self.temperature:.2f}: ECE {self.probabilities.ece:.1%}"
+            panels[title] = _bins(self.probabilities)
         return {
             "confusion": confusion_figure(self.confusion),
-            "reliability": reliability_figure(panels, labels),
-            "mistakes": mistakes_figure(logits, labels, images),
+            "reliability": reliability_figure(panels),
+            "coverage": coverage_figure(self.probabilities.risks(), self.probabilities.aurc()),
+            "mistakes": mistakes_figure(logits / (self.temperature or 1), labels, images),
         }
+
+
+def _bins(of: Probabilities) -> np.ndarray:
+    """Return mean confidence, accuracy, and the ends of its interval in each bin, [4, bins]."""
+    rows = []
+    for places in equal_mass_bins(of.confidence):
+        right = of.is_right[places]
+        rows.append(
+            (of.confidence[places].mean(), right.mean(), *wilson(int(right.sum()), len(right)))
+        )
+    return np.array(rows).T
 
 
 def _rounded(value: Any) -> Any:

@@ -1,9 +1,10 @@
-"""Figures of a run: learning curves, confusion matrix, reliability, the most confident mistakes."""
+"""Figures of a run: learning curves, confusions, reliability, coverage, mistakes."""
 
 import io
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 from cifar10.archive import CLASSES
@@ -11,7 +12,6 @@ from runs import Row
 
 COLORS = {"train": "tab:blue", "val": "tab:orange", "test": "tab:green"}
 QUANTITIES = {"loss": "loss", "acc": "accuracy"}
-BINS = 15  # of confidence, as in Guo et al.
 SHOWN = 36  # mistakes
 
 
@@ -59,26 +59,36 @@ def confusion_figure(confusion: Tensor) -> Figure:
     return figure
 
 
-def reliability_figure(panels: dict[str, Tensor], labels: Tensor) -> Figure:
-    """Draw accuracy over confidence, a panel for each title and its logits float32 [N, 10], of
-    images with labels int64 [N]."""
+def reliability_figure(panels: dict[str, np.ndarray]) -> Figure:
+    """Draw accuracy over confidence, a panel for each title and its bins of equally many images:
+    mean confidence, accuracy, and the ends of its 95 % interval, [4, bins]."""
     figure = Figure(figsize=(4.2 * len(panels), 4.3), layout="constrained")
     row = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (title, logits) in zip(row, panels.items(), strict=True):
-        confidence, predicted = (part.cpu().numpy() for part in logits.softmax(dim=1).max(dim=1))
-        bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
-        counts = np.bincount(bins, minlength=BINS)
-        hits = np.bincount(bins, weights=predicted == labels.cpu().numpy(), minlength=BINS)
-        middles, there = (np.arange(BINS) + 0.5) / BINS, counts > 0
+    for axes, (title, (confidence, accuracy, low, high)) in zip(row, panels.items(), strict=True):
         axes.plot([0, 1], [0, 1], "--", color="grey", linewidth=1, label="perfect")
-        heights = hits[there] / counts[there]
-        axes.bar(middles[there], heights, 0.9 / BINS, color="tab:blue", label="accuracy in the bin")
-        share = counts / counts.sum()
-        axes.plot(middles, share, color="tab:orange", marker=".", label="share of images")
+        axes.errorbar(
+            confidence, accuracy, (accuracy - low, high - accuracy), fmt=".-", color="tab:blue",
+            linewidth=1, capsize=2, label="a 15th of the images, 95 % interval",
+        )  # fmt: skip
         axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), aspect="equal")
         axes.set_title(title)
         axes.grid(alpha=0.3)
         axes.legend(loc="upper left")
+    return figure
+
+
+def coverage_figure(risks: np.ndarray, aurc: float) -> Figure:
+    """Draw the share of mistakes among the most confident predictions over how many these are, from
+    the one of highest confidence to all: `risks` [N], in [0, 1]."""
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.subplots()
+    coverage = np.arange(1, len(risks) + 1) / len(risks)
+    axes.plot(coverage, risks, color="tab:blue")
+    axes.set(xlabel="share of images, the most confident first", ylabel="mistakes among them")
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.set(title=f"risk and coverage: AURC {aurc:.2%}", xlim=(0, 1), ylim=(0, None))
+    axes.grid(alpha=0.3)
     return figure
 
 

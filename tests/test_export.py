@@ -110,11 +110,13 @@ def some(count: int) -> Tensor:
 @torch.no_grad()
 def expected(images: Tensor) -> Tensor:
     """Return the probabilities of the checkpoint by PyTorch alone."""
-    weights = torch.load(CHECKPOINT, weights_only=True)["state_dict"]
+    checkpoint = torch.load(CHECKPOINT, weights_only=True)
+    weights = checkpoint["state_dict"]
     network = ConvNet().eval()
     network.load_state_dict({k.removeprefix("network."): v for k, v in weights.items()})
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    return network((images / 255 - mean) / std).softmax(dim=1)
+    logits = network((images / 255 - mean) / std)
+    return (logits / checkpoint["temperature"]).softmax(dim=1)
 
 
 def as_documented(file: str, folder: Path, *more: Path) -> None:
@@ -357,8 +359,9 @@ def test_a_network_of_ones_own_is_exported(out: Out) -> None:
     with torch.no_grad():
         logits = average_over_views(network, images / 255, card["test_time_augmentation"])
     (found,) = onnxruntime.InferenceSession("tiny.onnx").run(None, {"images": images.numpy()})
-    assert torch.allclose(torch.from_numpy(found), logits.softmax(1), atol=1e-5)
-    assert not torch.allclose(network(images / 255).softmax(1), logits.softmax(1), atol=1e-5)
+    probabilities = (logits / card["temperature"]).softmax(dim=1)
+    assert torch.allclose(torch.from_numpy(found), probabilities, atol=1e-5)
+    assert not torch.allclose(network(images / 255), logits, atol=1e-5)
 
 
 def test_an_export_that_differs_is_not_kept(out: Out, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,8 +78,7 @@ def test_a_result_says_on_which_images_and_how(
     for name in archive.CIFAR10._fields:
         array = np.load(arrays / archive.FOLDER / f"{name}.npy")
         np.save(noisy / f"{name}.npy", rng.permutation(array) if "labels" in name else array)
-    out = run("test", "--ckpt_path", LAST, "--data.root", noisy.parent)
-    assert "temperature" not in out, "it may have been trained on these images"
+    run("test", "--ckpt_path", LAST, "--data.root", noisy.parent)
     (other,) = RUN_0.glob("test_*.json")
     result = json.loads(other.read_text())
     assert other.stem == f"test_{result['set']}"

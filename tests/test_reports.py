@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import brier_score_loss, log_loss
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional as F
 
 from cifar10 import archive
 from cifar10.batches import Batch, Predictions
 from cifar10.pictures import read_picture
-from lightning_module import ImageClassifier
+from datamodule import CIFAR10DataModule
+from lightning_module import ImageClassifier, fit_temperature
 from networks import ConvNet
-from reports.evaluation import Evaluation, fit_temperature
+from reports.evaluation import Evaluation
 from tests.conftest import BASE, TEST_SIZE, Run
 from tests.test_train import CONVNET
 
@@ -44,11 +47,9 @@ def some_predictions(size: int = 2000, seed: int = 0) -> Predictions:
 def test_accuracy_has_the_interval_of_wilson() -> None:
     found = Evaluation(some_predictions())
     test = found.test
-    right, n, z = int((test.logits.argmax(1) == test.labels).sum()), 2000, 1.959964
-    middle = (right + z * z / 2) / (n + z * z)
-    half = z / (n + z * z) * math.sqrt(right * (n - right) / n + z * z / 4)
-    assert found.accuracy == right / n
-    assert (found.low, found.high) == pytest.approx((middle - half, middle + half), abs=1e-6)
+    right = int((test.logits.argmax(1) == test.labels).sum())
+    assert found.accuracy == right / 2000
+    assert (found.low, found.high) == pytest.approx(proportion_confint(right, 2000), abs=1e-6)
 
 
 def test_classes_are_counted_from_the_confusion_matrix() -> None:
@@ -62,7 +63,8 @@ def test_classes_are_counted_from_the_confusion_matrix() -> None:
     right = ((labels == 3) & (predicted == 3)).sum().item()
     precision, recall = right / (predicted == 3).sum().item(), right / (labels == 3).sum().item()
     cat = values["classes"]["cat"]
-    assert (cat["precision"], cat["recall"]) == pytest.approx((precision, recall), abs=1e-6)
+    assert cat["precision"]["value"] == pytest.approx(precision, abs=1e-6)
+    assert cat["recall"]["value"] == pytest.approx(recall, abs=1e-6)
     assert cat["f1"] == pytest.approx(2 * precision * recall / (precision + recall), abs=1e-6)
     top2 = (logits.topk(2).indices == labels[:, None]).any(dim=1).float().mean().item()
     assert values["top2_accuracy"] == pytest.approx(top2, abs=1e-6)
@@ -70,12 +72,61 @@ def test_classes_are_counted_from_the_confusion_matrix() -> None:
 
 def test_temperature_undoes_what_made_the_logits_too_large() -> None:
     test, val = some_predictions(5000), some_predictions(5000, seed=1)
-    assert fit_temperature(3 * val.logits, val.labels) == pytest.approx(3, rel=0.05)
-    sure = Evaluation(test._replace(logits=3 * test.logits), val._replace(logits=3 * val.logits))
-    assert sure.calibration["ece"] > 0.2
-    assert sure.scaled["ece"] < 0.03
-    assert sure.scaled["nll"] < sure.calibration["nll"]
+    temperature = fit_temperature(3 * val.logits, val.labels)
+    assert temperature == pytest.approx(3, rel=0.05)
+    sure = Evaluation(test._replace(logits=3 * test.logits), temperature)
+    assert sure.as_trained.ece > 0.2
+    assert sure.probabilities.ece < 0.03
+    assert sure.interval["low"] == 0, "calibrated, as far as 5,000 images can tell"
+    assert sure.as_trained.values()["nll"] > sure.probabilities.values()["nll"]
     assert sure.accuracy == Evaluation(test).accuracy
+
+
+def test_a_model_that_is_too_sure_is_not_calibrated() -> None:
+    logits, labels, indices = some_predictions(3000)
+    found = Evaluation(Predictions(1.5 * logits, labels, indices)).interval
+    truth = (1.5 * logits).softmax(1).max(1).values - logits.softmax(1).gather(
+        1, logits.argmax(1, keepdim=True)
+    )[:, 0]
+    assert 0 < found["low"] < found["unbiased"] < found["high"]
+    assert found["low"] < truth.mean().item() < found["high"]
+
+
+def test_the_numbers_of_probabilities_are_those_of_scikit_learn() -> None:
+    logits, labels, _ = some_predictions(3000)
+    for temperature in (0.5, 1.0, 2.0):
+        probabilities = (logits / temperature).softmax(dim=1)
+        found = Evaluation(Predictions(logits, labels, torch.arange(3000)), temperature)
+        values = found.values()["calibration"]
+        expected = probabilities.double().numpy()
+        assert values["nll"] == pytest.approx(
+            log_loss(labels, expected, labels=range(10)), abs=1e-6
+        )
+        brier = brier_score_loss(labels, expected, labels=range(10), scale_by_half=False)
+        assert values["brier"] == pytest.approx(brier, abs=1e-6)
+        confidence, is_right = expected.max(axis=1), expected.argmax(axis=1) == labels.numpy()
+        accuracies, means = calibration_curve(is_right, confidence, n_bins=15, strategy="quantile")
+        assert values["ece"] == pytest.approx(abs(accuracies - means).mean(), abs=1e-4)
+        risks = [1 - is_right[confidence >= least].mean() for least in confidence]
+        assert values["aurc"] == pytest.approx(np.mean(risks), abs=1e-6)
+        sure = confidence >= 0.95
+        assert values["confident"]["0.95"]["coverage"] == pytest.approx(sure.mean(), abs=1e-6)
+        if sure.any():
+            right = is_right[sure].mean()
+            assert values["confident"]["0.95"]["accuracy"] == pytest.approx(right, abs=1e-6)
+        for i, name in enumerate(archive.CLASSES):
+            recall = found.values()["classes"][name]["recall"]
+            of_class = (labels == i).numpy()
+            ends = proportion_confint(is_right[of_class].sum(), of_class.sum())
+            assert (recall["low"], recall["high"]) == pytest.approx(ends, abs=1e-6)
+
+
+def proportion_confint(correct: int, images: int) -> tuple[float, float]:
+    """Return Wilson's interval by its formula."""
+    share, z = correct / images, 1.959964
+    middle = (share + z * z / (2 * images)) / (1 + z * z / images)
+    half = math.sqrt(share * (1 - share) / images + (z / (2 * images)) ** 2)
+    return middle - z * half / (1 + z * z / images), middle + z * half / (1 + z * z / images)
 
 
 # ------------------------------------------------------------------------------------- the report
@@ -96,18 +147,22 @@ def test_the_report_says_what_a_plain_loop_finds(run: Run, arrays: Path) -> None
     assert result["accuracy"]["value"] == pytest.approx(
         float(rows(RUN_0 / "metrics.csv")[-1]["test/acc"])
     )
-    assert result["calibration"]["nll"] == pytest.approx(
-        F.cross_entropy(logits, data.test_labels.long()).item(), abs=1e-4
-    )
+    loss = F.cross_entropy(logits, data.test_labels.long()).item()
+    assert result["as_trained"]["nll"] == pytest.approx(loss, abs=1e-4)
+    assert result["test/loss"] == pytest.approx(loss, abs=1e-4)
+    saved = np.load(RUN_0 / "test.npz")
+    assert saved["logits"] == pytest.approx(logits.numpy(), abs=1e-4)
+    assert (saved["labels"] == data.test_labels.numpy()).all()
     assert sum(result["confusion"][i][i] for i in range(10)) == right
-    assert result["temperature"]["value"] > 0
+    assert result["temperature"] > 0
     assert f"accuracy     {right / TEST_SIZE:.2%}, 95 % interval" in out
     assert "most often taken for" in out
 
-    for name in ("confusion", "reliability", "mistakes"):
+    for name in ("confusion", "reliability", "coverage", "mistakes"):
         assert (RUN_0 / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     events = EventAccumulator(str(RUN_0)).Reload()
-    images = {"test/confusion", "test/reliability", "test/mistakes", "train/images"}
+    names = ("confusion", "reliability", "coverage", "mistakes")
+    images = {"train/images", *(f"test/{name}" for name in names)}
     assert images == set(events.Tags()["images"])
     assert events.Images("test/confusion")[0].step == 32
     assert events.Tags()["graph"]
@@ -123,19 +178,53 @@ def test_the_report_says_what_a_plain_loop_finds(run: Run, arrays: Path) -> None
     assert "Of epoch 0 (`epoch_00.ckpt`)" in again
 
 
-def test_without_a_validation_set_there_is_no_temperature(run: Run) -> None:
+def test_probabilities_are_calibrated_by_what_validation_says(run: Run, arrays: Path) -> None:
+    run("fit", "--config", BASE, once=True)
+    model = ImageClassifier.load_from_checkpoint(LAST).eval()
+    data = CIFAR10DataModule(str(arrays), verify=False, val_size=200)
+    data.setup()
+    (batch,) = data.val_dataloader()
+    with torch.no_grad():
+        temperature = fit_temperature(model(batch.images / 255), batch.labels)
+        logits = model(data.test_set.images[:20] / 255)
+    assert model.temperature == pytest.approx(temperature, rel=1e-4)
+    assert abs(temperature - 1) > 0.05
+    for flags, divisor in (((), temperature), (("--model.calibrate", "false"), 1)):
+        run("predict", "--ckpt_path", LAST, *flags)
+        expected = (logits / divisor).softmax(dim=1).max(dim=1).values.tolist()
+        found = [float(row["probability"]) for row in rows(RUN_0 / "predictions.csv")[:20]]
+        assert found == pytest.approx(expected, abs=2e-4)
+
+    # All images train, and the temperature is that of the twin.
+    run("fit", "--config", BASE, "--data.val_size", "0", "--name", "twin", "--model.calibrate",
+        LAST, "--trainer.max_epochs", "1")  # fmt: skip
+    twin = Path("runs/twin/version_0/checkpoints/last.ckpt")
+    assert torch.load(twin, weights_only=True)["temperature"] == model.temperature
+    assert f"a temperature of {LAST}" in (twin.parents[1] / "model.md").read_text()
+    LAST.rename(LAST.with_name("gone.ckpt"))
+    run("fit", "--ckpt_path", twin, "--trainer.max_epochs", "2")
+    run("test", "--ckpt_path", twin)
+    result = json.loads((twin.parents[1] / "test.json").read_text())
+    assert result["temperature"] == pytest.approx(temperature, rel=1e-4)
+
+
+def test_without_a_validation_set_probabilities_are_not_calibrated(run: Run, fails: Run) -> None:
     run("fit", "--config", BASE, "--data.val_size", "0", "--trainer.max_epochs", "1")
-    run("test", "--ckpt_path", LAST)
+    assert "not calibrated" in (RUN_0 / "model.md").read_text()
+    for command in ("test", "predict"):
+        assert "probabilities are not calibrated" in run(command, "--ckpt_path", LAST)
     result = json.loads((RUN_0 / "test.json").read_text())
-    assert "temperature" not in result
+    assert result["temperature"] is None
+    assert result["as_trained"]["ece"] == result["calibration"]["ece"]
     assert result["accuracy"]["low"] < result["accuracy"]["value"] < result["accuracy"]["high"]
+    taken = ("--ckpt_path", LAST, "--model.calibrate", LAST)
+    assert "it has no temperature" in fails("predict", *taken)
 
 
 def test_a_part_of_a_test_is_no_result(run: Run, fails: Run) -> None:
     run("fit", "--config", BASE, "--trainer.max_epochs", "1", "--data.val_size", "800",
         "--data.batch_size", "100")  # fmt: skip
-    out = run("test", "--ckpt_path", LAST, "--trainer.limit_val_batches", "0")
-    assert "temperature" not in out, "it is fitted on validation only"
+    run("test", "--ckpt_path", LAST)
     (RUN_0 / "test.json").unlink()
     assert "no image was tested" in fails(
         "test", "--ckpt_path", LAST, "--trainer.limit_test_batches", "0"
