@@ -163,6 +163,7 @@ class ImageClassifier(RecordableModule):
         if takes_file := calibrate not in ("auto", True, False):
             self.temperature = _temperature_in(str(calibrate))
         self.fits_temperature = not takes_file
+        self.is_fitting = False
         self.validated: list[Predictions] = []
         for name, values in _normalization(normalize).items():
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
@@ -261,7 +262,7 @@ class ImageClassifier(RecordableModule):
         """Evaluate a batch of the validation set, or of the test set for its curve; return its
         logits [B, 10]."""
         logits = self._evaluate(batch, self.test_metrics if dataloader_idx else self.val_metrics)
-        if self.fits_temperature and self.trainer.state.fn == "fit" and not dataloader_idx:
+        if self.is_fitting and self.fits_temperature and not dataloader_idx:
             self.validated.append(Predictions(logits.float(), batch.labels, batch.indices))
         return logits
 
@@ -434,7 +435,8 @@ class ImageClassifier(RecordableModule):
     def setup(self, stage: str) -> None:
         """Take the augmentation from the data module; prepare the step; show training images to a
         new network that has `init_from`."""
-        self.views = "none" if stage == "fit" else self.tta
+        self.is_fitting = stage == "fit"
+        self.views = "none" if self.is_fitting else self.tta
         data = getattr(self.trainer, "datamodule", None)
         self.augment = getattr(data, "augmentation", self.augment)
         if stage != "fit":

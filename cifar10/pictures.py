@@ -45,14 +45,17 @@ def read_picture(path: Path) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of large files and of odd metadata
         with Image.open(path) as file:
-            file.draft("RGB", (128, 128))  # a JPEG can be decoded smaller, which is much faster
             picture = ImageOps.exif_transpose(file)
         if picture.mode.startswith("I"):  # 16 bits, which Pillow would cut off
             picture = Image.fromarray((np.asarray(picture) // 256).clip(0, 255).astype(np.uint8))
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        picture = ImageOps.fit(picture.convert("RGB"), (32, 32), Image.Resampling.BICUBIC)
+        # Cut first: of a tall picture some versions of Pillow resize the height before the width.
+        side, (width, height) = min(picture.size), picture.size
+        left, top = (width - side) // 2, (height - side) // 2
+        square = picture.convert("RGB").crop((left, top, left + side, top + side))
+        picture = square.resize((32, 32), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 

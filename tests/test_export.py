@@ -1,5 +1,6 @@
 """Exports: the same predictions, in a file that needs nothing of this project."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -500,6 +501,21 @@ def test_wrong_calls_are_refused_in_one_line_and_leave_nothing(
     refused("the npm command is not installed: install npm", "page", "new/page")
 
 
+def photos(images: Tensor) -> dict[str, Image.Image]:
+    """Return pictures of several sizes, shapes and kinds, with noise, by the names of files."""
+    rng = np.random.default_rng(0)
+    sizes = {"a.png": (45, 45), "b.png": (700, 401), "c.png": (30, 1000), "d.jpg": (2049, 1234),
+             "e.jpg": (640, 480), "f.png": (16, 20), "g.webp": (500, 333)}  # fmt: skip
+    found = {}
+    for (name, size), image in zip(sizes.items(), images, strict=False):
+        large = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size)
+        noisy = np.array(large) + rng.normal(0, 30, (size[1], size[0], 3))
+        found[name] = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+    found["clear.png"] = found["b.png"].convert("RGBA")
+    found["clear.png"].putalpha(found["b.png"].convert("L").point(lambda v: 255 * (v > 90)))
+    return found
+
+
 @pytest.mark.real_images
 def test_the_page_in_a_browser_says_what_the_network_says(out: Out, arrays: Path) -> None:
     webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
@@ -524,8 +540,10 @@ def test_the_page_in_a_browser_says_what_the_network_says(out: Out, arrays: Path
         subprocess.Popen(
             [*command, "--directory", "page"], stdout=subprocess.PIPE, text=True
         ) as server,
-        webdriver.Chrome(options, service) as browser,
+        contextlib.ExitStack() as at_end,
     ):
+        at_end.callback(server.kill)  # also if something here fails
+        browser = at_end.enter_context(webdriver.Chrome(options, service))
 
         def says(text: str) -> None:
             WebDriverWait(browser, 30).until(
@@ -540,7 +558,18 @@ def test_the_page_in_a_browser_says_what_the_network_says(out: Out, arrays: Path
             browser.find_element(By.ID, "file").send_keys(str(Path(f"{i}.png").resolve()))
             best = int(probabilities.argmax())
             says(f"{archive.CLASSES[best]}, {100 * float(probabilities[best]):.1f} %")
+        for name, picture in photos(images).items():
+            picture.save(name)
+            browser.find_element(By.ID, "file").send_keys(str(Path(name).resolve()))
+            (probabilities,) = expected(read_picture(Path(name))[None])
+            best = int(probabilities.argmax())
+            says(f"{archive.CLASSES[best]}, {100 * float(probabilities[best]):.1f} %")
+            seen = browser.execute_script(
+                "return [...document.getElementById('canvas').getContext('2d')"
+                ".getImageData(0, 0, 32, 32).data]"
+            )
+            pixels = np.array(seen).reshape(32, 32, 4)[..., :3].transpose(2, 0, 1)
+            assert (pixels == read_picture(Path(name)).numpy()).all(), name
         Path("notes.txt").write_text("no picture")
         browser.find_element(By.ID, "file").send_keys(str(Path("notes.txt").resolve()))
         says("notes.txt is no picture")
-        server.kill()
