@@ -559,6 +559,7 @@ class CLI(LightningCLI):
         """Write results and figures to the checkpoint's run, the figures to TensorBoard too."""
         from reports.evaluation import Evaluation  # slow to import
         from reports.figures import png
+        from reports.judges import JUDGES, read_judgements
 
         assert self.path is not None
         results = self._report()
@@ -570,7 +571,11 @@ class CLI(LightningCLI):
         if not self.trainer.is_global_zero:
             return
         self._say_if_not_calibrated()
-        evaluation = Evaluation(test, self.model.temperature_used)
+        is_part = len(test.labels) < len(self.datamodule.test_set)
+        people = None
+        if now == "CIFAR-10" and not is_part:
+            people = read_judgements(Path(self.datamodule.root, JUDGES))
+        evaluation = Evaluation(test, self.model.temperature_used, people)
         folder = self.run_folder
         before, used = runs.settings_of(self.checkpoint), self.config_dump
         changed = runs.differences(
@@ -581,7 +586,12 @@ class CLI(LightningCLI):
             print(f"with {key} {given}, not the run's {its}")
         terminal = Console(highlight=False)
         terminal.print(evaluation.summary(), evaluation.table(), sep="\n", soft_wrap=True)
-        if len(test.labels) < len(self.datamodule.test_set):
+        if now == "CIFAR-10" and people is None:
+            print(
+                "left out: near-duplicates, wrong labels, and which mistakes people make too; "
+                f"python -m reports.judges --root {shlex.quote(self.datamodule.root)} fetches them"
+            )
+        if is_part:
             print(f"of {len(test.labels)} images only: nothing is written")
             return
         is_own = now == self.seen.get("test", now)
@@ -591,7 +601,8 @@ class CLI(LightningCLI):
         figures = evaluation.figures(self.datamodule.test_set.images)
         files = {f"test{suffix}.json": json.dumps(values, indent=2).encode()}
         logits = io.BytesIO()
-        np.savez_compressed(logits, logits=test.logits.numpy(), labels=test.labels.numpy())
+        arrays = {"logits": test.logits.numpy(), "labels": test.labels.numpy(), "set": now}
+        np.savez_compressed(logits, **arrays)
         files[f"test{suffix}.npz"] = logits.getvalue()
         files |= {f"{name}{suffix}.png": png(figure, 110) for name, figure in figures.items()}
         for name, content in files.items():

@@ -20,6 +20,7 @@ from torchmetrics.functional.classification import (
 from cifar10.archive import CLASSES
 from cifar10.batches import Predictions
 from reports.figures import confusion_figure, coverage_figure, mistakes_figure, reliability_figure
+from reports.judges import Judgements, fair, summary_of
 
 N = len(CLASSES)
 BINS = 15  # of confidence, as in Guo et al.
@@ -102,10 +103,16 @@ class Probabilities:
 
 class Evaluation:
     """How good a model is, by its predictions of the test set, whose logits are divided by a
-    temperature, if it has one."""
+    temperature, if it has one, and by what people say of these images, if that is known."""
 
-    def __init__(self, test: Predictions, temperature: float | None = None) -> None:
+    def __init__(
+        self,
+        test: Predictions,
+        temperature: float | None = None,
+        people: Judgements | None = None,
+    ) -> None:
         self.test, self.temperature = test, temperature
+        self.fair = None if people is None else fair(test, people)
         logits, labels = test.logits, test.labels
         self.confusion = confusion_of(test)
         self.accuracy = float(self.confusion.diagonal().sum()) / len(labels)
@@ -145,6 +152,7 @@ class Evaluation:
                 for i, name in enumerate(CLASSES)
             },
             "confusion": self.confusion.tolist(),
+            "people": self.fair,
         }
         return _rounded(found)
 
@@ -175,6 +183,7 @@ class Evaluation:
                 f"({100 * interval['low']:.2f} to {100 * interval['high']:.2f}); "
                 f"NLL {found.nll:.4f}, Brier score {found.brier:.4f}; {how}",
                 f"confidence   {'; '.join(sure)}; AURC {found.aurc():.2%}",
+                *([] if self.fair is None else [summary_of(self.fair)]),
             )
         )
 

@@ -73,7 +73,7 @@ def reliability_figure(panels: dict[str, np.ndarray]) -> Figure:
         axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), aspect="equal")
         axes.set_title(title)
         axes.grid(alpha=0.3)
-        axes.legend(loc="upper left")
+        axes.legend(loc="lower right")
     return figure
 
 

@@ -7,7 +7,7 @@ ROOT = Path(__file__).parents[1]
 LOW = {"cifar10", "runs", "memory", "terminal"}  # stand on nothing of ours
 MAY = {
     **{key: set[str]() for key in {*LOW, "networks", "optimization"}},
-    "reports": {"cifar10", "runs"},
+    "reports": {"cifar10", "runs", "terminal"},
     "callbacks": {"cifar10", "runs", "reports"},
     "cuda_graph": {"cifar10"},
     "datamodule": {"cifar10", "runs"},

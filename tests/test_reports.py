@@ -6,8 +6,10 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pooch
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from PIL import Image
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss, log_loss
@@ -20,6 +22,7 @@ from cifar10.pictures import read_picture
 from datamodule import CIFAR10DataModule
 from lightning_module import ImageClassifier, fit_temperature
 from networks import ConvNet
+from reports import compare, judges
 from reports.evaluation import Evaluation
 from tests.conftest import BASE, TEST_SIZE, Run
 from tests.test_train import CONVNET
@@ -261,6 +264,88 @@ def test_tensorboard_shows_rates_norms_and_confusions_and_changes_nothing(
     assert len(events.Images("val/confusion")) == 1
     alone = torch.load("runs/alone/version_0/model.pth", weights_only=True)
     assert all(torch.equal(weights[key], alone[key]) for key in weights)
+
+
+def test_what_people_say_of_the_images_is_in_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    test = some_predictions(1000)
+    predicted, labels = test.logits.argmax(1), test.labels
+    wrong = (predicted != labels).nonzero()[:, 0].tolist()
+    folder = tmp_path / judges.JUDGES
+    assert judges.read_judgements(folder) is None
+    folder.mkdir()
+    seen = 50 * np.eye(10, dtype=int)[labels.numpy()]
+    for i in wrong[:7]:  # most people make these mistakes
+        seen[i] = 49 * np.eye(10, dtype=int)[int(predicted[i])]
+    for i in wrong[7:10]:  # some make these
+        seen[i, int(predicted[i])] = 10
+    seen[wrong[10], int(predicted[wrong[10]])] = 1  # a slip
+    np.save(folder / judges.SEEN, seen)
+    pairs = "".join(f"{i},{i},0.1,1\n" for i in (*wrong[:2], 5, 5))
+    (folder / judges.DUPLICATES).write_text(f"TestID,TrainID,Distance,Judgment\n{pairs}")
+    votes = {wrong[0]: 2, wrong[3]: 0, wrong[4]: 3}
+    (folder / judges.JUDGED).write_text(
+        json.dumps([{"id": i, "mturk": {"given": n, "guessed": 5 - n}} for i, n in votes.items()])
+    )
+    with pytest.raises(MisconfigurationException, match="is damaged, or another version"):
+        judges.read_judgements(folder)
+    sums = {file.name: pooch.file_hash(str(file)) for file in folder.iterdir()}
+    sources = {name: of._replace(sha256=sums[name]) for name, of in judges.SOURCES.items()}
+    monkeypatch.setattr(judges, "SOURCES", sources)
+    found = Evaluation(test, None, judges.read_judgements(folder))
+    of = found.values()["people"]
+    # Of 1,000: two duplicates among the mistakes and one that may be right; two wrong labels.
+    duplicates, right = {*wrong[:2], 5}, 1000 - len(wrong)
+    kept = right - (5 not in wrong)
+    assert of["without_duplicates"]["images"] == 1000 - len(duplicates)
+    expected = pytest.approx(kept / (1000 - len(duplicates)), abs=1e-6)
+    assert of["without_duplicates"]["accuracy"] == expected
+    assert of["without_wrong_labels"]["accuracy"] == pytest.approx(right / 998, abs=1e-6)
+    assert of["without_both"]["images"] == 1000 - len(duplicates | {wrong[0], wrong[3]})
+    assert of["mistakes_of_most_people"] == pytest.approx(7 / len(wrong), abs=1e-6)
+    assert of["mistakes_of_some_people"] == pytest.approx(10 / len(wrong), abs=1e-6)
+    assert "without wrong labels" in found.summary()
+
+
+def test_two_models_are_compared_on_the_same_images(
+    run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run("fit", "--config", BASE, once=True)
+    run("test", "--ckpt_path", LAST)
+    run("test", "--ckpt_path", LAST.with_name("epoch_00.ckpt"))
+    first = (RUN_0 / "test.npz").rename(tmp_path / "first.npz")
+    run("test", "--ckpt_path", LAST)
+    compare.main([str(first), str(RUN_0)])
+    printed = capsys.readouterr().out
+    right = [
+        of["logits"].argmax(1) == of["labels"] for of in map(np.load, (first, RUN_0 / "test.npz"))
+    ]
+    assert f"{100 * (right[1].mean() - right[0].mean()):+.2f} points" in printed
+    compare.main([str(RUN_0), str(RUN_0)])
+    assert "+0.00 points, 95 % interval +0.00 to +0.00" in capsys.readouterr().out
+
+    with np.load(first) as content:
+        np.savez(tmp_path / "other.npz", **{**content, "set": "other images"})
+    for path, words in (("nowhere", "train.py test"), (LAST, "is not what `train.py test` writes"),
+                        (tmp_path / "other.npz", "not of the same test images")):  # fmt: skip
+        with pytest.raises(SystemExit, match=words):
+            compare.main([str(RUN_0), str(path)])
+
+
+def test_the_comparison_is_mcnemars_and_its_interval_covers() -> None:
+    first, second = np.zeros(10_000, bool), np.zeros(10_000, bool)
+    first[:930], second[60:1000] = True, True
+    found = compare.comparison(first, second)
+    assert (found["only_first"], found["only_second"]) == (60, 70)
+    # the exact test by its definition: a fair coin for each image that one alone has right
+    tail = sum(math.comb(130, k) for k in range(61)) / 2**130
+    assert found["p"] == pytest.approx(2 * tail)
+    gains = second.astype(float) - first
+    error = gains.std() / 100
+    assert found["difference"] == pytest.approx(0.001)
+    assert found["low"] == pytest.approx(0.001 - 1.96 * error, abs=2e-4)
+    assert found["high"] == pytest.approx(0.001 + 1.96 * error, abs=2e-4)
 
 
 # ------------------------------------------------------------------------------------- pictures

@@ -1,0 +1,95 @@
+"""Compare two models on the same test images, from what `test` has saved of each.
+
+    python -m reports.compare runs/base/version_0 runs/improved/version_0
+
+Each is the folder of a run that was tested, or a file such as its test.npz.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from scipy.stats import binomtest, bootstrap
+
+from terminal import ShortParser, quieten, short_errors
+
+RESAMPLES = 9999
+
+
+def saved_predictions(path: Path) -> tuple[np.ndarray, np.ndarray, str]:
+    """Return whether each image is classified right, bool [N], the labels [N], and which images
+    these are."""
+    file = path / "test.npz" if path.is_dir() else path
+    try:
+        with np.load(file) as content:
+            logits, labels, images = (content[key] for key in ("logits", "labels", "set"))
+    except FileNotFoundError:
+        raise MisconfigurationException(
+            f"no {file}: python train.py test --ckpt_path CHECKPOINT writes it"
+        ) from None
+    except (OSError, KeyError, ValueError) as error:
+        raise MisconfigurationException(f"{file} is not what `train.py test` writes") from error
+    return logits.argmax(axis=1) == labels, labels, str(images)
+
+
+def comparison(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
+    """Return how much more often the second model is right than the first, from whether each is,
+    bool [N]: the difference of the accuracies, its 95 % interval by the paired bootstrap over
+    images, how many images one alone has right, and p of McNemar's exact test."""
+    gained, lost = int((second & ~first).sum()), int((first & ~second).sum())
+    gains = second.astype(float) - first
+    # Of images that are alike nothing is left to draw.
+    low = high = float(gains.mean())
+    if gains.min() < gains.max():
+        found = bootstrap(
+            (gains,), np.mean, n_resamples=RESAMPLES, method="percentile", batch=100,
+            rng=np.random.default_rng(0),
+        )  # fmt: skip
+        low, high = map(float, found.confidence_interval)
+    p = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    return {
+        "first": float(first.mean()),
+        "second": float(second.mean()),
+        "difference": float(gains.mean()),
+        "low": low,
+        "high": high,
+        "only_first": lost,
+        "only_second": gained,
+        "p": p,
+    }
+
+
+def _main(args: list[str]) -> None:
+    parser = ShortParser(prog="reports.compare", description="Compare two models.")
+    parser.add_argument("first", type=str, help="a run that was tested, or its test.npz")
+    parser.add_argument("second", type=str, help="another one")
+    given = parser.parse_args(args)
+    (first, labels, its), (second, others, images) = (
+        saved_predictions(Path(path)) for path in (given.first, given.second)
+    )
+    if its != images or not np.array_equal(labels, others):
+        raise MisconfigurationException(
+            f"not of the same test images: {given.first} has {its}, {given.second} {images}"
+        )
+    of = comparison(first, second)
+    p = "< 0.0001" if of["p"] < 0.0001 else f"= {of['p']:.4f}"
+    print(
+        f"first       {of['first']:.2%} of {len(labels):,} test images of {images}; "
+        f"alone right on {of['only_first']:,}\n"
+        f"second      {of['second']:.2%}; alone right on {of['only_second']:,}\n"
+        f"difference  {100 * of['difference']:+.2f} points, 95 % interval {100 * of['low']:+.2f} "
+        f"to {100 * of['high']:+.2f} (paired bootstrap), p {p} (McNemar, exact)\n"
+        "of these two models: another seed gives another, and study.py compares recipes"
+    )
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; a user's mistake gives one line and an exit code that is not 0."""
+    quieten()
+    with short_errors():
+        _main(sys.argv[1:] if args is None else args)
+
+
+if __name__ == "__main__":
+    main()

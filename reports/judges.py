@@ -1,0 +1,146 @@
+"""What people say of CIFAR-10's test images, by which `test` judges mistakes.
+
+    python -m reports.judges --root data      # fetches the files into data/judges (900 kB)
+
+Which images are in the training set too, whose label is wrong, and which class people see. The
+files are not part of this project, and `test` does without them. Offline, put them there by hand.
+"""
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pooch
+import requests
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from cifar10.batches import Predictions
+from terminal import ShortParser, quieten, short_errors
+
+JUDGES = "judges"
+GITHUB = "https://raw.githubusercontent.com"
+FEW = 0.1  # of the people who saw an image: fewer may have slipped
+
+
+class Source(NamedTuple):
+    """Where a file is from, and on which terms."""
+
+    url: str
+    sha256: str
+    terms: str
+
+
+DUPLICATES, JUDGED, SEEN = "duplicates_cifar10.csv", "cifar10_mturk.json", "cifar10h-counts.npy"
+SOURCES = {
+    DUPLICATES: Source(
+        f"{GITHUB}/cvjena/cifair/4c2764277f5fda8fec6784a78c1818eab13236c5/meta/{DUPLICATES}",
+        "4cb7e99a7dfff346082c9d8fa4c2989a196e4a37d1e58f75936046696f1ba6a4",
+        "ciFAIR, Barz and Denzler (arXiv 1902.00423); no licence is given",
+    ),
+    JUDGED: Source(
+        f"{GITHUB}/cleanlab/label-errors/6d5d6b31a13216290afc40e5c6319399c4d15c06/mturk/{JUDGED}",
+        "81b2c16c9eee060d6cc2390f6bbce1e0e7be0a050574be5177c9428f3596b5b5",
+        "label-errors, Northcutt et al. (arXiv 2103.14749); Apache License 2.0",
+    ),
+    SEEN: Source(
+        f"{GITHUB}/jcpeterson/cifar-10h/48da312b193b82e6939ec20f23d1f09cbdd849c8/data/{SEEN}",
+        "9b36b4550349af56c79083356312eb4af856cc5fd3caf1f669d40b9d0bbb69ff",
+        "CIFAR-10H, Peterson et al. (arXiv 1908.07086); CC BY-NC-SA 4.0, not for commercial use",
+    ),
+}
+
+
+class Judgements(NamedTuple):
+    """Of each test image: whether the training set has it too, bool [N]; whether its label is
+    wrong, bool [N]; how many people took it for which class, int64 [N, 10]."""
+
+    is_duplicate: np.ndarray
+    is_wrong: np.ndarray
+    seen: np.ndarray
+
+
+def read_judgements(folder: Path) -> Judgements | None:
+    """Return what people say, by the files in a folder; None if one is not there.
+
+    Raises:
+        MisconfigurationException: A file is not the one that was published.
+    """
+    files = {name: folder / name for name in SOURCES}
+    if not all(file.is_file() for file in files.values()):
+        return None
+    for name, file in files.items():
+        if pooch.file_hash(str(file)) != SOURCES[name].sha256:
+            raise MisconfigurationException(f"{file} is damaged, or another version: remove it")
+    seen = np.load(files[SEEN])
+    is_duplicate, is_wrong = np.zeros((2, len(seen)), dtype=bool)
+    with files[DUPLICATES].open(encoding="utf-8") as rows:
+        is_duplicate[[int(row["TestID"]) for row in csv.DictReader(rows)]] = True
+    for image in json.loads(files[JUDGED].read_text(encoding="utf-8")):
+        is_wrong[image["id"]] = image["mturk"]["given"] < 3  # of five people
+    return Judgements(is_duplicate, is_wrong, seen)
+
+
+def fair(test: Predictions, judgements: Judgements) -> dict[str, Any]:
+    """Return what the accuracy on CIFAR-10's test set is worth: without the images that training
+    has too, without those whose label is wrong, without both; and the share of the mistakes that at
+    least a tenth, or most, of the people make too. People's own accuracy is beside it."""
+    predicted, labels = test.logits.argmax(dim=1).numpy(), test.labels.numpy()
+    is_right = predicted == labels
+    parts = {
+        "without_duplicates": ~judgements.is_duplicate,
+        "without_wrong_labels": ~judgements.is_wrong,
+        "without_both": ~(judgements.is_duplicate | judgements.is_wrong),
+    }
+    shares = judgements.seen / judgements.seen.sum(axis=1, keepdims=True)
+    rows = np.arange(len(labels))
+    mistaken = shares[rows, predicted][~is_right]
+    return {
+        **{
+            name: {"accuracy": float(is_right[of].mean()), "images": int(of.sum())}
+            for name, of in parts.items()
+        },
+        "mistakes": int((~is_right).sum()),
+        "mistakes_of_some_people": float((mistaken >= FEW).mean()) if len(mistaken) else 0.0,
+        "mistakes_of_most_people": float((mistaken > 0.5).mean()) if len(mistaken) else 0.0,
+        "people_accuracy": float((shares[rows, labels]).mean()),
+    }
+
+
+def summary_of(of: dict[str, Any]) -> str:
+    """Return what `fair` found, on two lines."""
+    parts = ("without_duplicates", "without_wrong_labels", "without_both")
+    accuracies = (f"{of[part]['accuracy']:.2%} {part.replace('_', ' ')}" for part in parts)
+    return (
+        f"test set     {', '.join(accuracies)} ({of['without_both']['images']:,} images are left)\n"
+        f"people       at least a tenth of them make {of['mistakes_of_some_people']:.1%} of its "
+        f"{of['mistakes']:,} mistakes too, most of them {of['mistakes_of_most_people']:.1%}; they "
+        f"are right in {of['people_accuracy']:.1%}"
+    )
+
+
+def _main(args: list[str]) -> None:
+    parser = ShortParser(prog="reports.judges", description="Fetch what people say.")
+    parser.add_argument("--root", type=str, default="data", help="the images' folder")
+    folder = Path(parser.parse_args(args).root, JUDGES)
+    for name, source in SOURCES.items():
+        try:
+            pooch.retrieve(source.url, source.sha256, name, folder)
+        except (requests.RequestException, ValueError) as error:
+            raise MisconfigurationException(
+                f"{source.url} can't be had ({type(error).__name__}): put it into {folder}"
+            ) from error
+        print(f"{folder / name}: {source.terms}")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; a user's mistake gives one line and an exit code that is not 0."""
+    quieten()
+    with short_errors():
+        _main(sys.argv[1:] if args is None else args)
+
+
+if __name__ == "__main__":
+    main()
