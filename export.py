@@ -53,12 +53,13 @@ RUNTIME = "onnxruntime-web@1.30.0"
 RUNTIME_BYTES = 33_106_585
 RUNTIME_FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
 PAGE_FILES = {"index.html", "model.onnx", *RUNTIME_FILES}
+CARD_OF_PAGE = ("classes", "recipe", "epoch", "calibrated", "unsure_below")
 COMPARED = 1000  # test images
 DIGEST = "- **SHA-256**: "  # in the card of a shared checkpoint
 MAY_DIFFER = 0.0005  # the share of images whose class may change by half precision
 SHARED = (  # the parts of a checkpoint that do not only serve to resume it
     "epoch", "global_step", "pytorch-lightning_version", "hparams_name", "hyper_parameters",
-    "datamodule_hparams_name", "datamodule_hyper_parameters", "temperature",
+    "datamodule_hparams_name", "datamodule_hyper_parameters", "temperature", "unsure_below",
 )  # fmt: skip
 EXAMPLE = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)  # of one image the batch would be fixed
 SHAPES = ({0: torch.export.Dim("batch", min=1)},)
@@ -103,6 +104,7 @@ def load(
         "output": "logits [B, 10]; softmax of logits / temperature is the probabilities",
         "temperature": model.temperature_used or 1.0,
         "calibrated": model.temperature_used is not None,
+        "unsure_below": model.unsure_below if model.temperature_used else 0.0,
         "test_time_augmentation": model.tta,
         "recipe": settings.get("name"),
         "epoch": checkpoint["epoch"],
@@ -125,7 +127,7 @@ def export_onnx(classifier: Classifier, card: Card) -> tuple[bytes, Predict]:
         opset_version=18,  # the oldest that this exporter writes
     )  # fmt: skip
     assert program is not None
-    names = ("classes", "recipe", "epoch", "val/acc", "calibrated")
+    names = ("classes", "recipe", "epoch", "val/acc", "calibrated", "unsure_below")
     keys = [key for key in names if key in card]
     program.model.metadata_props.update({key: json.dumps(card[key]) for key in keys})
     content = program.model_proto.SerializeToString()
@@ -243,7 +245,7 @@ def page_files(model: bytes, card: Card) -> dict[str, bytes]:
         with tarfile.open(package) as tar:
             members = {name: tar.extractfile(f"package/dist/{name}") for name in RUNTIME_FILES}
             files = {name: member.read() for name, member in members.items() if member}
-    said = json.dumps({key: card[key] for key in ("classes", "recipe", "epoch", "calibrated")})
+    said = json.dumps({key: card[key] for key in CARD_OF_PAGE})
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     page = page.replace("CARD", said.replace("<", "\\u003c"))
     return {"index.html": page.encode(), "model.onnx": model, **files}

@@ -44,6 +44,7 @@ CompileMode = Literal[
     "off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
 ]
 FINDERS = (BatchSizeFinder, LearningRateFinder)
+UNSURE = 0.05  # the share of validation images
 INIT_IMAGES = 5000  # that a network's `init_from` sees
 
 
@@ -90,7 +91,9 @@ class ImageClassifier(RecordableModule):
         calibrate: `auto`: probabilities are those of the logits divided by a temperature, fitted on
             the validation set after each validation of `fit` and saved with the checkpoint
             (`fit_temperature`). False: of the logits as they are. A checkpoint's file: by its
-            temperature, for a model that trains on all images. No class changes by it.
+            temperature, for a model that trains on all images. No class changes by it. With the
+            temperature goes `unsure_below`: the largest probability of an image is below it for
+            one validation image in twenty.
         proxy: A small network that sees each batch first and picks the images which train: those
             of its largest losses (Jordan's `airbench96_faster.py`). It trains on them too, by the
             same optimizer, for which its parameters have names that begin with `proxy.`; it is of
@@ -160,8 +163,9 @@ class ImageClassifier(RecordableModule):
         self.tta = self.views = tta
         self.calibrate = calibrate
         self.temperature: float | None = None  # none is known
+        self.unsure_below = 0.0
         if takes_file := calibrate not in ("auto", True, False):
-            self.temperature = _temperature_in(str(calibrate))
+            self.temperature, self.unsure_below = _calibration_in(str(calibrate))
         self.fits_temperature = not takes_file
         self.is_fitting = False
         self.validated: list[Predictions] = []
@@ -519,6 +523,8 @@ class ImageClassifier(RecordableModule):
         validated, self.validated = self.validated, []
         if (found := gathered(validated)) is not None:
             self.temperature = fit_temperature(found.logits, found.labels)
+            largest = (found.logits / self.temperature).softmax(dim=1).max(dim=1).values
+            self.unsure_below = float(largest.quantile(UNSURE))
 
     on_test_epoch_end = on_validation_epoch_end
 
@@ -553,6 +559,7 @@ class ImageClassifier(RecordableModule):
         super().on_save_checkpoint(checkpoint)
         checkpoint["found_lr"] = self.lr
         checkpoint["temperature"] = self.temperature
+        checkpoint["unsure_below"] = self.unsure_below
         for key in self.augment.state_dict(prefix="augment."):  # which are the data's
             checkpoint["state_dict"].pop(key, None)
         if self.train_metrics.update_called:
@@ -574,6 +581,7 @@ class ImageClassifier(RecordableModule):
         self.lr = checkpoint.get("found_lr")
         if self.fits_temperature:
             self.temperature = checkpoint.get("temperature")
+            self.unsure_below = checkpoint.get("unsure_below", 0.0)
         if self.proxy is None:  # of a run that had one
             for key in [key for key in checkpoint["state_dict"] if key.startswith("proxy.")]:
                 del checkpoint["state_dict"][key]
@@ -650,13 +658,14 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     return math.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x)
 
 
-def _temperature_in(file: str) -> float:
-    """Return the temperature that a checkpoint has."""
-    if (found := read_checkpoint(file).get("temperature")) is None:
+def _calibration_in(file: str) -> tuple[float, float]:
+    """Return the temperature that a checkpoint has, and below which probability it is unsure."""
+    checkpoint = read_checkpoint(file)
+    if checkpoint.get("temperature") is None:
         raise MisconfigurationException(
             f"model.calibrate {file}: it has no temperature, as no validation was part of its fit"
         )
-    return float(found)
+    return checkpoint["temperature"], checkpoint["unsure_below"]
 
 
 def _monitor(scheduler: Any) -> str:

@@ -86,9 +86,9 @@ class ConfusionMatrix(PredictionsKeeper):
 
 
 class PredictionTable(Callback):
-    """Writes the two most probable classes of every image to a CSV file at the end, and shows those
-    of the first pictures. `files` are the pictures' own, None for images that have numbers and
-    labels."""
+    """Writes the two most probable classes of every image to a CSV file at the end, and whether the
+    model is sure; shows those of the first pictures. `files` are the pictures' own, None for images
+    that have numbers and labels."""
 
     def __init__(self, path: Path, files: list[Path] | None) -> None:
         self.path, self.files = path, files
@@ -99,10 +99,12 @@ class PredictionTable(Callback):
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int, *_: Any
     ) -> None:
         """Keep the best of probabilities [B, 10]; name the files that could not be read."""
+        self.unsure_below = pl_module.unsure_below if pl_module.temperature_used else 0.0
         best, indices = outputs.topk(2), batch.indices.tolist()
         columns = indices, best.values.tolist(), best.indices.tolist(), batch.labels.tolist()
         for index, (p, q), (first, second), label in zip(*columns, strict=True):
-            row = [CLASSES[first], f"{p:.4f}", CLASSES[second], f"{q:.4f}"]
+            is_sure = "yes" if p >= self.unsure_below else "no"
+            row = [CLASSES[first], f"{p:.4f}", CLASSES[second], f"{q:.4f}", is_sure]
             if self.files is None:
                 self.rows.append([str(index), *row, CLASSES[label]])
             else:
@@ -119,7 +121,7 @@ class PredictionTable(Callback):
             return
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        columns = ["class", "probability", "runner_up", "runner_up_probability"]
+        columns = ["class", "probability", "runner_up", "runner_up_probability", "sure"]
         writer.writerow(["image", *columns, "label"] if self.files is None else ["file", *columns])
         writer.writerows(self.rows)
         write_whole(self.path, text.getvalue().encode())
@@ -127,7 +129,8 @@ class PredictionTable(Callback):
             table = Table(box=box.SIMPLE, header_style="bold", pad_edge=False)
             for header in ("file", "class", "probability", "runner-up", "probability"):
                 table.add_column(header, justify="right" if header[0] == "p" else "left")
-            for file, first, p, second, q in self.rows[:SHOWN]:
+            for file, first, p, second, q, is_sure in self.rows[:SHOWN]:
+                first = first if is_sure == "yes" else f"not sure: {first}"
                 table.add_row(Text(file), first, f"{float(p):.1%}", second, f"{float(q):.1%}")
             terminal = Console(highlight=False)
             if not terminal.is_terminal:

@@ -188,15 +188,21 @@ def test_probabilities_are_calibrated_by_what_validation_says(run: Run, arrays: 
     data.setup()
     (batch,) = data.val_dataloader()
     with torch.no_grad():
-        temperature = fit_temperature(model(batch.images / 255), batch.labels)
+        validated = model(batch.images / 255)
+        temperature = fit_temperature(validated, batch.labels)
         logits = model(data.test_set.images[:20] / 255)
     assert model.temperature == pytest.approx(temperature, rel=1e-4)
     assert abs(temperature - 1) > 0.05
+    largest = (validated / temperature).softmax(dim=1).max(dim=1).values
+    assert (largest < model.unsure_below).sum() == 10, "a twentieth of 200"
     for flags, divisor in (((), temperature), (("--model.calibrate", "false"), 1)):
         run("predict", "--ckpt_path", LAST, *flags)
         expected = (logits / divisor).softmax(dim=1).max(dim=1).values.tolist()
         found = [float(row["probability"]) for row in rows(RUN_0 / "predictions.csv")[:20]]
         assert found == pytest.approx(expected, abs=2e-4)
+        least = model.unsure_below if divisor != 1 else 0
+        sure = ["yes" if p >= least else "no" for p in expected]
+        assert [row["sure"] for row in rows(RUN_0 / "predictions.csv")[:20]] == sure
 
     # All images train, and the temperature is that of the twin.
     run("fit", "--config", BASE, "--data.val_size", "0", "--name", "twin", "--model.calibrate",
