@@ -1,0 +1,122 @@
+"""Measures what "not sure" is worth for images of classes that a model has never seen.
+
+    python -m benchmarks.open_set --config configs/base.yaml --splits 5
+
+Trains on six of the classes, a fifth of their images for validation, and tests on all test images:
+how well the largest probability, and the energy (Liu et al., arXiv 2010.03759), tell the 6,000
+images of known classes from the 4,000 of the others. Each split has other classes. Words behind the
+flags go to `train.py fit`, such as --trainer.max_epochs 8. What is done is not done again.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import mannwhitneyu
+from torch import Tensor
+
+from benchmarks import common
+from cifar10 import archive
+from runs import read_checkpoint
+
+KNOWN = 6
+TITLES = {
+    "accuracy": "accuracy on known", "probability_auroc": "AUROC, probability",
+    "energy_auroc": "AUROC, energy", "probability_fpr95": "FPR at 95 %, probability",
+    "energy_fpr95": "FPR at 95 %, energy", "sure_of_known": "sure of known",
+    "sure_of_unknown": "sure of unknown",
+}  # fmt: skip
+
+
+def write_split(root: Path, data: archive.CIFAR10, known: list[int]) -> int:
+    """Write CIFAR-10 with the training images of `known` classes only, which become 0 to 5, and all
+    test images, those of other classes with labels above; return how many training images it has.
+    """
+    others = [label for label in range(10) if label not in known]
+    new = torch.tensor([[*known, *others].index(label) for label in range(10)], dtype=torch.uint8)
+    labels = new[data.train_labels.long()]
+    arrays = {
+        "train_images": data.train_images[labels < KNOWN],
+        "train_labels": labels[labels < KNOWN],
+        "test_images": data.test_images,
+        "test_labels": new[data.test_labels.long()],
+    }
+    folder = root / archive.FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array.numpy())
+    return len(arrays["train_labels"])
+
+
+def measured(logits: Tensor, labels: Tensor, temperature: float, least: float) -> dict[str, float]:
+    """Return how well a model tells known classes from others, by its logits [N, 10] and labels
+    int64 [N], which are below 6 for known classes; it is sure from the probability `least` on."""
+    is_known = labels < KNOWN
+    probability = (logits / temperature).softmax(dim=1).max(dim=1).values
+    is_right = (logits.argmax(dim=1) == labels)[is_known]
+    found = {"accuracy": is_right.double().mean()}
+    for name, score in (("probability", probability), ("energy", logits.logsumexp(dim=1))):
+        wins = mannwhitneyu(score[is_known], score[~is_known]).statistic  # ties count a half
+        found[f"{name}_auroc"] = wins / (is_known.sum() * (~is_known).sum())
+        kept = score[is_known].quantile(0.05)  # by 95 % of the known
+        found[f"{name}_fpr95"] = (score[~is_known] >= kept).double().mean()
+    for name, of in (("known", is_known), ("unknown", ~is_known)):
+        found[f"sure_of_{name}"] = (probability[of] >= least).double().mean()
+    return {key: float(value) for key, value in found.items()}
+
+
+def run(config: str, split: int, data: archive.CIFAR10, more: list[str]) -> dict[str, float]:
+    """Train and test on a split, unless that is done; return what was measured."""
+    known = sorted(np.random.default_rng(split).permutation(10)[:KNOWN].tolist())
+    parent = Path("runs", "open_set", f"{Path(config).stem}_{split}")
+    folder = parent / "version_0"
+    if not (folder / "test.npz").exists():
+        size = write_split(parent / "data", data, known)
+        where = ["--data.root", str(parent / "data")]
+        flags = [*where, "--data.verify", "false", "--data.val_size", str(size // 5)]
+        flags += ["--name", f"open_set/{parent.name}", "--seed_everything", str(split), *more]
+        fit = [sys.executable, "train.py", "fit", "--config", config, *flags]
+        subprocess.run(fit, check=True, cwd=common.HERE)
+        name = ["--name", f"open_set/{parent.name}"]
+        test = [sys.executable, "train.py", "test", "--ckpt_path", "best", *name]
+        subprocess.run(test, check=True, cwd=common.HERE)
+    found = json.loads((folder / "test.json").read_text(encoding="utf-8"))
+    checkpoint = read_checkpoint(folder / "checkpoints" / found["checkpoint"])
+    with np.load(folder / "test.npz") as content:
+        logits, labels = torch.from_numpy(content["logits"]), torch.from_numpy(content["labels"])
+    least = checkpoint["unsure_below"]
+    return measured(logits, labels, checkpoint["temperature"], least)
+
+
+def main() -> None:
+    """Run all splits; print the means."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--splits", type=int, default=5)
+    parser.add_argument("--root", default="data", help="the images' folder")
+    parser.add_argument("--json", type=Path, help="write the figures of every split to this file")
+    args, more = parser.parse_known_args()
+    data = archive.load(args.root)
+    found = [run(args.config, split, data, more) for split in range(args.splits)]
+    table = Table(box=box.SIMPLE, header_style="bold")
+    table.add_column(args.config)
+    table.add_column(f"mean of {len(found)}", justify="right")
+    table.add_column("of each split")
+    for key, title in TITLES.items():
+        values = [100 * of[key] for of in found]
+        each = ", ".join(f"{value:.1f}" for value in values)
+        table.add_row(title, f"{np.mean(values):.1f} %", each)
+    Console().print(table)
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
