@@ -1,5 +1,6 @@
 """The model card: what a run was, so that it can be repeated, and what came of it."""
 
+import copy
 import inspect
 import platform
 import shlex
@@ -8,7 +9,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from cifar10 import archive
 from runs import Row
@@ -17,6 +21,11 @@ LIMITS = (  # settings of the trainer that the card names where they are not the
     "max_steps", "max_time", "limit_val_batches", "overfit_batches", "val_check_interval",
     "check_val_every_n_epoch", "accumulate_grad_batches", "gradient_clip_val",
 )  # fmt: skip
+FLAWS = (
+    "CIFAR-10 (Krizhevsky, 2009) comes without a licence. Its images are from Tiny Images, withdrawn "
+    "in 2020 for offensive labels. 3.25 % of the test images have near-duplicates (ciFAIR), and about "
+    "0.5 % of the test labels are wrong (Northcutt et al., 2021)"
+)
 RESULT = "\n## On the test set\n"
 
 
@@ -60,6 +69,7 @@ def model_card(
     the `commit` of the code."""
     model, data, weights = settings["model"], settings["data"], settings["model"]["weights"]
     parts, images = run["parts"], run["images"]
+    is_cifar10 = set(images.values()) == {"CIFAR-10"}
     module: Any = trainer.lightning_module
     size = sum(p.numel() for p in module.network.parameters())
     some, every = trainer.num_training_batches, len(trainer.train_dataloader)  # type: ignore[arg-type]
@@ -75,9 +85,10 @@ def model_card(
         "Files outside this project's commits": ", ".join(
             f"`{name}`, SHA-256 {version}..." for name, version in untracked(run["code"]).items()
         ),
-        "Network": f"{_call(model['network'])}, {size:,} parameters",
+        "Network": f"{_call(model['network'])}, {size:,} parameters, "
+        f"{flops(module.network) / 1e6:,.1f} million FLOPs an image",
         "Data": f"CIFAR-10, python version, md5 {archive.ARCHIVE_MD5}"
-        if set(images.values()) == {"CIFAR-10"}
+        if is_cifar10
         else f"not CIFAR-10 as published: SHA-256 of training images and labels {images['train']}, "
         f"of test images and labels {images['test']}",
         "Split": f"{data['val_size']:,} of the training images held out for validation, "
@@ -120,11 +131,21 @@ def model_card(
         "Versions": "".join(f"{n} {v}, " for n, v in run["versions"].items() if n != weights)
         + f"Python {platform.python_version()}, {platform.system()}",
         "Classes": ", ".join(archive.CLASSES) + "; it has no answer for anything else",
+        "Known flaws": FLAWS * is_cifar10,
     }
     if best is not None and "val/acc" in best:
         lines["Validation"] = f"accuracy {best['val/acc']:.2%} in the chosen epoch, {best['epoch']}"
     text = "\n".join(f"- **{key}**: {value}" for key, value in lines.items() if value != "")
     return f"# {settings['name']}, {folder.name}\n\n{text}\n"
+
+
+def flops(network: nn.Module) -> float:
+    """Return the floating-point operations of one image's way through a network, a multiplication
+    and an addition counted as two; only those of convolutions and matrix products count."""
+    copied = copy.deepcopy(network).cpu().float().eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        copied(torch.zeros(2, 3, 32, 32))
+    return counter.get_total_flops() / 2
 
 
 def early_stops(trainer: Trainer) -> list[str]:

@@ -14,6 +14,7 @@ from PIL import Image
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss, log_loss
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 from torch.nn import functional as F
 
 from cifar10 import archive
@@ -23,6 +24,7 @@ from datamodule import CIFAR10DataModule
 from lightning_module import ImageClassifier, fit_temperature
 from networks import ConvNet
 from reports import compare, judges
+from reports.card import flops
 from reports.evaluation import Evaluation
 from tests.conftest import BASE, TEST_SIZE, Run
 from tests.test_train import CONVNET
@@ -173,12 +175,17 @@ def test_the_report_says_what_a_plain_loop_finds(run: Run, arrays: Path) -> None
     card = (RUN_0 / "model.md").read_text()
     for words in ("78,658 parameters", "not CIFAR-10 as published", "split_seed 0", "commit ",
                   "**Seed**: 0", "config.yaml", "200 of the training images", "**Epochs**: 2 of 2",
-                  "Of epoch 1 (`last.ckpt`)", f"accuracy     {right / TEST_SIZE:.2%}"):  # fmt: skip
+                  "million FLOPs an image", "Of epoch 1 (`last.ckpt`)", f"accuracy     {right / TEST_SIZE:.2%}"):  # fmt: skip
         assert words in card
     run("test", "--ckpt_path", RUN_0 / "checkpoints/epoch_00.ckpt")
     again = (RUN_0 / "model.md").read_text()
     assert again.count("## On the test set") == 1
     assert "Of epoch 0 (`epoch_00.ckpt`)" in again
+
+
+def test_flops_are_those_of_products_and_sums() -> None:
+    layers = (nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8192, 10))
+    assert flops(nn.Sequential(*layers)) == 2 * (3 * 9 * 8 * 32 * 32 + 8192 * 10)
 
 
 def test_probabilities_are_calibrated_by_what_validation_says(run: Run, arrays: Path) -> None:
