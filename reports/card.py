@@ -22,9 +22,10 @@ LIMITS = (  # settings of the trainer that the card names where they are not the
     "check_val_every_n_epoch", "accumulate_grad_batches", "gradient_clip_val",
 )  # fmt: skip
 FLAWS = (
-    "CIFAR-10 (Krizhevsky, 2009) comes without a licence. Its images are from Tiny Images, withdrawn "
-    "in 2020 for offensive labels. 3.25 % of the test images have near-duplicates (ciFAIR), and about "
-    "0.5 % of the test labels are wrong (Northcutt et al., 2021)"
+    "CIFAR-10 (Krizhevsky, 2009) comes without a licence. Its images are from Tiny Images, which "
+    "was withdrawn in 2020 for offensive labels. "
+    "3.25 % of the test images have near-duplicates (ciFAIR), and about 0.5 % of the test labels "
+    "are wrong (Northcutt et al., 2021)"
 )
 RESULT = "\n## On the test set\n"
 

@@ -175,7 +175,8 @@ def test_the_report_says_what_a_plain_loop_finds(run: Run, arrays: Path) -> None
     card = (RUN_0 / "model.md").read_text()
     for words in ("78,658 parameters", "not CIFAR-10 as published", "split_seed 0", "commit ",
                   "**Seed**: 0", "config.yaml", "200 of the training images", "**Epochs**: 2 of 2",
-                  "million FLOPs an image", "Of epoch 1 (`last.ckpt`)", f"accuracy     {right / TEST_SIZE:.2%}"):  # fmt: skip
+                  "million FLOPs an image", "Of epoch 1 (`last.ckpt`)",
+                  f"accuracy     {right / TEST_SIZE:.2%}"):  # fmt: skip
         assert words in card
     run("test", "--ckpt_path", RUN_0 / "checkpoints/epoch_00.ckpt")
     again = (RUN_0 / "model.md").read_text()
