@@ -48,6 +48,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from lightning_utilities.core.enums import StrEnum
 from rich.console import Console
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 import runs
@@ -241,6 +242,9 @@ class CLI(LightningCLI):
             settings = runs.settings_of(self.checkpoint)
             if args[0] != "fit":
                 precision = settings.get("trainer", {}).get("precision")
+                is_slow = lacks_bf16() and not torch.accelerator.is_available()
+                if is_slow and str(precision).startswith("bf16"):
+                    precision = "32-true"
                 settings = {k: v for k, v in settings.items() if k in ("name", "model", "data")}
                 settings["trainer"] = {"precision": precision}
             elif "optimizer_states" not in self.checkpoint:
@@ -428,7 +432,7 @@ class CLI(LightningCLI):
                 "srun started several processes for one device: give trainer.devices, or srun -n 1"
             )
         is_16 = str(trainer.precision).startswith("bf16")
-        if is_fit and is_16 and isinstance(trainer.accelerator, CPUAccelerator) and lacks_bf16():
+        if is_16 and isinstance(trainer.accelerator, CPUAccelerator) and lacks_bf16():
             _note(
                 f"this processor has no instructions for trainer.precision {trainer.precision}: "
                 "--trainer.precision 32-true is several times as fast"
@@ -598,7 +602,7 @@ class CLI(LightningCLI):
         suffix = "" if is_own else f"_{now}"
         values = {**results, "set": now, "tta": self.model.tta, "changed": changed}
         values |= evaluation.values()
-        figures = evaluation.figures(self.datamodule.test_set.images)
+        figures = evaluation.figures(self.datamodule.test_set.images, self._focus)
         files = {f"test{suffix}.json": json.dumps(values, indent=2).encode()}
         logits = io.BytesIO()
         arrays = {"logits": test.logits.numpy(), "labels": test.labels.numpy(), "set": now}
@@ -619,6 +623,13 @@ class CLI(LightningCLI):
             text = with_result(text, which, summary, now, changed)
             runs.write_whole(card, text.encode())
         print(f"written to {folder}: {', '.join(files)}")
+
+    def _focus(self, pixels: Tensor, classes: Tensor) -> Tensor | None:
+        from reports.focus import grad_cam
+
+        model = self.model.eval()
+        images = model.normalized(pixels.to(model.device) / 255)
+        return grad_cam(model.network, images, classes.to(model.device))
 
     def _report(self) -> dict[str, Any]:
         """Print the metrics of a validation or a test, and return them."""

@@ -1,5 +1,6 @@
 """How good a model is: accuracy, classes, confusions, mistakes, and what its probabilities say."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,13 @@ from torchmetrics.functional.classification import (
 
 from cifar10.archive import CLASSES
 from cifar10.batches import Predictions
-from reports.figures import confusion_figure, coverage_figure, mistakes_figure, reliability_figure
+from reports.figures import (
+    confusion_figure,
+    coverage_figure,
+    mistakes_figure,
+    most_confident_mistakes,
+    reliability_figure,
+)
 from reports.judges import Judgements, fair, summary_of
 
 N = len(CLASSES)
@@ -205,19 +212,28 @@ class Evaluation:
             table.add_row(name, found, interval, precision, f1, taken if count else "")
         return table
 
-    def figures(self, images: Tensor) -> dict[str, Figure]:
-        """Return all figures by name; images are those of the set, uint8 [N, 3, 32, 32]."""
-        logits, labels = self.test.logits, self.test.labels
+    def figures(
+        self, images: Tensor, focus: Callable[[Tensor, Tensor], Tensor | None]
+    ) -> dict[str, Figure]:
+        """Return all figures by name; images are those of the set, uint8 [N, 3, 32, 32], and focus
+        says of some of them what speaks for a class (`grad_cam`)."""
+        logits, labels = self.test.logits / (self.temperature or 1), self.test.labels
         panels = {f"as trained: ECE {self.as_trained.ece:.1%}": _bins(self.as_trained)}
         if self.temperature is not None:
             title = f"temperature {self.temperature:.2f}: ECE {self.probabilities.ece:.1%}"
             panels[title] = _bins(self.probabilities)
-        return {
+        worst = most_confident_mistakes(logits, labels)
+        mistakes = logits[worst], labels[worst], images[worst.to(images.device)]
+        found = {
             "confusion": confusion_figure(self.confusion),
             "reliability": reliability_figure(panels),
             "coverage": coverage_figure(self.probabilities.risks(), self.probabilities.aurc()),
-            "mistakes": mistakes_figure(logits / (self.temperature or 1), labels, images),
+            "mistakes": mistakes_figure(*mistakes),
         }
+        where = focus(mistakes[2], mistakes[0].argmax(dim=1)) if len(worst) else None
+        if where is not None:
+            found["focus"] = mistakes_figure(*mistakes, where)
+        return found
 
 
 def _bins(of: Probabilities) -> np.ndarray:

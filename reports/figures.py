@@ -3,6 +3,7 @@
 import io
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
@@ -92,21 +93,34 @@ def coverage_figure(risks: np.ndarray, aurc: float) -> Figure:
     return figure
 
 
-def mistakes_figure(logits: Tensor, labels: Tensor, images: Tensor) -> Figure:
-    """Draw the most confident mistakes among images uint8 [N, 3, 32, 32], each with its predicted
-    and its true class."""
+def most_confident_mistakes(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return which images have the most confident mistakes, the most confident first, at most 36,
+    int64 [M], by logits [N, 10] and labels int64 [N]."""
     confidence, predicted = logits.softmax(dim=1).max(dim=1)
     wrong = (predicted != labels).nonzero()[:, 0]
-    worst = wrong[confidence[wrong].argsort(descending=True)][:SHOWN]
+    return wrong[confidence[wrong].argsort(descending=True)][:SHOWN]
+
+
+def mistakes_figure(
+    logits: Tensor, labels: Tensor, images: Tensor, focus: Tensor | None = None
+) -> Figure:
+    """Draw mistakes, each image uint8 [M, 3, 32, 32] with its predicted and its true class; with
+    `focus` float [M, 32, 32] in [0, 1], what in it speaks for the predicted class is bright."""
+    confidence, predicted = logits.softmax(dim=1).max(dim=1)
     figure = Figure(figsize=(9, 11.4), layout="constrained")
     axes = figure.subplots()  # one for all: 36 axes would take a second
     axes.set_axis_off()
-    for place, i in enumerate(worst.tolist()):
+    pictures = images.permute(0, 2, 3, 1).cpu().numpy() / 255
+    if focus is not None:
+        pictures = 0.4 * pictures + 0.6 * colormaps["inferno"](focus.cpu().numpy())[..., :3]
+    for place, picture in enumerate(pictures):
         row, column = divmod(place, 6)
         top = 1.25 * row
-        axes.imshow(images[i].permute(1, 2, 0).cpu(), extent=(column, column + 0.9, top + 0.9, top))
-        title = f"{CLASSES[predicted[i]]} {confidence[i]:.0%}\nis: {CLASSES[labels[i]]}"
+        axes.imshow(picture, extent=(column, column + 0.9, top + 0.9, top))
+        taken, true = CLASSES[predicted[place]], CLASSES[labels[place]]
+        title = f"{taken} {confidence[place]:.0%}\nis: {true}"
         axes.text(column + 0.45, top - 0.03, title, fontsize=10, ha="center", va="bottom")
     axes.set(xlim=(0, 5.9), ylim=(7.2, -0.35), aspect="equal")
-    figure.suptitle(f"The {len(worst)} most confident mistakes", fontsize=14)
+    looks = "" if focus is None else ": what speaks for the class predicted (Grad-CAM)"
+    figure.suptitle(f"The {len(images)} most confident mistakes{looks}", fontsize=14)
     return figure
