@@ -104,7 +104,7 @@ def load(
         "output": "logits [B, 10]; softmax of logits / temperature is the probabilities",
         "temperature": model.temperature_used or 1.0,
         "calibrated": model.temperature_used is not None,
-        "unsure_below": model.unsure_below if model.temperature_used else 0.0,
+        "unsure_below": model.unsure_below if model.temperature_used else None,
         "test_time_augmentation": model.tta,
         "recipe": settings.get("name"),
         "epoch": checkpoint["epoch"],
@@ -363,7 +363,9 @@ def export(args: list[str]) -> None:
     classifier, card, images = load(path, checkpoint, options.data.root)
     classifier(EXAMPLE)  # a bug in the network's code shows its traceback here
     if not card["calibrated"]:
-        print("its probabilities are not calibrated: no validation was part of its training")
+        print(
+            "its probabilities are not calibrated: the checkpoint has no temperature that is used"
+        )
     if format_ == "checkpoint":
         content, precision = export_checkpoint(classifier, checkpoint, images)
         described = card_of_file(path, out, content, precision, card)

@@ -89,11 +89,11 @@ class ImageClassifier(RecordableModule):
         tta: Test-time augmentation of `validate`, `test` and `predict`: the views of an image whose
             logits are averaged (`average_over_views`). During `fit` there is none.
         calibrate: `auto`: probabilities are those of the logits divided by a temperature, fitted on
-            the validation set after each validation of `fit` and saved with the checkpoint
-            (`fit_temperature`). False: of the logits as they are. A checkpoint's file: by its
-            temperature, for a model that trains on all images. No class changes by it. With the
-            temperature goes `unsure_below`: the largest probability of an image is below it for
-            one validation image in twenty.
+            the validation set with each validation of `fit`, and saved in a checkpoint of the same
+            weights (`fit_temperature`). False: of the logits as they are. A checkpoint's file: by
+            its temperature, for a model that trains on all images. No class changes by it. With
+            the temperature goes `unsure_below`: of one validation image in twenty the largest
+            probability is below it.
         proxy: A small network that sees each batch first and picks the images which train: those
             of its largest losses (Jordan's `airbench96_faster.py`). It trains on them too, by the
             same optimizer, for which its parameters have names that begin with `proxy.`; it is of
@@ -167,8 +167,9 @@ class ImageClassifier(RecordableModule):
         if takes_file := calibrate not in ("auto", True, False):
             self.temperature, self.unsure_below = _calibration_in(str(calibrate))
         self.fits_temperature = not takes_file
-        self.is_fitting = False
+        self.collects = False
         self.validated: list[Predictions] = []
+        self.fitted_at = -1  # the global step
         for name, values in _normalization(normalize).items():
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
         self.is_normalizing = normalize is not None
@@ -266,7 +267,7 @@ class ImageClassifier(RecordableModule):
         """Evaluate a batch of the validation set, or of the test set for its curve; return its
         logits [B, 10]."""
         logits = self._evaluate(batch, self.test_metrics if dataloader_idx else self.val_metrics)
-        if self.is_fitting and self.fits_temperature and not dataloader_idx:
+        if self.collects and not dataloader_idx:
             self.validated.append(Predictions(logits.float(), batch.labels, batch.indices))
         return logits
 
@@ -439,8 +440,7 @@ class ImageClassifier(RecordableModule):
     def setup(self, stage: str) -> None:
         """Take the augmentation from the data module; prepare the step; show training images to a
         new network that has `init_from`."""
-        self.is_fitting = stage == "fit"
-        self.views = "none" if self.is_fitting else self.tta
+        self.views = "none" if stage == "fit" else self.tta
         data = getattr(self.trainer, "datamodule", None)
         self.augment = getattr(data, "augmentation", self.augment)
         if stage != "fit":
@@ -515,13 +515,19 @@ class ImageClassifier(RecordableModule):
         self.train_metrics.reset()
         self.counted = -1
 
+    def on_validation_epoch_start(self) -> None:
+        """Collect predictions for the temperature, if they are of weights in training."""
+        is_training = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
+        self.collects, self.validated = is_training and self.fits_temperature, []
+
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the sets that were evaluated; fit the temperature."""
         for stage, metrics in (("val", self.val_metrics), ("test", self.test_metrics)):
             if metrics.update_called:
                 self._log_epoch(stage, metrics)
         validated, self.validated = self.validated, []
-        if (found := gathered(validated)) is not None:
+        if self.collects and (found := gathered(validated)) is not None:
+            self.fitted_at = self.trainer.global_step
             self.temperature = fit_temperature(found.logits, found.labels)
             largest = (found.logits / self.temperature).softmax(dim=1).max(dim=1).values
             self.unsure_below = float(largest.quantile(UNSURE))
@@ -558,7 +564,9 @@ class ImageClassifier(RecordableModule):
         """Save no weights that are NaN, and the metric that `ReduceLROnPlateau` sees after this."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["found_lr"] = self.lr
-        checkpoint["temperature"] = self.temperature
+        is_training = self.fits_temperature and self.trainer.state.fn == "fit"
+        is_of_others = is_training and self.fitted_at != self.trainer.global_step  # weights
+        checkpoint["temperature"] = None if is_of_others else self.temperature
         checkpoint["unsure_below"] = self.unsure_below
         for key in self.augment.state_dict(prefix="augment."):  # which are the data's
             checkpoint["state_dict"].pop(key, None)
@@ -579,7 +587,7 @@ class ImageClassifier(RecordableModule):
         another order."""
         super().on_load_checkpoint(checkpoint)
         self.lr = checkpoint.get("found_lr")
-        if self.fits_temperature:
+        if self.fits_temperature or self.temperature is None:
             self.temperature = checkpoint.get("temperature")
             self.unsure_below = checkpoint.get("unsure_below", 0.0)
         if self.proxy is None:  # of a run that had one
@@ -663,7 +671,8 @@ def _calibration_in(file: str) -> tuple[float, float]:
     checkpoint = read_checkpoint(file)
     if checkpoint.get("temperature") is None:
         raise MisconfigurationException(
-            f"model.calibrate {file}: it has no temperature, as no validation was part of its fit"
+            f"model.calibrate {file}: it has no temperature, as it was not validated when it was "
+            "saved, or is of an earlier version"
         )
     return checkpoint["temperature"], checkpoint["unsure_below"]
 

@@ -150,8 +150,8 @@ def orthogonalized(updates: list[Tensor], steps: int = 3) -> list[Tensor]:
     """Return the updates [C, ...] with their larger singular values, as matrices [C, N], in
     [0.5, 1.5], and the small ones up to 41 times as large.
 
-    Newton-Schulz iteration, in bfloat16 where the device has instructions for it, else in float32.
-    Those of one shape are done at once.
+    Newton-Schulz iteration, in float32 on a processor that is known to lack instructions for
+    bfloat16, else in bfloat16. Those of one shape are done at once.
     """
     a, b, c = NEWTON_SCHULZ
     on_cpu = bool(updates) and updates[0].device.type == "cpu"

@@ -355,15 +355,18 @@ class CLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; arguments that a class refuses are the user's mistake."""
+        model, has_temperature = self.config[self.subcommand].model, False
         if self.checkpoint:  # which has weights of its own, and the temperature of a file
-            model, its = self.config[self.subcommand].model, runs.settings_of(self.checkpoint)
             model.weights = None
-            if model.calibrate and model.calibrate == its["model"].get("calibrate"):
-                model.calibrate = "auto"
+            its = runs.settings_of(self.checkpoint)["model"].get("calibrate", "auto")
+            has_temperature = model.calibrate == its not in ("auto", True, False)
+            model.calibrate = "auto" if has_temperature else model.calibrate
         try:
             super().instantiate_classes()
         except (ValueError, OSError, ImportError) as error:
             raise refused(error) from error
+        if has_temperature:
+            self.model.fits_temperature = False
 
     def after_instantiate_classes(self) -> None:
         """Have Lightning put the settings of model and data into loggers and checkpoints.
@@ -605,7 +608,12 @@ class CLI(LightningCLI):
         figures = evaluation.figures(self.datamodule.test_set.images, self._focus)
         files = {f"test{suffix}.json": json.dumps(values, indent=2).encode()}
         logits = io.BytesIO()
-        arrays = {"logits": test.logits.numpy(), "labels": test.labels.numpy(), "set": now}
+        arrays: dict[str, Any] = {
+            "logits": test.logits.numpy(),
+            "labels": test.labels.numpy(),
+            "set": now,
+            "model": f"{self.path}, views: {self.model.tta}",
+        }
         np.savez_compressed(logits, **arrays)
         files[f"test{suffix}.npz"] = logits.getvalue()
         files |= {f"{name}{suffix}.png": png(figure, 110) for name, figure in figures.items()}
@@ -644,8 +652,9 @@ class CLI(LightningCLI):
     def _say_if_not_calibrated(self) -> None:
         if self.model.calibrate and self.model.temperature is None:
             print(
-                "probabilities are not calibrated, as no validation was part of this training: "
-                "--model.calibrate CHECKPOINT takes the temperature of another run"
+                "probabilities are not calibrated: the checkpoint has no temperature, as it was "
+                "not validated when it was\nsaved, or is of an earlier version; --model.calibrate "
+                "CHECKPOINT takes another one's"
             )
 
     def before_predict(self) -> None:

@@ -9,6 +9,7 @@ flags go to `train.py fit`, such as --trainer.max_epochs 8. What is done is not 
 """
 
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
@@ -75,9 +76,10 @@ def measured(logits: Tensor, labels: Tensor, temperature: float, least: float) -
 def run(config: str, split: int, data: archive.CIFAR10, more: list[str]) -> dict[str, float]:
     """Train and test on a split, unless that is done; return what was measured."""
     known = sorted(np.random.default_rng(split).permutation(10)[:KNOWN].tolist())
-    parent = Path("runs", "open_set", f"{Path(config).stem}_{split}")
-    folder = parent / "version_0"
-    if not (folder / "test.npz").exists():
+    what = hashlib.sha256("\0".join([Path(config).read_text(), *more]).encode()).hexdigest()[:6]
+    parent = Path("runs", "open_set", f"{Path(config).stem}_{what}_{split}")
+    tested = sorted(parent.glob("version_*/test.npz"))
+    if not tested:
         size = write_split(parent / "data", data, known)
         where = ["--data.root", str(parent / "data")]
         flags = [*where, "--data.verify", "false", "--data.val_size", str(size // 5)]
@@ -87,6 +89,8 @@ def run(config: str, split: int, data: archive.CIFAR10, more: list[str]) -> dict
         name = ["--name", f"open_set/{parent.name}"]
         test = [sys.executable, "train.py", "test", "--ckpt_path", "best", *name]
         subprocess.run(test, check=True, cwd=common.HERE)
+        tested = sorted(parent.glob("version_*/test.npz"))
+    folder = tested[-1].parent
     found = json.loads((folder / "test.json").read_text(encoding="utf-8"))
     checkpoint = read_checkpoint(folder / "checkpoints" / found["checkpoint"])
     with np.load(folder / "test.npz") as content:

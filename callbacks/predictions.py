@@ -99,11 +99,11 @@ class PredictionTable(Callback):
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int, *_: Any
     ) -> None:
         """Keep the best of probabilities [B, 10]; name the files that could not be read."""
-        self.unsure_below = pl_module.unsure_below if pl_module.temperature_used else 0.0
+        least = pl_module.unsure_below if pl_module.temperature_used else None
         best, indices = outputs.topk(2), batch.indices.tolist()
         columns = indices, best.values.tolist(), best.indices.tolist(), batch.labels.tolist()
         for index, (p, q), (first, second), label in zip(*columns, strict=True):
-            is_sure = "yes" if p >= self.unsure_below else "no"
+            is_sure = "" if least is None else "yes" if p >= least else "no"
             row = [CLASSES[first], f"{p:.4f}", CLASSES[second], f"{q:.4f}", is_sure]
             if self.files is None:
                 self.rows.append([str(index), *row, CLASSES[label]])
@@ -130,7 +130,7 @@ class PredictionTable(Callback):
             for header in ("file", "class", "probability", "runner-up", "probability"):
                 table.add_column(header, justify="right" if header[0] == "p" else "left")
             for file, first, p, second, q, is_sure in self.rows[:SHOWN]:
-                first = first if is_sure == "yes" else f"not sure: {first}"
+                first = f"not sure: {first}" if is_sure == "no" else first
                 table.add_row(Text(file), first, f"{float(p):.1%}", second, f"{float(q):.1%}")
             terminal = Console(highlight=False)
             if not terminal.is_terminal:

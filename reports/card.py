@@ -70,6 +70,7 @@ def model_card(
     the `commit` of the code."""
     model, data, weights = settings["model"], settings["data"], settings["model"]["weights"]
     parts, images = run["parts"], run["images"]
+    calibrate = model["calibrate"]
     is_cifar10 = set(images.values()) == {"CIFAR-10"}
     module: Any = trainer.lightning_module
     size = sum(p.numel() for p in module.network.parameters())
@@ -117,12 +118,10 @@ def model_card(
         "Precision": trainer.precision_plugin.precision,
         "Trainer": ", ".join(f"{k} {v}" for k, v in limits.items() if v != defaults[k].default),
         "Evaluated": f"with {model['tta']} views" if model["tta"] != "none" else "",
-        "Probabilities": "not calibrated: no validation was part of the training"
-        if module.temperature is None
-        else "as the logits have them, not calibrated"
-        if not module.calibrate
-        else "calibrated, by a temperature "
-        + ("fitted on validation" if module.fits_temperature else f"of {model['calibrate']}"),
+        "Probabilities": "calibrated, by a temperature "
+        + ("fitted on validation" if calibrate in ("auto", True) else f"of {calibrate}")
+        if module.temperature_used
+        else "not calibrated",
     }
     for i, part in enumerate(parts[1:], 1):
         changes = ", ".join(f"{k} {now} (was {old})" for k, (old, now) in part["changed"].items())

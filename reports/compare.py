@@ -7,6 +7,7 @@ Each is the folder of a run that was tested, or a file such as its test.npz.
 
 import sys
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -17,20 +18,21 @@ from terminal import ShortParser, quieten, short_errors
 RESAMPLES = 9999
 
 
-def saved_predictions(path: Path) -> tuple[np.ndarray, np.ndarray, str]:
-    """Return whether each image is classified right, bool [N], the labels [N], and which images
-    these are."""
+def saved_predictions(path: Path) -> tuple[np.ndarray, np.ndarray, str, str]:
+    """Return whether each image is classified right, bool [N], the labels [N], and which images and
+    which model these are."""
     file = path / "test.npz" if path.is_dir() else path
     try:
         with np.load(file) as content:
-            logits, labels, images = (content[key] for key in ("logits", "labels", "set"))
+            logits, labels, *names = (content[k] for k in ("logits", "labels", "set", "model"))
     except FileNotFoundError:
         raise MisconfigurationException(
             f"no {file}: python train.py test --ckpt_path CHECKPOINT writes it"
         ) from None
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, EOFError, KeyError, ValueError, TypeError, BadZipFile) as error:
         raise MisconfigurationException(f"{file} is not what `train.py test` writes") from error
-    return logits.argmax(axis=1) == labels, labels, str(images)
+    images, model = map(str, names)
+    return logits.argmax(axis=1) == labels, labels, images, model
 
 
 def comparison(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
@@ -65,7 +67,7 @@ def _main(args: list[str]) -> None:
     parser.add_argument("first", type=str, help="a run that was tested, or its test.npz")
     parser.add_argument("second", type=str, help="another one")
     given = parser.parse_args(args)
-    (first, labels, its), (second, others, images) = (
+    (first, labels, its, one), (second, others, images, other) = (
         saved_predictions(Path(path)) for path in (given.first, given.second)
     )
     if its != images or not np.array_equal(labels, others):
@@ -76,8 +78,8 @@ def _main(args: list[str]) -> None:
     p = "< 0.0001" if of["p"] < 0.0001 else f"= {of['p']:.4f}"
     print(
         f"first       {of['first']:.2%} of {len(labels):,} test images of {images}; "
-        f"alone right on {of['only_first']:,}\n"
-        f"second      {of['second']:.2%}; alone right on {of['only_second']:,}\n"
+        f"alone right on {of['only_first']:,} ({one})\n"
+        f"second      {of['second']:.2%}; alone right on {of['only_second']:,} ({other})\n"
         f"difference  {100 * of['difference']:+.2f} points, 95 % interval {100 * of['low']:+.2f} "
         f"to {100 * of['high']:+.2f} (paired bootstrap), p {p} (McNemar, exact)\n"
         "of these two models: another seed gives another, and study.py compares recipes"

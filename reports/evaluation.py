@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
-from scipy.stats import binomtest, bootstrap
+from scipy.stats import binomtest
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional.classification import (
@@ -31,7 +31,7 @@ from reports.judges import Judgements, fair, summary_of
 
 N = len(CLASSES)
 BINS = 15  # of confidence, as in Guo et al.
-RESAMPLES = 999
+DRAWS = 999
 SURE = (0.95, 0.99)  # confidences
 
 
@@ -54,38 +54,36 @@ def equal_mass_bins(confidence: np.ndarray) -> list[np.ndarray]:
     return [part for part in np.array_split(order, BINS) if len(part)]
 
 
-def calibration_error(confidence: np.ndarray, is_right: np.ndarray) -> float:
-    """Return the expected calibration error: how far confidence [N] and accuracy are apart, in the
-    mean over the images, by bins of equally many (Roelofs et al., arXiv 2012.08668)."""
-    gaps = (abs((confidence[of] - is_right[of]).sum()) for of in equal_mass_bins(confidence))
-    return float(sum(gaps)) / len(confidence)
-
-
 class Probabilities:
-    """What probabilities [N, 10] for images with labels int64 [N] are worth."""
+    """What the probabilities of logits [N, 10], for images with labels int64 [N], are worth."""
 
-    def __init__(self, probabilities: Tensor, labels: Tensor) -> None:
-        self.labels = labels
+    def __init__(self, logits: Tensor, labels: Tensor) -> None:
+        logits = logits.double()
+        probabilities = logits.softmax(dim=1)
         confidence, predicted = probabilities.max(dim=1)
-        self.confidence: np.ndarray = confidence.double().numpy()
+        self.confidence: np.ndarray = confidence.numpy()
         self.is_right: np.ndarray = (predicted == labels).numpy().astype(float)
-        self.ece = calibration_error(self.confidence, self.is_right)
-        chosen = probabilities.double().gather(1, labels[:, None])[:, 0]
-        self.nll = -float(chosen.log().mean())
-        one_hot = F.one_hot(labels, N).double()
-        self.brier = float((probabilities.double() - one_hot).square().sum(dim=1).mean())
+        self.bins = equal_mass_bins(self.confidence)
+        self.ece = float(self.calibration_errors(self.is_right[None])[0])
+        self.nll = float(F.cross_entropy(logits, labels))
+        errors = (probabilities - F.one_hot(labels, N)).square().sum(dim=1)
+        self.brier = float(errors.mean())
 
-    def interval(self) -> dict[str, float]:
-        """Return the ECE without its bias, which chance within the bins gives it, and its 95 %
-        interval, by the basic bootstrap over images."""
-        found = bootstrap(
-            (self.confidence, self.is_right), calibration_error, paired=True, vectorized=False,
-            n_resamples=RESAMPLES, method="basic", rng=np.random.default_rng(0),
-        )  # fmt: skip
-        interval = found.confidence_interval
-        unbiased = 2 * self.ece - float(found.bootstrap_distribution.mean())
-        parts = {"unbiased": unbiased, "low": float(interval.low), "high": float(interval.high)}
-        return {key: max(0.0, value) for key, value in parts.items()}
+    def calibration_errors(self, is_right: np.ndarray) -> np.ndarray:
+        """Return the expected calibration error [R] of each of R outcomes [R, N], had these been
+        what is right: how far confidence and accuracy are apart, in the mean over the images, by
+        bins of equally many (Roelofs et al., arXiv 2012.08668)."""
+        gaps = [abs(self.confidence[of].sum() - is_right[:, of].sum(axis=1)) for of in self.bins]
+        return np.sum(gaps, axis=0) / len(self.confidence)
+
+    def by_chance(self) -> dict[str, float]:
+        """Return the ECE that a perfectly calibrated model of the same confidences has by chance,
+        as so few images tell no better: its mean, and the value that 95 % of its draws are below
+        (Vaicenavicius et al., arXiv 1902.06977, section 4)."""
+        rng = np.random.default_rng(0)
+        draws = (rng.random(len(self.confidence)) < self.confidence for _ in range(DRAWS))
+        errors = np.concatenate([self.calibration_errors(draw[None]) for draw in draws])
+        return {"mean": float(errors.mean()), "most": float(np.quantile(errors, 0.95))}
 
     def risks(self) -> np.ndarray:
         """Return the share of mistakes among the k most confident predictions, k from 1 to N."""
@@ -97,10 +95,10 @@ class Probabilities:
         1805.08206)."""
         return float(self.risks().mean())
 
-    def at(self, confidence: float) -> dict[str, float]:
+    def at(self, confidence: float) -> dict[str, float | None]:
         """Return the share of images of at least this confidence, and the accuracy on them."""
         is_sure = self.confidence >= confidence
-        right = float(self.is_right[is_sure].mean()) if is_sure.any() else 0.0
+        right = float(self.is_right[is_sure].mean()) if is_sure.any() else None
         return {"coverage": float(is_sure.mean()), "accuracy": right}
 
     def values(self) -> dict[str, float]:
@@ -129,11 +127,9 @@ class Evaluation:
             metric(logits, labels, N, average="none").tolist()
             for metric in (multiclass_precision, multiclass_recall, multiclass_f1_score)
         )
-        of_logits = logits.softmax(dim=1)
-        self.as_trained = Probabilities(of_logits, labels)
-        used = of_logits if temperature is None else (logits / temperature).softmax(dim=1)
-        self.probabilities = Probabilities(used, labels)
-        self.interval = self.probabilities.interval()
+        self.as_trained = Probabilities(logits, labels)
+        self.probabilities = Probabilities(logits / (temperature or 1), labels)
+        self.chance = self.probabilities.by_chance()
 
     def values(self) -> dict[str, Any]:
         """Return all numbers as plain data; accuracies are fractions."""
@@ -144,7 +140,7 @@ class Evaluation:
             "temperature": self.temperature,
             "calibration": {
                 **self.probabilities.values(),
-                **{f"ece_{key}": value for key, value in self.interval.items()},
+                "ece_by_chance": self.chance,
                 "aurc": self.probabilities.aurc(),
                 "confident": {str(least): self.probabilities.at(least) for least in SURE},
             },
@@ -171,28 +167,25 @@ class Evaluation:
 
     def summary(self) -> str:
         """Return what matters most, on a few lines."""
-        found, interval = self.probabilities, self.interval
+        found, chance = self.probabilities, self.chance
         how = "not calibrated"
         if self.temperature is not None:
             trained = self.as_trained.ece
             how = f"divided by temperature {self.temperature:.2f} (as trained: ECE {trained:.2%})"
-        sure = (
-            f"at {least:.0%} and more {at['coverage']:.1%} of the images, {at['accuracy']:.2%} "
-            "of them right"
-            for least in SURE
-            for at in [found.at(least)]
-        )
-        return "\n".join(
-            (
-                f"accuracy     {self.accuracy:.2%}, 95 % interval {100 * self.low:.2f} to "
-                f"{100 * self.high:.2f} (Wilson); among the first two {self.top2:.2%}",
-                f"calibration  ECE {found.ece:.2%}, without its bias {interval['unbiased']:.2%} "
-                f"({100 * interval['low']:.2f} to {100 * interval['high']:.2f}); "
-                f"NLL {found.nll:.4f}, Brier score {found.brier:.4f}; {how}",
-                f"confidence   {'; '.join(sure)}; AURC {found.aurc():.2%}",
-                *([] if self.fair is None else [summary_of(self.fair)]),
-            )
-        )
+        sure = []
+        for least in SURE:
+            at = found.at(least)
+            right = "" if at["accuracy"] is None else f", {at['accuracy']:.2%} of them right"
+            sure.append(f"at {least:.0%} and more {at['coverage']:.1%} of the images{right}")
+        lines = [
+            f"accuracy     {self.accuracy:.2%}, 95 % interval {100 * self.low:.2f} to "
+            f"{100 * self.high:.2f} (Wilson); among the first two {self.top2:.2%}",
+            f"calibration  ECE {found.ece:.2%} (a calibrated model has {chance['mean']:.2%} by "
+            f"chance, up to {chance['most']:.2%}); NLL {found.nll:.4f}, Brier score "
+            f"{found.brier:.4f}; {how}",
+            f"confidence   {'; '.join(sure)}; AURC {found.aurc():.2%}",
+        ]
+        return "\n".join(lines if self.fair is None else [*lines, summary_of(self.fair)])
 
     def table(self) -> Table:
         """Return a row for each class: how well it is found, with the 95 % interval of the recall,

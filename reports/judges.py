@@ -54,8 +54,9 @@ SOURCES = {
 
 
 class Judgements(NamedTuple):
-    """Of each test image: whether the training set has it too, bool [N]; whether its label is
-    wrong, bool [N]; how many people took it for which class, int64 [N, 10]."""
+    """Of each test image: whether the training set has it, nearly it or one very similar, bool [N];
+    whether its label is wrong or in doubt, bool [N]; how many people took it for which class, int64
+    [N, 10]."""
 
     is_duplicate: np.ndarray
     is_wrong: np.ndarray
@@ -79,14 +80,14 @@ def read_judgements(folder: Path) -> Judgements | None:
     with files[DUPLICATES].open(encoding="utf-8") as rows:
         is_duplicate[[int(row["TestID"]) for row in csv.DictReader(rows)]] = True
     for image in json.loads(files[JUDGED].read_text(encoding="utf-8")):
-        is_wrong[image["id"]] = image["mturk"]["given"] < 3  # of five people
+        is_wrong[image["id"]] = image["mturk"]["given"] < 3  # of five people, for it alone
     return Judgements(is_duplicate, is_wrong, seen)
 
 
 def fair(test: Predictions, judgements: Judgements) -> dict[str, Any]:
     """Return what the accuracy on CIFAR-10's test set is worth: without the images that training
-    has too, without those whose label is wrong, without both; and the share of the mistakes that at
-    least a tenth, or most, of the people make too. People's own accuracy is beside it."""
+    has too, without those whose label is wrong, without both; and how many mistakes at least a
+    tenth, or most, of the people make too. People's own accuracy is beside it."""
     predicted, labels = test.logits.argmax(dim=1).numpy(), test.labels.numpy()
     is_right = predicted == labels
     parts = {
@@ -103,8 +104,8 @@ def fair(test: Predictions, judgements: Judgements) -> dict[str, Any]:
             for name, of in parts.items()
         },
         "mistakes": int((~is_right).sum()),
-        "mistakes_of_some_people": float((mistaken >= FEW).mean()) if len(mistaken) else 0.0,
-        "mistakes_of_most_people": float((mistaken > 0.5).mean()) if len(mistaken) else 0.0,
+        "mistakes_of_some_people": int((mistaken >= FEW).sum()),
+        "mistakes_of_most_people": int((mistaken > 0.5).sum()),
         "people_accuracy": float((shares[rows, labels]).mean()),
     }
 
@@ -115,9 +116,9 @@ def summary_of(of: dict[str, Any]) -> str:
     accuracies = (f"{of[part]['accuracy']:.2%} {part.replace('_', ' ')}" for part in parts)
     return (
         f"test set     {', '.join(accuracies)} ({of['without_both']['images']:,} images are left)\n"
-        f"people       at least a tenth of them make {of['mistakes_of_some_people']:.1%} of its "
-        f"{of['mistakes']:,} mistakes too, most of them {of['mistakes_of_most_people']:.1%}; they "
-        f"are right in {of['people_accuracy']:.1%}"
+        f"people       of {of['mistakes']:,} mistakes {of['mistakes_of_some_people']:,} are made "
+        f"by at least a tenth of them too, {of['mistakes_of_most_people']:,} by most; they are "
+        f"right in {of['people_accuracy']:.1%}"
     )
 
 
