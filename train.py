@@ -219,6 +219,9 @@ class CLI(LightningCLI):
         """Add the run's name and its ModelCheckpoint; set the default network."""
         text = "The run's folder is runs/<name>/version_<n>/ (default: the config file's name)."
         parser.add_argument("--name", type=str | None, default=None, help=text)
+        if self.args[:1] == ["predict"]:
+            text = "Draw what in each picture speaks for its class (Grad-CAM), into explained/."
+            parser.add_argument("--explain", type=bool, default=False, help=text)
         parser.add_class_arguments(runs.EpochCheckpoint, "checkpoint", skip={"dirpath"})
         parser.set_defaults({"model.network": {"class_path": "networks.default_network"}})
 
@@ -663,7 +666,8 @@ class CLI(LightningCLI):
             raise MisconfigurationException("predict takes one device: --trainer.devices 1")
         data, config = self.datamodule, self.config.predict
         files = data.pictures.files if config.data.images else None
-        self.table = PredictionTable(self.run_folder / "predictions.csv", files)
+        explained = self.run_folder / "explained" if config.explain else None
+        self.table = PredictionTable(self.run_folder / "predictions.csv", files, explained)
         if not config.trainer.fast_dev_run:
             self.trainer.callbacks.append(self.table)  # type: ignore[attr-defined]
 

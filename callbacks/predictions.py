@@ -7,11 +7,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from PIL import Image
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 from tqdm import tqdm
 
 from callbacks.tensorboard import writers
@@ -88,10 +92,11 @@ class ConfusionMatrix(PredictionsKeeper):
 class PredictionTable(Callback):
     """Writes the two most probable classes of every image to a CSV file at the end, and whether the
     model is sure; shows those of the first pictures. `files` are the pictures' own, None for images
-    that have numbers and labels."""
+    that have numbers and labels. What in each picture speaks for its class goes as a picture to the
+    folder `explained`, if one is given."""
 
-    def __init__(self, path: Path, files: list[Path] | None) -> None:
-        self.path, self.files = path, files
+    def __init__(self, path: Path, files: list[Path] | None, explained: Path | None = None) -> None:
+        self.path, self.files, self.explained = path, files, explained
         self.rows: list[list[str]] = []
         self.skipped = 0
 
@@ -109,11 +114,35 @@ class PredictionTable(Callback):
                 self.rows.append([str(index), *row, CLASSES[label]])
             else:
                 self.rows.append([_printable(self.files[index]), *row])
+        if self.explained is not None and len(indices):
+            self._explain(pl_module, batch, best.indices[:, 0])
         start = BATCH_SIZE * batch_idx
         for index, file in enumerate((self.files or [])[start : start + BATCH_SIZE], start):
             if index not in indices:
                 tqdm.write(f"skipped {_printable(file)}: {why_unreadable(file)}", file=sys.stderr)
                 self.skipped += 1
+
+    def _explain(self, model: Any, batch: Batch, classes: Tensor) -> None:
+        """Write each picture as the network sees it, and beside it what speaks for its class."""
+        from reports.figures import with_focus  # slow to import
+        from reports.focus import grad_cam
+
+        assert self.explained is not None
+        focus = grad_cam(model.network, model.normalized(batch.images / 255), classes)
+        if focus is None:
+            raise MisconfigurationException(
+                "--explain needs a network with a convolution that leaves at least 4 x 4 pixels"
+            )
+        pictures = batch.images.permute(0, 2, 3, 1).cpu().numpy()
+        bright = (255 * with_focus(batch.images, focus)).astype(np.uint8)
+        for index, pair in zip(
+            batch.indices.tolist(), zip(pictures, bright, strict=True), strict=True
+        ):
+            name = self.files[index].stem if self.files else "test"
+            content = io.BytesIO()
+            picture = Image.fromarray(np.concatenate(pair, axis=1))
+            picture.resize((512, 256), Image.Resampling.NEAREST).save(content, "PNG")
+            write_whole(self.explained / f"{index:04}_{name}.png", content.getvalue())
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file, unless nothing could be read, and show the first pictures."""
@@ -138,7 +167,7 @@ class PredictionTable(Callback):
             terminal.print(table)
             if (more := len(self.rows) - SHOWN) > 0:
                 print(f"and {more} more")
-        print(f"written to {self.path}")
+        print(f"written to {self.path}" + (f", {self.explained}/" if self.explained else ""))
 
 
 def _printable(file: Path) -> str:

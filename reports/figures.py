@@ -101,6 +101,14 @@ def most_confident_mistakes(logits: Tensor, labels: Tensor) -> Tensor:
     return wrong[confidence[wrong].argsort(descending=True)][:SHOWN]
 
 
+def with_focus(images: Tensor, focus: Tensor) -> np.ndarray:
+    """Return images uint8 [M, 3, H, W] as float [M, H, W, 3] in [0, 1], bright where focus float
+    [M, H, W], in [0, 1], is high."""
+    colors = colormaps["inferno"](focus.cpu().numpy())[..., :3]
+    found: np.ndarray = 0.4 * images.permute(0, 2, 3, 1).cpu().numpy() / 255 + 0.6 * colors
+    return found
+
+
 def mistakes_figure(
     logits: Tensor, labels: Tensor, images: Tensor, focus: Tensor | None = None
 ) -> Figure:
@@ -110,9 +118,9 @@ def mistakes_figure(
     figure = Figure(figsize=(9, 11.4), layout="constrained")
     axes = figure.subplots()  # one for all: 36 axes would take a second
     axes.set_axis_off()
-    pictures = images.permute(0, 2, 3, 1).cpu().numpy() / 255
+    pictures = images.permute(0, 2, 3, 1).cpu().numpy()
     if focus is not None:
-        pictures = 0.4 * pictures + 0.6 * colormaps["inferno"](focus.cpu().numpy())[..., :3]
+        pictures = with_focus(images, focus)
     for place, picture in enumerate(pictures):
         row, column = divmod(place, 6)
         top = 1.25 * row

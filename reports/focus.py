@@ -7,6 +7,8 @@ from torch.nn import functional as F
 LEAST = 4  # pixels a side, of the maps of a convolution
 
 
+@torch.inference_mode(False)  # in which Lightning predicts
+@torch.enable_grad()
 def grad_cam(network: nn.Module, images: Tensor, classes: Tensor) -> Tensor | None:
     """Return which parts of float images [B, 3, H, W] speak for classes int64 [B], in [0, 1], as
     float [B, H, W]; None for a network without convolutions that leave at least 4 x 4 pixels.
@@ -21,15 +23,14 @@ def grad_cam(network: nn.Module, images: Tensor, classes: Tensor) -> Tensor | No
         if isinstance(module, nn.Conv2d)
     ]
     try:
-        with torch.enable_grad():
-            logits = network(images.detach().clone().requires_grad_())
+        logits = network(images.detach().clone().requires_grad_())
     finally:
         for hook in hooks:
             hook.remove()
     large = [one for one in maps if min(one.shape[2:]) >= LEAST]
     if not large:
         return None
-    score = logits.gather(1, classes[:, None]).sum()
+    score = logits.gather(1, classes[:, None].clone()).sum()
     (gradients,) = torch.autograd.grad(score, large[-1])
     weights = gradients.mean(dim=(2, 3), keepdim=True)
     found = (weights * large[-1]).sum(dim=1, keepdim=True).relu().detach()

@@ -28,6 +28,7 @@ from networks import ConvNet
 from reports import compare, judges
 from reports.card import flops
 from reports.evaluation import Evaluation
+from reports.focus import grad_cam
 from tests.conftest import BASE, QUIET, TEST_SIZE, Run
 from tests.test_train import CONVNET
 
@@ -190,6 +191,28 @@ def test_the_report_says_what_a_plain_loop_finds(run: Run, arrays: Path) -> None
     again = (RUN_0 / "model.md").read_text()
     assert again.count("## On the test set") == 1
     assert "Of epoch 0 (`epoch_00.ckpt`)" in again
+
+
+def test_grad_cam_is_where_the_class_is() -> None:
+    # A convolution that hands brightness on, and a class that is the mean of its maps.
+    conv = nn.Conv2d(3, 1, 1, bias=False)
+    nn.init.ones_(conv.weight)
+    head = nn.Linear(1, 10, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(torch.arange(10)[:, None] - 4.5)  # the last classes like what is bright
+    network = nn.Sequential(conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+    images = torch.zeros(2, 3, 32, 32)
+    images[0, :, 4:8, 20:30], images[1, :, 16:, :] = 1, 0.5
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+    with torch.inference_mode():
+        found = grad_cam(network, images, torch.tensor([9, 9]))
+        none = grad_cam(network, images, torch.tensor([0, 0]))
+        assert grad_cam(flat, images, torch.tensor([0, 0])) is None
+    assert found is not None
+    assert none is not None
+    assert torch.equal(found, (images[:, 0] > 0).float())
+    assert not none.any(), "what is bright speaks against these"
+    assert network[0].weight.grad is None
 
 
 def test_flops_are_those_of_products_and_sums() -> None:
@@ -438,6 +461,20 @@ def test_pictures_are_predicted_as_the_test_images_they_are(
     torch.save(checkpoint | {"unsure_below": 1.1}, LAST)
     out = run("predict", "--ckpt_path", LAST, "--data.images", pictures / "07.png", *nowhere)
     assert f"not sure: {found[7]['class']}" in out
+
+
+def test_pictures_are_explained(run: Run, fails: Run, pictures: Path) -> None:
+    run("fit", "--config", BASE, once=True)
+    explain = ("predict", "--ckpt_path", LAST, "--data.images", pictures, "--explain", "true")
+    assert "a convolution that leaves at least 4 x 4 pixels" in fails(*explain)
+    run("fit", "--config", BASE, *CONVNET, "--name", "conv", "--trainer.max_epochs", "1")
+    last = Path("runs/conv/version_0/checkpoints/last.ckpt")
+    run("predict", "--ckpt_path", last, *explain[3:])
+    explained = sorted(Path("runs/conv/version_0/explained").iterdir())
+    assert [file.name for file in explained] == [f"{i:04}_{i:02}.png" for i in range(20)]
+    beside = np.asarray(Image.open(explained[7]))
+    assert (beside[::8, :256:8] == np.asarray(Image.open(pictures / "07.png"))).all()
+    assert not (beside[::8, 256::8] == beside[::8, :256:8]).all()
 
 
 def test_a_file_that_is_no_picture_is_named_and_the_rest_is_done(
