@@ -315,7 +315,9 @@ def test_test_and_predict_average_over_views_and_fit_does_not(run: Run, arrays: 
 
     run("predict", "--ckpt_path", path)
     with torch.no_grad():
-        expected = average_over_views(model, images, "mirror-shift").softmax(1)
+        assert model.temperature
+        logits = average_over_views(model, images, "mirror-shift")
+        expected = (logits / model.temperature).softmax(1)
     with Path("runs/fast94/version_0/predictions.csv").open() as file:
         found = [float(row["probability"]) for row in csv.DictReader(file)]
     assert found == pytest.approx(expected.max(1).values.tolist(), abs=1e-4)
