@@ -23,7 +23,6 @@ from rich.table import Table
 from scipy.stats import mannwhitneyu
 from torch import Tensor
 
-from benchmarks import common
 from cifar10 import archive
 from runs import read_checkpoint
 
@@ -85,10 +84,10 @@ def run(config: str, split: int, data: archive.CIFAR10, more: list[str]) -> dict
         flags = [*where, "--data.verify", "false", "--data.val_size", str(size // 5)]
         flags += ["--name", f"open_set/{parent.name}", "--seed_everything", str(split), *more]
         fit = [sys.executable, "train.py", "fit", "--config", config, *flags]
-        subprocess.run(fit, check=True, cwd=common.HERE)
+        subprocess.run(fit, check=True)
         name = ["--name", f"open_set/{parent.name}"]
         test = [sys.executable, "train.py", "test", "--ckpt_path", "best", *name]
-        subprocess.run(test, check=True, cwd=common.HERE)
+        subprocess.run(test, check=True)
         tested = sorted(parent.glob("version_*/test.npz"))
     folder = tested[-1].parent
     found = json.loads((folder / "test.json").read_text(encoding="utf-8"))

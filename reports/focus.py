@@ -23,7 +23,8 @@ def grad_cam(network: nn.Module, images: Tensor, classes: Tensor) -> Tensor | No
         if isinstance(module, nn.Conv2d)
     ]
     try:
-        logits = network(images.detach().clone().requires_grad_())
+        weights = next(network.parameters())  # perhaps of 16 bits
+        logits = network(images.detach().to(weights.dtype, copy=True).requires_grad_())
     finally:
         for hook in hooks:
             hook.remove()
@@ -32,7 +33,7 @@ def grad_cam(network: nn.Module, images: Tensor, classes: Tensor) -> Tensor | No
         return None
     score = logits.gather(1, classes[:, None].clone()).sum()
     (gradients,) = torch.autograd.grad(score, large[-1])
-    weights = gradients.mean(dim=(2, 3), keepdim=True)
-    found = (weights * large[-1]).sum(dim=1, keepdim=True).relu().detach()
+    shares = gradients.float().mean(dim=(2, 3), keepdim=True)
+    found = (shares * large[-1].detach()).sum(dim=1, keepdim=True).relu()
     found = found / found.amax(dim=(2, 3), keepdim=True).clamp(min=1e-12)
     return F.interpolate(found, images.shape[2:], mode="bilinear")[:, 0]

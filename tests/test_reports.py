@@ -213,6 +213,9 @@ def test_grad_cam_is_where_the_class_is() -> None:
     assert torch.equal(found, (images[:, 0] > 0).float())
     assert not none.any(), "what is bright speaks against these"
     assert network[0].weight.grad is None
+    half = grad_cam(network.bfloat16(), images, torch.tensor([9, 9]))
+    assert half is not None
+    torch.testing.assert_close(half, found)
 
 
 def test_flops_are_those_of_products_and_sums() -> None:
