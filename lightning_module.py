@@ -169,7 +169,7 @@ class ImageClassifier(RecordableModule):
         self.fits_temperature = not takes_file
         self.collects = False
         self.validated: list[Predictions] = []
-        self.fitted_at = -1  # the global step
+        self.fitted_on: dict[str, Tensor] = {}  # the weights that `temperature` belongs to
         for name, values in _normalization(normalize).items():
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
         self.is_normalizing = normalize is not None
@@ -519,6 +519,8 @@ class ImageClassifier(RecordableModule):
         """Collect predictions for the temperature, if they are of weights in training."""
         is_training = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
         self.collects, self.validated = is_training and self.fits_temperature, []
+        if self.collects:  # now, as callbacks may swap the weights for the validation alone
+            self.validating = _of_network(self.state_dict())
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the sets that were evaluated; fit the temperature."""
@@ -527,11 +529,12 @@ class ImageClassifier(RecordableModule):
                 self._log_epoch(stage, metrics)
         validated, self.validated = self.validated, []
         if self.collects and (found := gathered(validated)) is not None:
-            self.fitted_at = self.trainer.global_step
+            self.fitted_on = self.validating
             self.temperature = fit_temperature(found.logits, found.labels)
             largest = (found.logits / self.temperature).softmax(dim=1).max(dim=1).values
             self.unsure_below = float(largest.quantile(UNSURE))
 
+    on_test_epoch_start = on_validation_epoch_start
     on_test_epoch_end = on_validation_epoch_end
 
     def _log_epoch(self, stage: str, metrics: "Means") -> None:
@@ -556,17 +559,18 @@ class ImageClassifier(RecordableModule):
         )
 
     def on_train_end(self) -> None:
-        """Raise `Diverged` if the last step made a weight NaN or infinite."""
+        """Raise `Diverged` if the last step made a weight NaN or infinite; forget a temperature of
+        earlier weights."""
         self._unfreeze()
         self._refuse_divergence("a weight", *self.network.parameters())
+        self.temperature = self._temperature_of(self.state_dict())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save no weights that are NaN, and the metric that `ReduceLROnPlateau` sees after this."""
+        """Save the temperature of these weights, and the metric that `ReduceLROnPlateau` sees after
+        this; no weights that are NaN."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["found_lr"] = self.lr
-        is_training = self.fits_temperature and self.trainer.state.fn == "fit"
-        is_of_others = is_training and self.fitted_at != self.trainer.global_step  # weights
-        checkpoint["temperature"] = None if is_of_others else self.temperature
+        checkpoint["temperature"] = self._temperature_of(checkpoint["state_dict"])
         checkpoint["unsure_below"] = self.unsure_below
         for key in self.augment.state_dict(prefix="augment."):  # which are the data's
             checkpoint["state_dict"].pop(key, None)
@@ -582,13 +586,22 @@ class ImageClassifier(RecordableModule):
                 if config.reduce_on_plateau and is_due and metric is not None:
                     state["pending"] = float(metric)
 
+    def _temperature_of(self, weights: dict[str, Tensor]) -> float | None:
+        """Return the temperature if it is that of these weights, or of a file."""
+        now, fitted_on = _of_network(weights), self.fitted_on
+        is_same = now.keys() == fitted_on.keys() and all(
+            torch.equal(now[name], fitted_on[name]) for name in now
+        )
+        return self.temperature if is_same or not self.fits_temperature else None
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Let OneCycleLR run to what may be another end, with the rates of what may be groups in
-        another order."""
+        """Take the temperature; let OneCycleLR run to what may be another end, with the rates of
+        what may be groups in another order."""
         super().on_load_checkpoint(checkpoint)
         self.lr = checkpoint.get("found_lr")
         if self.fits_temperature or self.temperature is None:
             self.temperature = checkpoint.get("temperature")
+            self.fitted_on = _of_network(checkpoint["state_dict"])
             self.unsure_below = checkpoint.get("unsure_below", 0.0)
         if self.proxy is None:  # of a run that had one
             for key in [key for key in checkpoint["state_dict"] if key.startswith("proxy.")]:
@@ -652,9 +665,18 @@ class Means(Metric):
         return {"loss": self.loss / self.images, "acc": self.correct.float() / self.images}
 
 
+def _of_network(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies of the network's weights among a module's, on the CPU."""
+    return {
+        name: tensor.detach().cpu().clone()
+        for name, tensor in weights.items()
+        if name.startswith("network.")
+    }
+
+
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """Return the number in [0.05, 20] that logits [N, 10] divided by which have the lowest cross
-    entropy with labels int64 [N].
+    """Return the temperature T, from e^-3 to e^3, for which logits [N, 10] / T have the lowest
+    cross entropy with labels int64 [N].
 
     Guo et al., "On Calibration of Modern Neural Networks" (arXiv 1706.04599, section 4.2).
     """

@@ -26,7 +26,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from jsonargparse import _typehints
@@ -70,6 +69,8 @@ yaml.SafeDumper.add_multi_representer(StrEnum, lambda dumper, of: dumper.represe
 BAREBONES = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
 # Arguments of a subcommand that have one right value here; a checkpoint is data, it runs no code.
 FIXED = {"weights_only": True, "verbose": False, "return_predictions": False}
+# What makes a model's temperature another one.
+CALIBRATED = ("network", "normalize", "label_smoothing", "class_weights", "softmax_before_loss")
 CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
 
@@ -364,6 +365,14 @@ class CLI(LightningCLI):
             its = runs.settings_of(self.checkpoint)["model"].get("calibrate", "auto")
             has_temperature = model.calibrate == its not in ("auto", True, False)
             model.calibrate = "auto" if has_temperature else model.calibrate
+        if (file := model.calibrate) not in ("auto", True, False):
+            its, ours = (
+                runs.settings_of(runs.read_checkpoint(file))["model"],
+                self.config_dump["model"],
+            )
+            its, ours = ({key: of.get(key) for key in CALIBRATED} for of in (its, ours))
+            for key, (there, here) in runs.differences(its, ours).items():
+                _note(f"model.calibrate {file} was trained with {key} {there}, not {here}")
         try:
             super().instantiate_classes()
         except (ValueError, OSError, ImportError) as error:
@@ -540,6 +549,9 @@ class CLI(LightningCLI):
         if keeper and not keeper.monitor and Path(keeper.best_model_path).parent == path.parent:
             path = Path(keeper.best_model_path)  # the last one that it kept
         row, path = best or (None, path)
+        run["temperature"] = self.model.temperature
+        if step >= 0:
+            run["temperature"] = runs.read_checkpoint(path)["temperature"]
         card = model_card(self.run_folder, self.config_dump, run, self.trainer, history.rows, row)
         file = self.run_folder / "model.md"
         before = file.read_text(encoding="utf-8") if file.exists() else ""
@@ -561,15 +573,18 @@ class CLI(LightningCLI):
         self._report()
 
     def before_test(self) -> None:
-        """Keep the predictions."""
+        """Keep the predictions; read what people say, of which a damaged file is refused now."""
+        from reports.judges import JUDGES, read_judgements
+
+        self.judgements = read_judgements(Path(self.datamodule.root, JUDGES))
         self.keeper = PredictionsKeeper()
         self.trainer.callbacks.append(self.keeper)  # type: ignore[attr-defined]
 
     def after_test(self) -> None:
         """Write results and figures to the checkpoint's run, the figures to TensorBoard too."""
-        from reports.evaluation import Evaluation  # slow to import
+        from reports.compare import predictions_file  # slow to import
+        from reports.evaluation import Evaluation
         from reports.figures import png
-        from reports.judges import JUDGES, read_judgements
 
         assert self.path is not None
         results = self._report()
@@ -582,9 +597,7 @@ class CLI(LightningCLI):
             return
         self._say_if_not_calibrated()
         is_part = len(test.labels) < len(self.datamodule.test_set)
-        people = None
-        if now == "CIFAR-10" and not is_part:
-            people = read_judgements(Path(self.datamodule.root, JUDGES))
+        people = self.judgements if now == "CIFAR-10" and not is_part else None
         evaluation = Evaluation(test, self.model.temperature_used, people)
         folder = self.run_folder
         before, used = runs.settings_of(self.checkpoint), self.config_dump
@@ -610,15 +623,8 @@ class CLI(LightningCLI):
         values |= evaluation.values()
         figures = evaluation.figures(self.datamodule.test_set.images, self._focus)
         files = {f"test{suffix}.json": json.dumps(values, indent=2).encode()}
-        logits = io.BytesIO()
-        arrays: dict[str, Any] = {
-            "logits": test.logits.numpy(),
-            "labels": test.labels.numpy(),
-            "set": now,
-            "model": f"{self.path}, views: {self.model.tta}",
-        }
-        np.savez_compressed(logits, **arrays)
-        files[f"test{suffix}.npz"] = logits.getvalue()
+        which = f"{self.path}, views: {self.model.tta}"
+        files[f"test{suffix}.npz"] = predictions_file(test, now, which)
         files |= {f"{name}{suffix}.png": png(figure, 110) for name, figure in figures.items()}
         for name, content in files.items():
             runs.write_whole(folder / name, content)

@@ -72,19 +72,22 @@ def measured(logits: Tensor, labels: Tensor, temperature: float, least: float) -
     return {key: float(value) for key, value in found.items()}
 
 
-def run(config: str, split: int, data: archive.CIFAR10, more: list[str]) -> dict[str, float]:
+def run(
+    configs: list[Path], split: int, data: archive.CIFAR10, more: list[str]
+) -> dict[str, float]:
     """Train and test on a split, unless that is done; return what was measured."""
     known = sorted(np.random.default_rng(split).permutation(10)[:KNOWN].tolist())
-    what = hashlib.sha256("\0".join([Path(config).read_text(), *more]).encode()).hexdigest()[:6]
-    parent = Path("runs", "open_set", f"{Path(config).stem}_{what}_{split}")
+    texts = [config.read_text(encoding="utf-8") for config in configs]
+    what = hashlib.sha256("\0".join([*texts, *more]).encode()).hexdigest()[:6]
+    parent = Path("runs", "open_set", f"{configs[-1].stem}_{what}_{split}")
     tested = sorted(parent.glob("version_*/test.npz"))
     if not tested:
         size = write_split(parent / "data", data, known)
         where = ["--data.root", str(parent / "data")]
         flags = [*where, "--data.verify", "false", "--data.val_size", str(size // 5)]
         flags += ["--name", f"open_set/{parent.name}", "--seed_everything", str(split), *more]
-        fit = [sys.executable, "train.py", "fit", "--config", config, *flags]
-        subprocess.run(fit, check=True)
+        layers = [word for config in configs for word in ("--config", str(config))]
+        subprocess.run([sys.executable, "train.py", "fit", *layers, *flags], check=True)
         name = ["--name", f"open_set/{parent.name}"]
         test = [sys.executable, "train.py", "test", "--ckpt_path", "best", *name]
         subprocess.run(test, check=True)
@@ -101,15 +104,17 @@ def run(config: str, split: int, data: archive.CIFAR10, more: list[str]) -> dict
 def main() -> None:
     """Run all splits; print the means."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", required=True)
+    parser.add_argument("--config", type=Path, required=True, action="append")
     parser.add_argument("--splits", type=int, default=5)
     parser.add_argument("--root", default="data", help="the images' folder")
     parser.add_argument("--json", type=Path, help="write the figures of every split to this file")
     args, more = parser.parse_known_args()
+    if missing := [config for config in args.config if not config.is_file()]:
+        parser.error(f"no such file: {missing[0]}")
     data = archive.load(args.root)
     found = [run(args.config, split, data, more) for split in range(args.splits)]
     table = Table(box=box.SIMPLE, header_style="bold")
-    table.add_column(args.config)
+    table.add_column(args.config[-1].name)
     table.add_column(f"mean of {len(found)}", justify="right")
     table.add_column("of each split")
     for key, title in TITLES.items():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
@@ -25,6 +26,7 @@ from cifar10.pictures import BATCH_SIZE, why_unreadable
 from runs import write_whole
 
 SHOWN = 30  # pictures on the terminal
+AT_ONCE = 250  # pictures to explain, whose maps take memory
 
 
 class PredictionsKeeper(Callback):
@@ -100,6 +102,11 @@ class PredictionTable(Callback):
         self.rows: list[list[str]] = []
         self.skipped = 0
 
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove the pictures of an earlier prediction, which may have been others."""
+        for picture in self.explained.glob("[0-9]*_*.png") if self.explained else ():
+            picture.unlink()
+
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int, *_: Any
     ) -> None:
@@ -123,26 +130,27 @@ class PredictionTable(Callback):
                 self.skipped += 1
 
     def _explain(self, model: Any, batch: Batch, classes: Tensor) -> None:
-        """Write each picture as the network sees it, and beside it what speaks for its class."""
+        """Write each picture as the network sees it, and beside it what in it speaks for its class
+        (in the picture itself: test-time augmentation has other views too)."""
         from reports.figures import with_focus  # slow to import
         from reports.focus import grad_cam
 
         assert self.explained is not None
-        focus = grad_cam(model.network, model.normalized(batch.images / 255), classes)
-        if focus is None:
-            raise MisconfigurationException(
-                "--explain needs a network with a convolution that leaves at least 4 x 4 pixels"
-            )
-        pictures = batch.images.permute(0, 2, 3, 1).cpu().numpy()
-        bright = (255 * with_focus(batch.images, focus)).astype(np.uint8)
-        for index, pair in zip(
-            batch.indices.tolist(), zip(pictures, bright, strict=True), strict=True
-        ):
-            name = self.files[index].stem if self.files else "test"
-            content = io.BytesIO()
-            picture = Image.fromarray(np.concatenate(pair, axis=1))
-            picture.resize((512, 256), Image.Resampling.NEAREST).save(content, "PNG")
-            write_whole(self.explained / f"{index:04}_{name}.png", content.getvalue())
+        parts = [torch.split(of, AT_ONCE) for of in (batch.images, batch.indices, classes)]
+        for images, indices, its in zip(*parts, strict=True):
+            focus = grad_cam(model.network, model.normalized(images / 255), its)
+            if focus is None:
+                raise MisconfigurationException(
+                    "--explain needs a network with maps of at least 3 x 3 pixels"
+                )
+            pictures = images.permute(0, 2, 3, 1).cpu().numpy()
+            bright = (255 * with_focus(images, focus)).astype(np.uint8)
+            for index, *pair in zip(indices.tolist(), pictures, bright, strict=True):
+                name = self.files[index].stem[:50] if self.files else "test"  # may be too long
+                content = io.BytesIO()
+                picture = Image.fromarray(np.concatenate(pair, axis=1))
+                picture.resize((512, 256), Image.Resampling.NEAREST).save(content, "PNG")
+                write_whole(self.explained / f"{index:04}_{name}.png", content.getvalue())
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file, unless nothing could be read, and show the first pictures."""

@@ -66,8 +66,8 @@ def model_card(
     best: Row | None,
 ) -> str:
     """Return the card of a run that has been trained, as Markdown, from the settings in its
-    `config.yaml`, its epochs and the one that validation chose. `run` is what `run.json` has, and
-    the `commit` of the code."""
+    `config.yaml`, its epochs and the one that validation chose. `run` is what `run.json` has, the
+    `commit` of the code, and the `temperature` of the checkpoint that was chosen."""
     model, data, weights = settings["model"], settings["data"], settings["model"]["weights"]
     parts, images = run["parts"], run["images"]
     calibrate = model["calibrate"]
@@ -120,7 +120,7 @@ def model_card(
         "Evaluated": f"with {model['tta']} views" if model["tta"] != "none" else "",
         "Probabilities": "calibrated, by a temperature "
         + ("fitted on validation" if calibrate in ("auto", True) else f"of {calibrate}")
-        if module.temperature_used
+        if calibrate and run["temperature"] is not None
         else "not calibrated",
     }
     for i, part in enumerate(parts[1:], 1):

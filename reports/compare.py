@@ -5,17 +5,30 @@
 Each is the folder of a run that was tested, or a file such as its test.npz.
 """
 
+import io
 import sys
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from scipy.stats import binomtest, bootstrap
 
+from cifar10.batches import Predictions
 from terminal import ShortParser, quieten, short_errors
 
 RESAMPLES = 9999
+
+
+def predictions_file(test: Predictions, images: str, model: str) -> bytes:
+    """Return the logits and labels of a test as a file for `saved_predictions`, with names for the
+    set of images and the model."""
+    content = io.BytesIO()
+    logits, labels = test.logits.numpy(), test.labels.numpy()
+    arrays: dict[str, Any] = {"logits": logits, "labels": labels, "set": images, "model": model}
+    np.savez_compressed(content, **arrays)
+    return content.getvalue()
 
 
 def saved_predictions(path: Path) -> tuple[np.ndarray, np.ndarray, str, str]:

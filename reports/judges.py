@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pooch
-import requests
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from cifar10.batches import Predictions
@@ -129,7 +128,7 @@ def _main(args: list[str]) -> None:
     for name, source in SOURCES.items():
         try:
             pooch.retrieve(source.url, source.sha256, name, folder)
-        except (requests.RequestException, ValueError) as error:
+        except (OSError, ValueError) as error:  # requests' own are OSErrors
             raise MisconfigurationException(
                 f"{source.url} can't be had ({type(error).__name__}): put it into {folder}"
             ) from error

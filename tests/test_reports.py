@@ -1,5 +1,6 @@
 """What a trained model says of itself: the test report, the card, TensorBoard, predictions."""
 
+import copy
 import csv
 import json
 import math
@@ -19,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.nn import functional as F
 
+import train
 from cifar10 import archive
 from cifar10.batches import Batch, Predictions
 from cifar10.pictures import read_picture
@@ -213,6 +215,15 @@ def test_grad_cam_is_where_the_class_is() -> None:
     assert torch.equal(found, (images[:, 0] > 0).float())
     assert not none.any(), "what is bright speaks against these"
     assert network[0].weight.grad is None
+    # Batch norm takes away what a convolution adds: its maps have no zero of their own.
+    shifted = copy.deepcopy(network)
+    shifted[0].bias = nn.Parameter(torch.full((1,), -9.0))
+    norm = nn.BatchNorm2d(1, eps=0).eval()
+    norm.running_mean = torch.tensor([-9.0])
+    shifted.insert(1, norm)
+    same = grad_cam(shifted, images, torch.tensor([9, 9]))
+    assert same is not None
+    torch.testing.assert_close(same, found)
     half = grad_cam(network.bfloat16(), images, torch.tensor([9, 9]))
     assert half is not None
     torch.testing.assert_close(half, found)
@@ -223,7 +234,9 @@ def test_flops_are_those_of_products_and_sums() -> None:
     assert flops(nn.Sequential(*layers)) == 2 * (3 * 9 * 8 * 32 * 32 + 8192 * 10)
 
 
-def test_probabilities_are_calibrated_by_what_validation_says(run: Run, arrays: Path) -> None:
+def test_probabilities_are_calibrated_by_what_validation_says(
+    run: Run, arrays: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run("fit", "--config", BASE, once=True)
     model = ImageClassifier.load_from_checkpoint(LAST).eval()
     data = CIFAR10DataModule(str(arrays), verify=False, val_size=200)
@@ -252,6 +265,10 @@ def test_probabilities_are_calibrated_by_what_validation_says(run: Run, arrays: 
     twin = Path("runs/twin/version_0/checkpoints/last.ckpt")
     assert torch.load(twin, weights_only=True)["temperature"] == model.temperature
     assert f"a temperature of {LAST}" in (twin.parents[1] / "model.md").read_text()
+    smooth = ["--model.calibrate", str(LAST), "--model.label_smoothing", "0.2"]
+    train.main(["validate", "--ckpt_path", str(LAST), *smooth])
+    said = capsys.readouterr().err
+    assert f"model.calibrate {LAST} was trained with label_smoothing 0.0, not 0.2" in said
     LAST.rename(LAST.with_name("gone.ckpt"))
     run("fit", "--ckpt_path", twin, "--trainer.max_epochs", "2")
     run("test", "--ckpt_path", twin)
@@ -266,6 +283,32 @@ def test_a_temperature_is_of_the_weights_that_it_is_saved_with(run: Run, arrays:
     for name, has_one in (("epoch_01.ckpt", True), ("last.ckpt", False)):
         checkpoint = torch.load(LAST.with_name(name), weights_only=True)
         assert (checkpoint["temperature"] is not None) == has_one
+    # That of the epoch that was chosen, and none of weights that have trained on.
+    assert "**Probabilities**: calibrated" in (RUN_0 / "model.md").read_text()
+    all_images = ("--data.val_size", "0", "--trainer.max_epochs", "4")
+    run("fit", "--ckpt_path", LAST.with_name("epoch_01.ckpt"), *all_images, "--name", "on")
+    on = Path("runs/on/version_0")
+    assert "**Probabilities**: not calibrated" in (on / "model.md").read_text()
+    assert torch.load(on / "checkpoints/last.ckpt", weights_only=True)["temperature"] is None
+    # What was saved with a validation, and resumed, has that one's.
+    early = ("--name", "early", "--checkpoint.save_on_train_epoch_end", "false")
+    run("fit", "--config", BASE, *early, "--trainer.max_epochs", "1")
+    last = Path("runs/early/version_0/checkpoints/last.ckpt")
+    temperature = torch.load(last, weights_only=True)["temperature"]
+    last.unlink()
+    run("fit", "--ckpt_path", last.with_name("epoch_00.ckpt"))
+    assert torch.load(last, weights_only=True)["temperature"] == temperature is not None
+    # These change the weights between validation and checkpoint.
+    pruning = "lightning.pytorch.callbacks.ModelPruning"
+    average = "lightning.pytorch.callbacks.EMAWeightAveraging"
+    for flags in (
+        (pruning, "--trainer.callbacks.pruning_fn", "l1_unstructured"),
+        (average, "--checkpoint.save_weights_only", "true"),
+    ):
+        run("fit", "--config", BASE, "--trainer.max_epochs", "1", "--name", "changed",
+            "--trainer.callbacks", *flags)  # fmt: skip
+        last = sorted(Path("runs/changed").glob("*/checkpoints/*.ckpt"))[-1]
+        assert torch.load(last, weights_only=True)["temperature"] is None
 
     class Breaks(Callback):
         def on_validation_batch_end(self, *_: Any) -> None:
@@ -283,6 +326,16 @@ def test_a_temperature_is_of_the_weights_that_it_is_saved_with(run: Run, arrays:
         (batch,) = data.val_dataloader()
         logits = model.eval()(batch.images / 255)
     assert model.temperature == pytest.approx(fit_temperature(logits, batch.labels), rel=1e-4)
+
+    class Stops(Callback):
+        def on_validation_batch_end(self, *_: Any) -> None:
+            raise KeyboardInterrupt
+
+    model = ImageClassifier(ConvNet())
+    with pytest.raises(SystemExit):
+        Trainer(**QUIET, max_epochs=1, callbacks=[Stops()]).fit(model, data)
+    Trainer(**QUIET).test(model, data)
+    assert model.temperature is None
 
 
 def test_without_a_validation_set_probabilities_are_not_calibrated(run: Run, fails: Run) -> None:
@@ -469,7 +522,7 @@ def test_pictures_are_predicted_as_the_test_images_they_are(
 def test_pictures_are_explained(run: Run, fails: Run, pictures: Path) -> None:
     run("fit", "--config", BASE, once=True)
     explain = ("predict", "--ckpt_path", LAST, "--data.images", pictures, "--explain", "true")
-    assert "a convolution that leaves at least 4 x 4 pixels" in fails(*explain)
+    assert "maps of at least 3 x 3 pixels" in fails(*explain)
     run("fit", "--config", BASE, *CONVNET, "--name", "conv", "--trainer.max_epochs", "1")
     last = Path("runs/conv/version_0/checkpoints/last.ckpt")
     run("predict", "--ckpt_path", last, *explain[3:])
@@ -478,6 +531,11 @@ def test_pictures_are_explained(run: Run, fails: Run, pictures: Path) -> None:
     beside = np.asarray(Image.open(explained[7]))
     assert (beside[::8, :256:8] == np.asarray(Image.open(pictures / "07.png"))).all()
     assert not (beside[::8, 256::8] == beside[::8, :256:8]).all()
+    long = pictures / f"{'n' * 240}.png"
+    (pictures / "07.png").rename(long)
+    run("predict", "--ckpt_path", last, "--data.images", long, "--explain", "true")
+    (only,) = Path("runs/conv/version_0/explained").iterdir()  # none of before
+    assert only.name == f"0000_{'n' * 50}.png"
 
 
 def test_a_file_that_is_no_picture_is_named_and_the_rest_is_done(
