@@ -37,6 +37,12 @@ class CIFAR10DataModule(LightningDataModule):
         batch_size: Images a step, over all devices.
         val_size: Training images held out for validation.
         split_seed: The seed that picks them.
+        stratify: Hold out the same share of each class.
+        folds: Cross-validation: cut the training images into so many parts, and hold out one of
+            them in place of `val_size` images.
+        fold: Which one, from 0.
+        train_size: Train on so many of the others only, the same share of each class. Smaller sets
+            are parts of larger ones.
         augment: Steps that augment float images [B, 3, 32, 32] in [0, 1] in training, in order
             (`cifar10.augment`).
         test_curve: Evaluate the test set after every epoch too, for drawing only.
@@ -60,6 +66,10 @@ class CIFAR10DataModule(LightningDataModule):
         batch_size: PositiveInt = 128,
         val_size: NonNegativeInt = 10_000,
         split_seed: NonNegativeInt = 0,
+        stratify: bool = False,
+        folds: PositiveInt | None = None,
+        fold: NonNegativeInt = 0,
+        train_size: PositiveInt | None = None,
         augment: Sequence[nn.Module] = (),
         test_curve: bool = False,
         images: str | list[str] | None = None,
@@ -72,6 +82,11 @@ class CIFAR10DataModule(LightningDataModule):
             )
         if images is not None and not images:
             raise MisconfigurationException("data.images names no file")
+        if not (fold < folds and folds > 1 and val_size if folds else fold == 0):
+            raise MisconfigurationException(
+                f"data.fold {fold} of data.folds {folds}: one of at least two parts, from 0, which "
+                "is held out in place of data.val_size images"
+            )
         self.root = root
         self.download = download
         self.sources = sources
@@ -79,6 +94,10 @@ class CIFAR10DataModule(LightningDataModule):
         self.batch_size = batch_size
         self.val_size = val_size
         self.split_seed = split_seed
+        self.stratify = stratify
+        self.folds = folds
+        self.fold = fold
+        self.train_size = train_size
         self.augment = augment
         self.test_curve = test_curve
         self.images = images
@@ -107,7 +126,8 @@ class CIFAR10DataModule(LightningDataModule):
         On the CPU they stay in the file that is mapped into memory; on a GPU they take 184 MB.
 
         Raises:
-            MisconfigurationException: `val_size` leaves no training image, or there are no images.
+            MisconfigurationException: There are no images, or a class would be missing from the
+                training or the validation set.
         """
         self.device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         # Read once, as the model reseeds the same generator at every epoch. Broadcast, as
@@ -120,24 +140,46 @@ class CIFAR10DataModule(LightningDataModule):
         if stage == "fit":
             check_choices(self.augmentation)
         data = self._load()
-        size = len(data.train_labels)
-        if self.val_size >= size:
-            raise MisconfigurationException(
-                f"data.val_size {self.val_size} leaves no training image of {size}: "
-                f"choose at most {size - 1}"
-            )
-        ranks = self.trainer.world_size if self.trainer else 1
-        if 0 < self.val_size < ranks:
-            raise MisconfigurationException(
-                f"data.val_size {self.val_size}: at least one image for each of {ranks} processes"
-            )
-        train, val = split(size, self.val_size, self.split_seed)
-        train_set = ImageSet(data.train_images, data.train_labels.long(), train)
+        labels = data.train_labels.long()
+        train, val = self._split(labels)
+        train_set = ImageSet(data.train_images, labels, train)
         self.train_set = train_set.to(self.device)
         self.val_set = replace(self.train_set, indices=val.to(self.device))
         everything = torch.arange(len(data.test_labels))
         test_set = ImageSet(data.test_images, data.test_labels.long(), everything)
         self.test_set = test_set.to(self.device)
+
+    def _split(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the indices of the training and the validation images, int64."""
+        size = len(labels)
+        if self.val_size >= size and not self.folds:
+            raise MisconfigurationException(
+                f"data.val_size {self.val_size} leaves no training image of {size}: "
+                f"choose at most {size - 1}"
+            )
+        train, val = split(
+            labels, self.val_size, self.split_seed, self.stratify, self.folds, self.fold,
+            self.train_size,
+        )  # fmt: skip
+        ranks = self.trainer.world_size if self.trainer else 1
+        if 0 < len(val) < ranks:
+            raise MisconfigurationException(
+                f"data.val_size {self.val_size}: at least one image for each of {ranks} processes"
+            )
+        if len(train) < (self.train_size or 0):
+            raise MisconfigurationException(
+                f"data.train_size {self.train_size}: only {len(train)} images are left to train on"
+            )
+        classes = set(labels.tolist())
+        for name, indices in (("training", train), ("validation", val)):
+            missing = sorted(classes - set(labels[indices].tolist()))
+            if missing and (len(val) or indices is train):
+                names = ", ".join(self.classes[label] for label in missing)
+                raise MisconfigurationException(
+                    f"the {name} set of {len(indices)} images has none of {names}: take more "
+                    "images, or --data.stratify true"
+                )
+        return train, val
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, **kwargs: Any) -> "CIFAR10DataModule":  # type: ignore[override]

@@ -69,6 +69,8 @@ yaml.SafeDumper.add_multi_representer(StrEnum, lambda dumper, of: dumper.represe
 BAREBONES = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
 # Arguments of a subcommand that have one right value here; a checkpoint is data, it runs no code.
 FIXED = {"weights_only": True, "verbose": False, "return_predictions": False}
+# What decides on the images for validation, beside how many they are.
+SPLIT = ("split_seed", "stratify", "folds", "fold")
 # What makes a model's temperature another one.
 CALIBRATED = ("network", "normalize", "label_smoothing", "class_weights", "softmax_before_loss")
 CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
@@ -345,11 +347,12 @@ class CLI(LightningCLI):
         before = its.get("data", {})
         if not now.val_size or "val_size" not in before or self.subcommand == "predict":
             return
-        if now.val_size > before["val_size"] or now.split_seed != before["split_seed"]:
+        before = {"stratify": False, "folds": None, "fold": 0} | before  # of earlier versions
+        if now.val_size > before["val_size"] or any(now[key] != before[key] for key in SPLIT):
+            kept = ", ".join(f"data.{key} {before[key]}" for key in SPLIT)
             raise MisconfigurationException(
-                f"{self.source} was trained on images of this validation set: keep its "
-                f"data.split_seed {before['split_seed']}, and at most its data.val_size "
-                f"{before['val_size']}"
+                f"{self.source} was trained on images of this validation set: keep its {kept}, and "
+                f"at most its data.val_size {before['val_size']}"
             )
         if self.subcommand == "fit" and self.checkpoint and now.val_size != before["val_size"]:
             raise MisconfigurationException(

@@ -136,7 +136,42 @@ def shuffled(size: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(size, generator=generator)
 
 
-def split(size: int, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Split `range(size)` at random into training and validation indices, int64, both sorted."""
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
-    return order[val_size:].sort().values, order[:val_size].sort().values
+def split(
+    labels: Tensor,
+    val_size: int,
+    seed: int,
+    stratify: bool = False,
+    folds: int | None = None,
+    fold: int = 0,
+    train_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Split images with labels int64 [N] at random into training and validation indices, int64,
+    both sorted.
+
+    Args:
+        labels: Of all images.
+        val_size: How many images are for validation.
+        seed: Which split.
+        stratify: Whether the validation set has the classes in their shares, to an image.
+        folds: Cut the images into so many parts, and validate on one, in place of `val_size`.
+        fold: Which one.
+        train_size: How many of the other images train: with the classes in their shares, and of a
+            smaller number the same again.
+
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = _spread(order, labels) if stratify else order
+    parts = order.tensor_split([val_size]) if folds is None else order.tensor_split(folds)
+    train = torch.cat([part for i, part in enumerate(parts) if i != fold])
+    train = train if train_size is None else _spread(train, labels)[:train_size]
+    return train.sort().values, parts[fold].sort().values
+
+
+def _spread(order: Tensor, labels: Tensor) -> Tensor:
+    """Return an order of images int64 [M], changed so that any stretch of it has the classes in
+    their shares, to an image; those of one class stay in their order."""
+    its, places = labels[order], torch.empty(len(order), dtype=torch.float64)
+    for label in torch.unique(its):
+        count = int((its == label).sum())
+        places[its == label] = (torch.arange(count).double() + 0.5) / count
+    return order[places.argsort(stable=True)]

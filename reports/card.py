@@ -79,6 +79,7 @@ def model_card(
     defaults = inspect.signature(Trainer.__init__).parameters
     limits = {key: settings["trainer"][key] for key in LIMITS}
     batch_size = trainer.datamodule.batch_size  # type: ignore[attr-defined]
+    held_out = len(trainer.datamodule.val_set)  # type: ignore[attr-defined]
     lines = {
         "Command": f"`{run['command']}`" if run["command"] else "",
         "Repeat": f"`python train.py fit --config {shlex.quote(str(folder / parts[0]['config']))}`"
@@ -93,8 +94,12 @@ def model_card(
         if is_cifar10
         else f"not CIFAR-10 as published: SHA-256 of training images and labels {images['train']}, "
         f"of test images and labels {images['test']}",
-        "Split": f"{data['val_size']:,} of the training images held out for validation, "
-        f"split_seed {data['split_seed']}; the test set chose nothing",
+        "Split": f"{held_out:,} of the training images held out for validation"
+        + f", as fold {data['fold']} of {data['folds']}" * bool(data["folds"])
+        + f", split_seed {data['split_seed']}"
+        + ", stratified" * data["stratify"]
+        + ("" if data["train_size"] is None else f"; {data['train_size']:,} of the others trained")
+        + "; the test set chose nothing",
         "Augmentation": ", ".join(_call(step) for step in data["augment"]),
         "Normalisation": model["normalize"] or "",
         "Epochs": f"{len(rows)} of {settings['trainer']['max_epochs']}"

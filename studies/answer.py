@@ -305,8 +305,10 @@ class Answer:
             for key in LIMITS
             if given[key] != defaults[key].default and f"trainer.{key}" not in named
         ]
-        sizes = sorted({run.record["settings"]["data"]["val_size"] for run in self.runs})
-        splits = {run.record["settings"]["data"]["split_seed"] for run in self.runs}
+        of_data = [run.record["settings"]["data"] for run in self.runs]
+        sizes = sorted({of["val_size"] for of in of_data if not of.get("folds")})
+        sizes += sorted({f"1/{of['folds']} of the training" for of in of_data if of.get("folds")})
+        splits = {(of["split_seed"], of.get("fold", 0)) for of in of_data}
         split = "One split" if len(splits) == 1 else "Several splits"
         split = "Each seed has its own split" if "split" in question.vary else split
         text = f"Recipe: {', '.join(recipe)}. {split}, {' or '.join(map(str, sizes))} images for "

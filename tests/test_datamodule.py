@@ -15,7 +15,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image, to_te
 
 from cifar10 import archive
 from cifar10.augment import ForEachImage, GrowingResize, RandomCrop
-from cifar10.batches import Batches, ImageSet, shuffled
+from cifar10.batches import Batches, ImageSet, shuffled, split
 from datamodule import CIFAR10DataModule
 from lightning_module import ImageClassifier
 from tests.conftest import QUIET, TEST_SIZE, TRAIN_SIZE
@@ -49,6 +49,55 @@ def test_split_is_a_partition_that_the_seed_decides(arrays: Path) -> None:
     # The split is drawn without touching the run's own random numbers, and they do not touch it.
     torch.manual_seed(123)
     assert torch.equal(val, module(arrays).val_set.indices)
+
+
+def test_the_split_of_all_versions_is_the_same() -> None:
+    order = torch.randperm(1000, generator=torch.Generator().manual_seed(3))
+    train, val = split(torch.zeros(1000), 100, 3)
+    assert torch.equal(val, order[:100].sort().values)
+    assert torch.equal(train, order[100:].sort().values)
+
+
+def test_smaller_training_sets_are_parts_of_larger_ones(arrays: Path) -> None:
+    whole = module(arrays)
+    before = set[int]()
+    for size in (20, 100, 399, 800):
+        data = module(arrays, train_size=size)
+        its = set(data.train_set.indices.tolist())
+        assert before < its <= set(whole.train_set.indices.tolist())
+        assert len(its) == size
+        assert torch.equal(data.val_set.indices, whole.val_set.indices)
+        every = whole.train_set.labels[whole.train_set.indices].bincount()
+        counts = data.train_set.labels[data.train_set.indices].bincount()
+        assert ((every * size / 800 - counts).abs() <= 1.5).all()
+        before = its
+    with pytest.raises(MisconfigurationException, match="train_size 801: only 800 images are left"):
+        module(arrays, train_size=801)
+
+
+def test_a_stratified_split_has_the_same_share_of_each_class(arrays: Path) -> None:
+    counts = module(arrays, stratify=True).val_set
+    found = counts.labels[counts.indices].bincount()
+    assert ((counts.labels.bincount() * 200 / TRAIN_SIZE - found).abs() <= 1.5).all()
+    folds = [module(arrays, stratify=True, folds=3, fold=i) for i in range(3)]
+    for data in folds:
+        found = data.val_set.labels[data.val_set.indices].bincount()
+        assert ((data.val_set.labels.bincount() / 3 - found).abs() <= 1.5).all()
+    held_out = torch.cat([data.val_set.indices for data in folds])
+    assert torch.equal(held_out.sort().values, torch.arange(TRAIN_SIZE))
+
+
+def test_a_split_without_a_class_is_refused(arrays: Path) -> None:
+    with pytest.raises(
+        MisconfigurationException, match="the validation set of 8 images has none of"
+    ):
+        module(arrays, val_size=8)
+    with pytest.raises(MisconfigurationException, match="the training set of 8 images has none of"):
+        module(arrays, val_size=TRAIN_SIZE - 8)
+    module(arrays, val_size=0)
+    for wrong in ({"fold": 1}, {"folds": 1}, {"folds": 3, "fold": 3}, {"folds": 3, "val_size": 0}):
+        with pytest.raises(MisconfigurationException, match="one of at least two parts"):
+            module(arrays, **wrong)
 
 
 def test_validation_images_are_never_trained_on(arrays: Path) -> None:

@@ -39,11 +39,27 @@ def pixels(count: int, seed: int, side: int = 32) -> Tensor:
 @examples(200)
 @given(st.data(), st.integers(1, 500), seeds)
 def test_a_split_has_every_index_once(data: st.DataObject, size: int, seed: int) -> None:
-    val_size = data.draw(st.integers(0, size))
-    train, val = split(size, val_size, seed)
+    val_size, stratify = data.draw(st.integers(0, size)), data.draw(st.booleans())
+    labels = torch.randint(0, 3, (size,), generator=torch.Generator().manual_seed(seed))
+    train, val = split(labels, val_size, seed, stratify)
     assert len(val) == val_size
     assert sorted(train.tolist() + val.tolist()) == list(range(size))
-    assert torch.equal(val, split(size, val_size, seed)[1])
+    assert torch.equal(val, split(labels, val_size, seed, stratify)[1])
+    if stratify:
+        counts = labels.bincount(minlength=3), labels[val].bincount(minlength=3)
+        assert ((counts[0] * val_size / size - counts[1]).abs() <= 1.5).all()
+
+
+@examples(100)
+@given(st.data(), st.integers(1, 500), seeds)
+def test_folds_hold_out_every_index_once(data: st.DataObject, size: int, seed: int) -> None:
+    folds, stratify = data.draw(st.integers(2, 10)), data.draw(st.booleans())
+    labels = torch.randint(0, 3, (size,), generator=torch.Generator().manual_seed(seed))
+    parts = [split(labels, 0, seed, stratify, folds, fold) for fold in range(folds)]
+    assert sorted(torch.cat([val for _, val in parts]).tolist()) == list(range(size))
+    for train, val in parts:
+        assert sorted(train.tolist() + val.tolist()) == list(range(size))
+        assert abs(len(val) - size / folds) < 1
 
 
 @examples(200)

@@ -226,10 +226,28 @@ def test_what_is_typed_wins_over_the_checkpoint(run: Run, fails: Run, tmp_path: 
 def test_no_image_is_trained_on_and_then_validated(run: Run, fails: Run, subcommand: str) -> None:
     run("fit", "--config", BASE, "--trainer.max_epochs", "1", once=True)
     ckpt = ["--ckpt_path", RUN_0 / "checkpoints" / "last.ckpt"]
-    for other in (["--data.split_seed", "7"], ["--data.val_size", "201"]):
+    for other in (
+        ["--data.split_seed", "7"],
+        ["--data.val_size", "201"],
+        ["--data.stratify", "true"],
+        ["--data.folds", "5"],
+    ):
         assert "trained on images of this validation set" in fails(subcommand, *ckpt, *other)
     run("fit", *ckpt, "--data.val_size", "0", "--trainer.max_epochs", "2")
     assert "there is no validation set" in fails("validate", *ckpt)
+
+
+def test_a_fold_is_held_out_and_a_part_of_the_rest_is_trained_on(run: Run) -> None:
+    flags = ("--data.folds", "4", "--data.fold", "3", "--data.train_size", "100")
+    run("fit", "--config", BASE, "--trainer.max_epochs", "1", *flags, "--data.stratify", "true")
+    card = (RUN_0 / "model.md").read_text()
+    assert "250 of the training images held out for validation, as fold 3 of 4" in card
+    assert "stratified; 100 of the others trained" in card
+    last = RUN_0 / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 2, "of 50 images each"
+    run("validate", "--ckpt_path", last)
+    run("fit", "--ckpt_path", last, "--trainer.max_epochs", "2")
+    assert len(rows(RUN_0)) == 2
 
 
 def test_later_words_override_earlier_ones(run: Run) -> None:
