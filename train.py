@@ -52,11 +52,13 @@ from torch.utils.tensorboard import SummaryWriter
 
 import runs
 from callbacks import Board, History, LayerTable, PredictionsKeeper, PredictionTable, SaveSettings
+from cifar10.batches import Predictions
 from datamodule import CIFAR10DataModule
 from lightning_module import FINDERS, Diverged, ImageClassifier
 from memory import keep_freed_memory
 from optimization import lacks_bf16  # its import makes short names of the optimizers known
 from reports.card import RESULT, commit, early_stops, model_card, with_result
+from reports.saved import Saved
 from terminal import COMMANDS, ShortParser, quieten, refused, short_errors
 
 # Types of arguments of torchvision's transforms and of Lightning's callbacks.
@@ -570,23 +572,40 @@ class CLI(LightningCLI):
             print(f"view  tensorboard --logdir {shlex.quote(str(root))}")
         print(f"run   {self.run_folder}")
 
+    def before_validate(self) -> None:
+        """Keep the predictions."""
+        self.keeper = PredictionsKeeper()
+        self.trainer.callbacks.append(self.keeper)  # type: ignore[attr-defined]
+
     def after_validate(self) -> None:
-        """Print loss and accuracy, unless the images may have been trained on."""
-        runs.refuse_other_images(self.source, self.seen, self.datamodule.identity("train"))
+        """Print loss and accuracy, and write the predictions to the checkpoint's run, unless the
+        images may have been trained on."""
+        now = self.datamodule.identity("train")
+        runs.refuse_other_images(self.source, self.seen, now)
         self._report()
+        found = self.keeper.predictions()
+        is_whole = found is not None and len(found.labels) == len(self.datamodule.val_set)
+        if found and is_whole and self.trainer.is_global_zero:
+            file = self.run_folder / "validation.npz"
+            runs.write_whole(file, self._saved(found, now))
+            print(f"written to {file}")
+
+    def _saved(self, predictions: Predictions, images: str) -> bytes:
+        """Return predictions of a set of images as the content of a file."""
+        logits, labels, indices = (part.numpy() for part in predictions)
+        model = f"{self.path}, views: {self.model.tta}"
+        return Saved(logits, labels, indices, images, model).content()
 
     def before_test(self) -> None:
         """Keep the predictions; read what people say, of which a damaged file is refused now."""
         from reports.judges import JUDGES, read_judgements
 
         self.judgements = read_judgements(Path(self.datamodule.root, JUDGES))
-        self.keeper = PredictionsKeeper()
-        self.trainer.callbacks.append(self.keeper)  # type: ignore[attr-defined]
+        self.before_validate()
 
     def after_test(self) -> None:
         """Write results and figures to the checkpoint's run, the figures to TensorBoard too."""
-        from reports.compare import predictions_file  # slow to import
-        from reports.evaluation import Evaluation
+        from reports.evaluation import Evaluation  # slow to import
         from reports.figures import png
 
         assert self.path is not None
@@ -626,8 +645,7 @@ class CLI(LightningCLI):
         values |= evaluation.values()
         figures = evaluation.figures(self.datamodule.test_set.images, self._focus)
         files = {f"test{suffix}.json": json.dumps(values, indent=2).encode()}
-        which = f"{self.path}, views: {self.model.tta}"
-        files[f"test{suffix}.npz"] = predictions_file(test, now, which)
+        files[f"test{suffix}.npz"] = self._saved(test, now)
         files |= {f"{name}{suffix}.png": png(figure, 110) for name, figure in figures.items()}
         for name, content in files.items():
             runs.write_whole(folder / name, content)

@@ -5,47 +5,17 @@
 Each is the folder of a run that was tested, or a file such as its test.npz.
 """
 
-import io
 import sys
 from pathlib import Path
-from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from scipy.stats import binomtest, bootstrap
 
-from cifar10.batches import Predictions
+from reports.saved import read_saved
 from terminal import ShortParser, quieten, short_errors
 
 RESAMPLES = 9999
-
-
-def predictions_file(test: Predictions, images: str, model: str) -> bytes:
-    """Return the logits and labels of a test as a file for `saved_predictions`, with names for the
-    set of images and the model."""
-    content = io.BytesIO()
-    logits, labels = test.logits.numpy(), test.labels.numpy()
-    arrays: dict[str, Any] = {"logits": logits, "labels": labels, "set": images, "model": model}
-    np.savez_compressed(content, **arrays)
-    return content.getvalue()
-
-
-def saved_predictions(path: Path) -> tuple[np.ndarray, np.ndarray, str, str]:
-    """Return whether each image is classified right, bool [N], the labels [N], and which images and
-    which model these are."""
-    file = path / "test.npz" if path.is_dir() else path
-    try:
-        with np.load(file) as content:
-            logits, labels, *names = (content[k] for k in ("logits", "labels", "set", "model"))
-    except FileNotFoundError:
-        raise MisconfigurationException(
-            f"no {file}: python train.py test --ckpt_path CHECKPOINT writes it"
-        ) from None
-    except (OSError, EOFError, KeyError, ValueError, TypeError, BadZipFile) as error:
-        raise MisconfigurationException(f"{file} is not what `train.py test` writes") from error
-    images, model = map(str, names)
-    return logits.argmax(axis=1) == labels, labels, images, model
 
 
 def comparison(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
@@ -80,19 +50,17 @@ def _main(args: list[str]) -> None:
     parser.add_argument("first", type=str, help="a run that was tested, or its test.npz")
     parser.add_argument("second", type=str, help="another one")
     given = parser.parse_args(args)
-    (first, labels, its, one), (second, others, images, other) = (
-        saved_predictions(Path(path)) for path in (given.first, given.second)
-    )
-    if its != images or not np.array_equal(labels, others):
+    one, other = (read_saved(Path(path)) for path in (given.first, given.second))
+    if one.images != other.images or not np.array_equal(one.indices, other.indices):
         raise MisconfigurationException(
-            f"not of the same test images: {given.first} has {its}, {given.second} {images}"
+            f"not of the same images: {given.first} has {one.images}, {given.second} {other.images}"
         )
-    of = comparison(first, second)
+    of = comparison(one.is_right, other.is_right)
     p = "< 0.0001" if of["p"] < 0.0001 else f"= {of['p']:.4f}"
     print(
-        f"first       {of['first']:.2%} of {len(labels):,} test images of {images}; "
-        f"alone right on {of['only_first']:,} ({one})\n"
-        f"second      {of['second']:.2%}; alone right on {of['only_second']:,} ({other})\n"
+        f"first       {of['first']:.2%} of {len(one.labels):,} images of {one.images}; "
+        f"alone right on {of['only_first']:,} ({one.model})\n"
+        f"second      {of['second']:.2%}; alone right on {of['only_second']:,} ({other.model})\n"
         f"difference  {100 * of['difference']:+.2f} points, 95 % interval {100 * of['low']:+.2f} "
         f"to {100 * of['high']:+.2f} (paired bootstrap), p {p} (McNemar, exact)\n"
         "of these two models: another seed gives another, and study.py compares recipes"

@@ -27,10 +27,11 @@ from cifar10.pictures import read_picture
 from datamodule import CIFAR10DataModule
 from lightning_module import ImageClassifier, fit_temperature
 from networks import ConvNet
-from reports import compare, judges
+from reports import compare, folds, judges
 from reports.card import flops
 from reports.evaluation import Evaluation
 from reports.focus import grad_cam
+from reports.saved import read_saved
 from tests.conftest import BASE, QUIET, TEST_SIZE, Run
 from tests.test_train import CONVNET
 
@@ -452,11 +453,37 @@ def test_two_models_are_compared_on_the_same_images(
     assert "+0.00 points, 95 % interval +0.00 to +0.00" in capsys.readouterr().out
 
     with np.load(first) as content:
-        np.savez(tmp_path / "other.npz", **{**content, "set": "other images"})
+        np.savez(tmp_path / "other.npz", **{**content, "images": "other images"})
     for path, words in (("nowhere", "train.py test"), (LAST, "is not what `train.py test` writes"),
-                        (tmp_path / "other.npz", "not of the same test images")):  # fmt: skip
+                        (tmp_path / "other.npz", "not of the same images")):  # fmt: skip
         with pytest.raises(SystemExit, match=words):
             compare.main([str(RUN_0), str(path)])
+
+
+def test_folds_predict_every_training_image_once(
+    run: Run, arrays: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = []
+    for fold in range(3):
+        flags = ("--data.folds", 3, "--data.fold", fold, "--name", "folds")
+        run("fit", "--config", BASE, *flags, "--trainer.max_epochs", 1)
+        last = Path(f"runs/folds/version_{fold}/checkpoints/last.ckpt")
+        found.append(float(run("validate", "--ckpt_path", last).split()[5]))
+    folders = [f"runs/folds/version_{fold}" for fold in range(3)]
+    folds.main(folders)
+    printed = capsys.readouterr().out
+    whole = read_saved(Path("out_of_fold.npz"))
+    labels = archive.load(arrays, verify=False).train_labels.numpy()
+    assert (whole.labels == labels).all()
+    sizes = [334, 333, 333]
+    right = sum(share * size for share, size in zip(found, sizes, strict=True))
+    assert whole.is_right.sum() == pytest.approx(right, abs=0.2)
+    low, high = proportion_confint(int(whole.is_right.sum()), 1000)
+    assert f"95 % interval {100 * low:.2f} to {100 * high:.2f}" in printed
+    with pytest.raises(SystemExit, match="two folds have an image in common"):
+        folds.main([*folders, folders[0]])
+    with pytest.raises(SystemExit, match="train.py validate --ckpt_path CHECKPOINT writes it"):
+        folds.main(["nowhere.npz"])
 
 
 def test_the_comparison_is_mcnemars_and_its_interval_covers() -> None:

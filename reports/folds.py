@@ -1,0 +1,66 @@
+"""Put the folds of a cross-validation together, from what `validate` has saved of each.
+
+    python -m reports.folds runs/folds/*/version_0 --out out_of_fold.npz
+
+Each is the folder of a run that was validated, with a fold of its own (`--data.fold`). Every image
+is then predicted by a model that was not trained on it.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from reports.evaluation import wilson
+from reports.saved import Saved, read_saved
+from runs import write_whole
+from terminal import ShortParser, quieten, short_errors
+
+
+def joined(parts: list[Saved]) -> Saved:
+    """Return the predictions of all folds, in the order of the images.
+
+    Raises:
+        MisconfigurationException: They are of other images, or two have an image in common.
+    """
+    if len({part.images for part in parts}) > 1:
+        raise MisconfigurationException("the folds are of different sets of images")
+    logits, labels, indices = (
+        np.concatenate(of) for of in zip(*(p[:3] for p in parts), strict=True)
+    )
+    order = indices.argsort()
+    if len(np.unique(indices)) < len(indices):
+        raise MisconfigurationException("two folds have an image in common: of two splits?")
+    models = "; ".join(part.model for part in parts)
+    return Saved(logits[order], labels[order], indices[order], parts[0].images, models)
+
+
+def _main(args: list[str]) -> None:
+    parser = ShortParser(prog="reports.folds", description="Put folds together.")
+    parser.add_argument("runs", nargs="+", type=str, help="runs that were validated")
+    parser.add_argument("--out", type=str, default="out_of_fold.npz", help="file for all of them")
+    given = parser.parse_args(args)
+    parts = [read_saved(Path(path), "validation.npz") for path in given.runs]
+    whole = joined(parts)
+    for path, part in zip(given.runs, parts, strict=True):
+        print(f"{path}: accuracy {part.is_right.mean():.2%} of {len(part.labels):,} images")
+    right, count = int(whole.is_right.sum()), len(whole.labels)
+    low, high = wilson(right, count)
+    print(
+        f"all: accuracy {right / count:.2%} of {count:,} images of {whole.images}, 95 % interval "
+        f"{100 * low:.2f} to {100 * high:.2f} (Wilson, of these models)\n"
+        f"written to {given.out}"
+    )
+    write_whole(Path(given.out), whole.content())
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; a user's mistake gives one line and an exit code that is not 0."""
+    quieten()
+    with short_errors():
+        _main(sys.argv[1:] if args is None else args)
+
+
+if __name__ == "__main__":
+    main()

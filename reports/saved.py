@@ -1,0 +1,48 @@
+"""What a model said of every image of a set, as a file."""
+
+import io
+from pathlib import Path
+from typing import NamedTuple
+from zipfile import BadZipFile
+
+import numpy as np
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+
+class Saved(NamedTuple):
+    """Logits float32 [N, 10], labels and indices int64 [N] of images, of which set they are, and
+    the model's name."""
+
+    logits: np.ndarray
+    labels: np.ndarray
+    indices: np.ndarray
+    images: str
+    model: str
+
+    @property
+    def is_right(self) -> np.ndarray:
+        """Whether each image is classified right, bool [N]."""
+        found: np.ndarray = self.logits.argmax(axis=1) == self.labels
+        return found
+
+    def content(self) -> bytes:
+        """Return the content of a file for `read_saved`."""
+        file = io.BytesIO()
+        np.savez_compressed(file, **self._asdict())
+        return file.getvalue()
+
+
+def read_saved(path: Path, name: str = "test.npz") -> Saved:
+    """Return the predictions in a file, or in the one of this name in a run's folder."""
+    file = path / name if path.is_dir() else path
+    command = f"train.py {'test' if name == 'test.npz' else 'validate'}"
+    try:
+        with np.load(file) as content:
+            logits, labels, indices, images, model = (content[key] for key in Saved._fields)
+    except FileNotFoundError:
+        raise MisconfigurationException(
+            f"no {file}: python {command} --ckpt_path CHECKPOINT writes it"
+        ) from None
+    except (OSError, EOFError, KeyError, ValueError, TypeError, BadZipFile) as error:
+        raise MisconfigurationException(f"{file} is not what `{command}` writes") from error
+    return Saved(logits, labels, indices, str(images), str(model))
