@@ -82,10 +82,10 @@ class CIFAR10DataModule(LightningDataModule):
             )
         if images is not None and not images:
             raise MisconfigurationException("data.images names no file")
-        if not (fold < folds and folds > 1 and val_size if folds else fold == 0):
+        if fold >= (folds or 1) or folds == 1 or (folds and not val_size):
             raise MisconfigurationException(
-                f"data.fold {fold} of data.folds {folds}: one of at least two parts, from 0, which "
-                "is held out in place of data.val_size images"
+                f"data.fold {fold} of data.folds {folds}, data.val_size {val_size}: at least two "
+                "folds, which count from 0, and a data.val_size above 0, whose place they take"
             )
         self.root = root
         self.download = download

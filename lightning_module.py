@@ -590,8 +590,8 @@ class ImageClassifier(RecordableModule):
         """Return the temperature if it is that of these weights, or of a file."""
         now, fitted_on = _of_network(weights), self.fitted_on
         is_same = now.keys() == fitted_on.keys() and all(
-            torch.equal(now[name], fitted_on[name]) for name in now
-        )
+            torch.equal(its, fitted_on[name].to(its.dtype)) for name, its in now.items()
+        )  # in a checkpoint to share they may have 16 bits
         return self.temperature if is_same or not self.fits_temperature else None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -371,11 +371,8 @@ class CLI(LightningCLI):
             has_temperature = model.calibrate == its not in ("auto", True, False)
             model.calibrate = "auto" if has_temperature else model.calibrate
         if (file := model.calibrate) not in ("auto", True, False):
-            its, ours = (
-                runs.settings_of(runs.read_checkpoint(file))["model"],
-                self.config_dump["model"],
-            )
-            its, ours = ({key: of.get(key) for key in CALIBRATED} for of in (its, ours))
+            both = runs.settings_of(runs.read_checkpoint(file)), self.config_dump
+            its, ours = ({key: of["model"].get(key) for key in CALIBRATED} for of in both)
             for key, (there, here) in runs.differences(its, ours).items():
                 _note(f"model.calibrate {file} was trained with {key} {there}, not {here}")
         try:
@@ -556,7 +553,7 @@ class CLI(LightningCLI):
         row, path = best or (None, path)
         run["temperature"] = self.model.temperature
         if step >= 0:
-            run["temperature"] = runs.read_checkpoint(path)["temperature"]
+            run["temperature"] = runs.read_checkpoint(path).get("temperature")
         card = model_card(self.run_folder, self.config_dump, run, self.trainer, history.rows, row)
         file = self.run_folder / "model.md"
         before = file.read_text(encoding="utf-8") if file.exists() else ""

@@ -5,7 +5,6 @@
 Each is the folder of a run that was tested, or a file such as its test.npz.
 """
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +44,10 @@ def comparison(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
     }
 
 
-def _main(args: list[str]) -> None:
+@short_errors()
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; a user's mistake gives one line and an exit code that is not 0."""
+    quieten()
     parser = ShortParser(prog="reports.compare", description="Compare two models.")
     parser.add_argument("first", type=str, help="a run that was tested, or its test.npz")
     parser.add_argument("second", type=str, help="another one")
@@ -65,13 +67,6 @@ def _main(args: list[str]) -> None:
         f"to {100 * of['high']:+.2f} (paired bootstrap), p {p} (McNemar, exact)\n"
         "of these two models: another seed gives another, and study.py compares recipes"
     )
-
-
-def main(args: list[str] | None = None) -> None:
-    """Run the command line; a user's mistake gives one line and an exit code that is not 0."""
-    quieten()
-    with short_errors():
-        _main(sys.argv[1:] if args is None else args)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Each is the folder of a run that was validated, with a fold of its own (`--data.
 is then predicted by a model that was not trained on it.
 """
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +35,10 @@ def joined(parts: list[Saved]) -> Saved:
     return Saved(logits[order], labels[order], indices[order], parts[0].images, models)
 
 
-def _main(args: list[str]) -> None:
+@short_errors()
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; a user's mistake gives one line and an exit code that is not 0."""
+    quieten()
     parser = ShortParser(prog="reports.folds", description="Put folds together.")
     parser.add_argument("runs", nargs="+", type=str, help="runs that were validated")
     parser.add_argument("--out", type=str, default="out_of_fold.npz", help="file for all of them")
@@ -53,13 +55,6 @@ def _main(args: list[str]) -> None:
         f"written to {given.out}"
     )
     write_whole(Path(given.out), whole.content())
-
-
-def main(args: list[str] | None = None) -> None:
-    """Run the command line; a user's mistake gives one line and an exit code that is not 0."""
-    quieten()
-    with short_errors():
-        _main(sys.argv[1:] if args is None else args)
 
 
 if __name__ == "__main__":

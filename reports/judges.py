@@ -8,7 +8,6 @@ files are not part of this project, and `test` does without them. Offline, put t
 
 import csv
 import json
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,7 +120,10 @@ def summary_of(of: dict[str, Any]) -> str:
     )
 
 
-def _main(args: list[str]) -> None:
+@short_errors()
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; a user's mistake gives one line and an exit code that is not 0."""
+    quieten()
     parser = ShortParser(prog="reports.judges", description="Fetch what people say.")
     parser.add_argument("--root", type=str, default="data", help="the images' folder")
     folder = Path(parser.parse_args(args).root, JUDGES)
@@ -133,13 +135,6 @@ def _main(args: list[str]) -> None:
                 f"{source.url} can't be had ({type(error).__name__}): put it into {folder}"
             ) from error
         print(f"{folder / name}: {source.terms}")
-
-
-def main(args: list[str] | None = None) -> None:
-    """Run the command line; a user's mistake gives one line and an exit code that is not 0."""
-    quieten()
-    with short_errors():
-        _main(sys.argv[1:] if args is None else args)
 
 
 if __name__ == "__main__":

@@ -96,7 +96,9 @@ def test_a_split_without_a_class_is_refused(arrays: Path) -> None:
         module(arrays, val_size=TRAIN_SIZE - 8)
     module(arrays, val_size=0)
     for wrong in ({"fold": 1}, {"folds": 1}, {"folds": 3, "fold": 3}, {"folds": 3, "val_size": 0}):
-        with pytest.raises(MisconfigurationException, match="one of at least two parts"):
+        with pytest.raises(
+            MisconfigurationException, match="at least two folds, which count from 0"
+        ):
             module(arrays, **wrong)
 
 

@@ -311,11 +311,24 @@ def test_a_temperature_is_of_the_weights_that_it_is_saved_with(run: Run, arrays:
         last = sorted(Path("runs/changed").glob("*/checkpoints/*.ckpt"))[-1]
         assert torch.load(last, weights_only=True)["temperature"] is None
 
+    # One of an earlier version has none, and one to share has 16 bits.
+    older = torch.load(LAST.with_name("epoch_01.ckpt"), weights_only=True)
+    del older["temperature"]
+    torch.save(older, "older.ckpt")
+    run("fit", "--ckpt_path", "older.ckpt", "--trainer.max_epochs", "3", "--name", "older")
+    half = {name: weight.half() for name, weight in older["state_dict"].items()}
+    shared = {k: v for k, v in older.items() if k not in ("optimizer_states", "lr_schedulers")}
+    torch.save({**shared, "temperature": 2.0, "state_dict": half}, "half.ckpt")
+
     class Breaks(Callback):
         def on_validation_batch_end(self, *_: Any) -> None:
             raise RuntimeError("in the middle of a validation")
 
     data = CIFAR10DataModule(str(arrays), verify=False, val_size=200)
+    trainer = Trainer(**QUIET)
+    trainer.validate(ImageClassifier.load_from_checkpoint("half.ckpt"), data)
+    trainer.save_checkpoint("again.ckpt")
+    assert torch.load("again.ckpt", weights_only=False)["temperature"] == 2
     model = ImageClassifier(ConvNet())
     settings = {**QUIET, "max_epochs": 1, "num_sanity_val_steps": 2}
     Trainer(**settings, limit_val_batches=0).fit(model, data)
