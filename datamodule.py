@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,9 +13,11 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 
 from cifar10 import archive
+from cifar10.arrays import Arrays, classes_in
 from cifar10.augment import Augment, check_choices
 from cifar10.batches import Batches, ImageSet, shuffled, split
 from cifar10.pictures import Pictures, find_pictures
+from cifar10.test_sets import TestSet, read_test_sets
 from runs import read_checkpoint
 
 # Evaluation batches as large as pays: on two cores 500 images are 1.4 times as fast as 1,000; a GPU
@@ -23,7 +26,8 @@ EVAL_BATCH_SIZES = {"cpu": 500, "cuda": 2500, "mps": 2500}
 
 
 class CIFAR10DataModule(LightningDataModule):
-    """CIFAR-10 with a validation set cut from the 50,000 training images.
+    """CIFAR-10 with a validation set cut from the 50,000 training images; or other images of 32 x
+    32 pixels, if `root` has them as arrays with the names of their classes (`cifar10.arrays`).
 
     A batch is pixels uint8 [B, 3, 32, 32], labels int64 [B] and indices int64 [B]; `augmentation`
     turns the pixels into float images, and may mix the labels, as a part of the model's step.
@@ -46,6 +50,8 @@ class CIFAR10DataModule(LightningDataModule):
         augment: Steps that augment float images [B, 3, 32, 32] in [0, 1] in training, in order
             (`cifar10.augment`).
         test_curve: Evaluate the test set after every epoch too, for drawing only.
+        test_set: Other images for `test` (`cifar10.test_sets`): a folder of arrays, of pictures by
+            class, or of CIFAR-10-C; or CIFAR-10.1 as `FOLDER/cifar10.1_v6`.
         images: Pictures to `predict` in place of the test set: a file, a folder, a pattern such as
             'photos/*.jpg', or a list of such.
 
@@ -54,7 +60,6 @@ class CIFAR10DataModule(LightningDataModule):
 
     """
 
-    classes = archive.CLASSES  # by label
     steps_a_call = 1  # optimizer steps that one batch is for; the model says how many
 
     def __init__(
@@ -72,6 +77,7 @@ class CIFAR10DataModule(LightningDataModule):
         train_size: PositiveInt | None = None,
         augment: Sequence[nn.Module] = (),
         test_curve: bool = False,
+        test_set: str | None = None,
         images: str | list[str] | None = None,
     ) -> None:
         super().__init__()
@@ -100,6 +106,7 @@ class CIFAR10DataModule(LightningDataModule):
         self.train_size = train_size
         self.augment = augment
         self.test_curve = test_curve
+        self.other_test_set = test_set
         self.images = images
 
     @cached_property
@@ -107,7 +114,12 @@ class CIFAR10DataModule(LightningDataModule):
         """The pictures of `images`."""
         return Pictures(find_pictures(self.images or []))
 
-    def _load(self) -> archive.CIFAR10:
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, by label."""
+        return classes_in(self.root) or archive.CLASSES
+
+    def _load(self) -> Arrays:
         try:
             return archive.load(
                 self.root, download=self.download, sources=self.sources, verify=self.verify
@@ -117,7 +129,7 @@ class CIFAR10DataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Fetch the images once per machine, if they are needed."""
-        if not self._predicts_pictures:
+        if not self._predicts_pictures and self.other_test_set is None:
             self._load()
 
     def setup(self, stage: str = "fit") -> None:
@@ -137,17 +149,34 @@ class CIFAR10DataModule(LightningDataModule):
         self.augmentation = Augment(self.augment, self.seed)
         if self._predicts_pictures:
             return
+        model = getattr(self.trainer, "lightning_module", None)
+        names: tuple[str, ...] = getattr(model, "classes", self.classes)
+        if self.other_test_set is not None:
+            if stage not in ("test", "predict"):
+                raise MisconfigurationException("data.test_set is for test and predict")
+            self.classes = names
+            self._set_up_test(read_test_sets(Path(self.other_test_set), names))
+            return
+        if names != self.classes:
+            raise MisconfigurationException(
+                f"the model has {_some(names)}, the images have {_some(self.classes)}"
+            )
         if stage == "fit":
-            check_choices(self.augmentation)
+            check_choices(self.augmentation, len(self.classes))
         data = self._load()
         labels = data.train_labels.long()
         train, val = self._split(labels)
         train_set = ImageSet(data.train_images, labels, train)
         self.train_set = train_set.to(self.device)
         self.val_set = replace(self.train_set, indices=val.to(self.device))
-        everything = torch.arange(len(data.test_labels))
-        test_set = ImageSet(data.test_images, data.test_labels.long(), everything)
-        self.test_set = test_set.to(self.device)
+        self._set_up_test({"": TestSet(data.test_images, data.test_labels)})
+
+    def _set_up_test(self, sets: dict[str, TestSet]) -> None:
+        self.test_sets = {
+            name: ImageSet(images, labels.long(), torch.arange(len(labels))).to(self.device)
+            for name, (images, labels) in sets.items()
+        }
+        self.test_set = next(iter(self.test_sets.values()))
 
     def _split(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the indices of the training and the validation images, int64."""
@@ -196,9 +225,9 @@ class CIFAR10DataModule(LightningDataModule):
 
     def identity(self, part: Literal["train", "test"]) -> str:
         """Return which images and labels these are: `CIFAR-10`, or the start of their SHA-256."""
-        if self.verify:
+        if self.verify and not self.other_test_set and classes_in(self.root) is None:
             return "CIFAR-10"
-        image_set = self.train_set if part == "train" else self.test_set
+        image_set: ImageSet = self.train_set if part == "train" else self.test_set
         labels = image_set.labels.to(torch.uint8)
         found = [archive.sha256(tensor.cpu()) for tensor in (image_set.images, labels)]
         expected = [archive.SHA256[f"{part}_{name}"] for name in ("images", "labels")]
@@ -245,10 +274,17 @@ class CIFAR10DataModule(LightningDataModule):
             return [self._eval_batches(self.val_set), self._eval_batches(self.test_set)]
         return self._eval_batches(self.val_set)
 
-    def test_dataloader(self) -> Batches:
-        """Return the 10,000 test images."""
-        return self._eval_batches(self.test_set)
+    def test_dataloader(self) -> Any:
+        """Return the test images, of several sets a list."""
+        loaders = [self._eval_batches(of) for of in self.test_sets.values()]
+        return loaders if len(loaders) > 1 else loaders[0]
 
     def predict_dataloader(self) -> Any:
-        """Return the pictures of `images`; without, the 10,000 test images."""
+        """Return the pictures of `images`; without, the test images."""
         return self.pictures.batches() if self.images else self._eval_batches(self.test_set)
+
+
+def _some(classes: Sequence[str]) -> str:
+    """Say which classes these are, with a few names."""
+    names = ", ".join(classes[:3]) + ", ..." * (len(classes) > 3)
+    return f"{len(classes)} classes ({names})"

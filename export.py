@@ -7,7 +7,7 @@
     python export.py --ckpt_path X --format checkpoint --out small.ckpt # to share
 
 X is a path, or `best --name base`: of the newest run of that name. ONNX, torch and page map pixels
-uint8 [B, 3, 32, 32] to probabilities float32 [B, 10]: normalisation, test-time augmentation,
+uint8 [B, 3, 32, 32] to probabilities float32 [B, classes]: normalisation, test-time augmentation,
 calibration and softmax are inside. Every export is loaded again and compared with the checkpoint on
 1,000 test images (to share: on all) before it is written; docs/export.md shows how to use each.
 """
@@ -36,6 +36,7 @@ from lightning.pytorch.cli import instantiate_module
 from torch import Tensor, nn
 
 from cifar10 import archive
+from cifar10.arrays import classes_in
 from lightning_module import ImageClassifier
 from reports.card import RESULT
 from runs import named, read_checkpoint, run_of, settings_of, write_whole
@@ -73,7 +74,7 @@ class Classifier(nn.Module):
         self.model = model
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Map pixels uint8 [B, 3, 32, 32] to probabilities float32 [B, 10]."""
+        """Map pixels uint8 [B, 3, 32, 32] to probabilities float32 [B, classes]."""
         return self.model.probabilities(pixels)
 
 
@@ -97,11 +98,11 @@ def load(
     metrics: dict[str, float] = dict(*_own_rows(checkpoint)[:1])
     card: Card = {
         "network": settings["model"]["network"],
-        "classes": archive.CLASSES,
+        "classes": model.classes,
         "input": "float32 [B, 3, 32, 32], RGB: pixels / 255, then (x - mean) / std per channel",
         "mean": mean.flatten().tolist(),
         "std": std.flatten().tolist(),
-        "output": "logits [B, 10]; softmax of logits / temperature is the probabilities",
+        "output": "logits [B, classes]; softmax of logits / temperature is the probabilities",
         "temperature": model.temperature_used or 1.0,
         "calibrated": model.temperature_used is not None,
         "unsure_below": model.unsure_below if model.temperature_used else None,
@@ -111,7 +112,12 @@ def load(
         **{key: metrics[key] for key in ("val/acc", "val/loss") if key in metrics},
         "versions": {"torch": torch.__version__, "lightning": lightning.__version__},
     }
-    return Classifier(model).eval(), card, archive.load(**data).test_images
+    images, folder = archive.load(**data).test_images, data.get("root", "data")
+    if (classes_in(folder) or archive.CLASSES) != model.classes:
+        raise MisconfigurationException(
+            f"the images in {folder} are not of the model's classes: give --data.root"
+        )
+    return Classifier(model).eval(), card, images
 
 
 # ------------------------------------------------------------------------------------- formats
@@ -155,6 +161,7 @@ def export_safetensors(classifier: Classifier, card: Card) -> tuple[bytes, Predi
     read = json.loads(header["__metadata__"]["card"])
     arguments = {"network": read["network"], "tta": read["test_time_augmentation"]}
     arguments["normalize"] = {key: read[key] for key in ("mean", "std")}
+    arguments["classes"] = read["classes"]
     model = instantiate_module(ImageClassifier, arguments)
     model.network.load_state_dict(load(content))
     model.temperature = read["temperature"]
@@ -256,7 +263,7 @@ def page_files(model: bytes, card: Card) -> dict[str, bytes]:
 
 @torch.no_grad()
 def predicted(predict: Predict, images: Tensor) -> Tensor:
-    """Return the probabilities [N, 10] of images uint8 [N, 3, 32, 32]."""
+    """Return the probabilities [N, classes] of images uint8 [N, 3, 32, 32]."""
     return torch.cat([predict(part) for part in torch.split(images, 250)])
 
 

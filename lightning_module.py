@@ -59,7 +59,7 @@ class ImageClassifier(RecordableModule):
     epoch: means over the images, accuracy as a fraction.
 
     Args:
-        network: Maps normalised float images [B, 3, 32, 32] to logits [B, 10].
+        network: Maps normalised float images [B, 3, 32, 32] to logits [B, classes].
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes the scheduler from the optimizer: one of `optimization`, which follows
             training progress, or one of PyTorch's.
@@ -70,6 +70,7 @@ class ImageClassifier(RecordableModule):
             std: [r, g, b]}.
         label_smoothing: Of the training loss, in [0, 1]: the share of the target that is spread
             evenly over all classes.
+        classes: Their names, by label; the command line takes those of the images.
         class_weights: A weight above 0 for each class, in the training loss: as PyTorch's
             `CrossEntropyLoss` does, it divides the sum of a batch's weighted losses by the sum of
             their weights.
@@ -103,7 +104,7 @@ class ImageClassifier(RecordableModule):
         hardest: The share of a batch that `proxy` picks, in (0, 1]; half of it by default.
 
     Raises:
-        MisconfigurationException: The network does not map [B, 3, 32, 32] to [B, 10].
+        MisconfigurationException: The network does not map [B, 3, 32, 32] to [B, classes].
 
     """
 
@@ -121,6 +122,7 @@ class ImageClassifier(RecordableModule):
         lr_interval: Literal["auto", "step", "epoch"] = "auto",
         normalize: Literal["cifar10"] | dict[str, list[float]] | None = None,
         label_smoothing: ClosedUnitInterval = 0.0,
+        classes: list[str] | None = None,
         class_weights: list[float] | None = None,
         weights: str | None = None,
         decay_matrices_only: bool = False,
@@ -152,9 +154,11 @@ class ImageClassifier(RecordableModule):
         self.frozen: list[nn.Parameter] = []  # by `_freeze`
         self.label_smoothing = label_smoothing
         of_classes = None if class_weights is None else torch.tensor(class_weights).float()
-        if of_classes is not None and not (len(of_classes) == len(CLASSES) and min(of_classes) > 0):
+        self.classes = CLASSES if classes is None else tuple(classes)
+        count = len(self.classes)
+        if of_classes is not None and not (len(of_classes) == count and min(of_classes) > 0):
             raise MisconfigurationException(
-                f"model.class_weights {class_weights}: expected {len(CLASSES)} numbers above 0"
+                f"model.class_weights {class_weights}: expected {count} numbers above 0"
             )
         self.register_buffer("class_weights", of_classes, persistent=False)
         self.is_new = True  # so its networks may still begin in a way of their own
@@ -186,7 +190,7 @@ class ImageClassifier(RecordableModule):
             _start_from(read_weights(weights), network)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map float images [B, 3, 32, 32] in [0, 1] to logits [B, 10].
+        """Map float images [B, 3, 32, 32] in [0, 1] to logits [B, classes].
 
         Raises:
             TypeError: Images of whole numbers.
@@ -245,7 +249,8 @@ class ImageClassifier(RecordableModule):
         return loss, (logits.argmax(dim=1) == labels).sum()
 
     def _cross_entropy(self, logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-        """Return the training loss, [] or [B], for labels int64 [B] or probabilities [B, 10]."""
+        """Return the training loss, [] or [B], for labels int64 [B] or probabilities of classes
+        [B, classes]."""
         weights = None if self.class_weights is None else self.class_weights.float()
         smoothing, scores = self.label_smoothing, self._scores(logits)
         return F.cross_entropy(
@@ -265,32 +270,32 @@ class ImageClassifier(RecordableModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Evaluate a batch of the validation set, or of the test set for its curve; return its
-        logits [B, 10]."""
+        logits [B, classes]."""
         logits = self._evaluate(batch, self.test_metrics if dataloader_idx else self.val_metrics)
         if self.collects and not dataloader_idx:
             self.validated.append(Predictions(logits.float(), batch.labels, batch.indices))
         return logits
 
-    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Evaluate a batch of the test set; return its logits [B, 10]."""
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Evaluate a batch of a test set; return its logits [B, classes]."""
         return self._evaluate(batch, self.test_metrics)
 
     def _evaluate(self, batch: Batch, metrics: "Means") -> Tensor:
         if not len(batch.labels):  # a rank whose share of the batch is empty
-            return torch.zeros(0, len(CLASSES), device=batch.labels.device)
+            return torch.zeros(0, len(self.classes), device=batch.labels.device)
         logits = self._logits(batch.images)
         loss = F.cross_entropy(self._scores(logits), batch.labels)
         metrics.update(loss, (logits.argmax(dim=1) == batch.labels).sum(), len(batch.labels))
         return logits
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return class probabilities [B, 10]."""
+        """Return class probabilities [B, classes]."""
         if not len(batch.images):  # none of the files of this batch is a picture
-            return torch.zeros(0, len(CLASSES))
+            return torch.zeros(0, len(self.classes))
         return self.probabilities(batch.images)
 
     def probabilities(self, pixels: Tensor) -> Tensor:
-        """Map pixels uint8 [B, 3, 32, 32] to class probabilities float32 [B, 10]: with test-time
+        """Map pixels uint8 [B, 3, 32, 32] to probabilities float32 [B, classes]: with test-time
         augmentation, and calibrated if `calibrate` is not false and a temperature is known."""
         logits = self._logits(pixels).float()
         return (logits / (self.temperature_used or 1.0)).softmax(dim=1)
@@ -483,9 +488,9 @@ class ImageClassifier(RecordableModule):
             raise MisconfigurationException("model.class_weights needs labels that are not mixed")
 
     def _check_networks(self, size: int = 32) -> None:
-        _check("model.network", self.network, size)
+        _check("model.network", self.network, size, len(self.classes))
         if self.proxy is not None:
-            _check("model.proxy", self.proxy, size)
+            _check("model.proxy", self.proxy, size, len(self.classes))
 
     def on_train_start(self) -> None:
         """Start an epoch, as Lightning calls no hook when it resumes in the middle of one."""
@@ -675,7 +680,7 @@ def _of_network(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """Return the temperature T, from e^-3 to e^3, for which logits [N, 10] / T have the lowest
+    """Return the temperature T, from e^-3 to e^3, for which logits [N, classes] / T have the lowest
     cross entropy with labels int64 [N].
 
     Guo et al., "On Calibration of Modern Neural Networks" (arXiv 1706.04599, section 4.2).
@@ -734,7 +739,7 @@ def _start_from(weights: dict[str, Tensor], network: nn.Module) -> None:
         rank_zero_only(print)(f"model.weights: of other shapes, so not loaded: {names}")
 
 
-def _check(key: str, network: nn.Module, size: int) -> None:
+def _check(key: str, network: nn.Module, size: int, classes: int) -> None:
     """Refuse a network of other shapes before a run starts."""
     name, copied = f"{key} {type(network).__name__}", copy.deepcopy(network).cpu().float().eval()
     try:
@@ -744,8 +749,8 @@ def _check(key: str, network: nn.Module, size: int) -> None:
         raise MisconfigurationException(
             f"{name} does not take images [B, 3, {size}, {size}]: {error}"
         ) from error
-    if shape != [2, len(CLASSES)]:
+    if shape != [2, classes]:
         raise MisconfigurationException(
-            f"{name} returns {shape} for 2 images, expected logits {[2, len(CLASSES)]}"
-            + ": networks.library_network makes it with ten classes" * (shape == [2, 1000])
+            f"{name} returns {shape} for 2 images, expected logits {[2, classes]}"
+            + f": networks.library_network makes it with {classes} classes" * (shape == [2, 1000])
         )

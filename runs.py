@@ -36,6 +36,7 @@ WHERE = {  # where things lie, on which no result depends; the device is on reco
     "data.sources", "data.download",
 }  # fmt: skip
 OFF = {"null", "false", "0", "0.0", '"off"', '"none"', '"auto"', '""', "[]", "{}"}  # as JSON
+LATER = {("num_classes", "10")}  # arguments of later versions, with what was so before, as JSON
 RUN_SETTINGS = ("seed_everything", "name", "trainer", "checkpoint")
 LARGE = 1e9  # bytes of checkpoints that are worth a word
 
@@ -311,7 +312,8 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[A
     argument = re.compile(r"(\w+\.|.*\.init_args\.)?\w+|.*\.(init_args|dict_kwargs)")
     changed = {}
     for key in sorted(every):
-        is_off = key not in both and every[key] in OFF and argument.fullmatch(key)
+        has_no_effect = every[key] in OFF or (key.rpartition(".")[2], every[key]) in LATER
+        is_off = key not in both and has_no_effect and argument.fullmatch(key)
         if not (its.get(key) == ours.get(key) or is_off or place.fullmatch(key)):
             changed[key] = [before.get(key), now.get(key)]
     return changed

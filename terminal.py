@@ -272,5 +272,6 @@ def quieten() -> None:
         r"The dirpath has changed",  # of a moved run, or one that resumes another's earlier epoch
         r"Total length of `Batches` across ranks is zero",  # val_size 0
         r"Precision bf16-mixed is not supported by the model summary",
+        r"Glyph .* missing from font",  # of the name of a class
     ):
         warnings.filterwarnings("ignore", message)

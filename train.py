@@ -52,12 +52,14 @@ from torch.utils.tensorboard import SummaryWriter
 
 import runs
 from callbacks import Board, History, LayerTable, PredictionsKeeper, PredictionTable, SaveSettings
+from cifar10.archive import CLASSES
+from cifar10.arrays import classes_in
 from cifar10.batches import Predictions
 from datamodule import CIFAR10DataModule
 from lightning_module import FINDERS, Diverged, ImageClassifier
 from memory import keep_freed_memory
 from optimization import lacks_bf16  # its import makes short names of the optimizers known
-from reports.card import RESULT, commit, early_stops, model_card, with_result
+from reports.card import RESULT, commit, early_stops, model_card, with_other, with_result
 from reports.saved import Saved
 from terminal import COMMANDS, ShortParser, quieten, refused, short_errors
 
@@ -312,6 +314,7 @@ class CLI(LightningCLI):
                 raise MisconfigurationException("there is no validation set: data.val_size is 0")
             if str(config.checkpoint.monitor).startswith("val/"):
                 config.checkpoint.monitor = None  # there is nothing to choose by
+        self._name_classes()
         self._check_origin()
         self._dump_config()
         # jsonargparse says so even of a text, where a function would do too.
@@ -324,6 +327,19 @@ class CLI(LightningCLI):
         for key, value in runs.flat(self.config_dump).items():
             if "Unable to serialize instance" in str(value):
                 raise MisconfigurationException(f"{key} can't be saved in config.yaml: {value}")
+
+    def _name_classes(self) -> None:
+        """Give a new model the classes of the images, if they are not CIFAR-10's, and their number
+        to networks that take it."""
+        model, names = self.config[self.subcommand].model, None
+        if not self.checkpoint:
+            names = classes_in(self.config[self.subcommand].data.root)
+        if names and model.classes is None:
+            model.classes = [*names]
+            for part in (model.network, model.proxy):
+                arguments: Any = part.get("init_args", {}) if part else {}
+                if arguments.get("num_classes") == len(CLASSES):  # the default
+                    arguments["num_classes"] = len(names)
 
     def _check_origin(self) -> None:
         """Note on which images the weights that this begins with were `seen` in training, and in
@@ -346,6 +362,8 @@ class CLI(LightningCLI):
                     f"nothing says on which images {weights} was trained: if on some of this "
                     "validation set, its accuracy is too high"
                 )
+            if its and its["model"].get("classes") != config.model.classes:
+                its, self.seen = {}, {}  # of images of other classes
         before = its.get("data", {})
         if not now.val_size or "val_size" not in before or self.subcommand == "predict":
             return
@@ -607,6 +625,9 @@ class CLI(LightningCLI):
 
         assert self.path is not None
         results = self._report()
+        if len(self.datamodule.test_sets) > 1:
+            self._after_corruptions(results)
+            return
         test = self.keeper.predictions()
         now = self.datamodule.identity("test")
         if test is None or not test.logits.isfinite().all():
@@ -617,7 +638,7 @@ class CLI(LightningCLI):
         self._say_if_not_calibrated()
         is_part = len(test.labels) < len(self.datamodule.test_set)
         people = self.judgements if now == "CIFAR-10" and not is_part else None
-        evaluation = Evaluation(test, self.model.temperature_used, people)
+        evaluation = Evaluation(test, self.model.temperature_used, people, self.model.classes)
         folder = self.run_folder
         before, used = runs.settings_of(self.checkpoint), self.config_dump
         changed = runs.differences(
@@ -637,7 +658,8 @@ class CLI(LightningCLI):
             print(f"of {len(test.labels)} images only: nothing is written")
             return
         is_own = now == self.seen.get("test", now)
-        suffix = "" if is_own else f"_{now}"
+        other = next(iter(self.datamodule.test_sets))
+        suffix = "" if is_own and not other else f"_{other or now}"
         values = {**results, "set": now, "tta": self.model.tta, "changed": changed}
         values |= evaluation.values()
         figures = evaluation.figures(self.datamodule.test_set.images, self._focus)
@@ -651,13 +673,48 @@ class CLI(LightningCLI):
                 for name, figure in figures.items():
                     board.add_figure(f"test/{name}{suffix}", figure, self.checkpoint["global_step"])
         card = folder / "model.md"
-        if card.exists() and is_own:
+        if card.exists() and not suffix:
             which = f"epoch {results['epoch']} (`{self.path.name}`)"
             summary = evaluation.summary()
             text = card.read_text(encoding="utf-8")
             text = with_result(text, which, summary, now, changed)
             runs.write_whole(card, text.encode())
+        if other:
+            on = f"{len(test.labels):,} images, SHA-256 {now}..."
+            self._add_to_card(other, on, " ".join(evaluation.summary().partition(";")[0].split()))
         print(f"written to {folder}: {', '.join(files)}")
+
+    def _after_corruptions(self, results: dict[str, Any]) -> None:
+        """Write the accuracy on each of several sets of corrupted images."""
+        from reports.corruptions import Corruptions  # slow to import
+        from reports.figures import png
+
+        sets = self.datamodule.test_sets
+        found = {name: self.keeper.predictions(i) for i, name in enumerate(sets)}
+        whole = {name: of for name, of in found.items() if of and len(of.labels) == len(sets[name])}
+        if not self.trainer.is_global_zero:
+            return
+        if len(whole) < len(sets):
+            print("of a part of the images only: nothing is written")
+            return
+        corruptions, name = Corruptions(whole), Path(self.datamodule.other_test_set).resolve().name
+        Console(highlight=False).print(corruptions.table(), corruptions.summary(), sep="\n")
+        values = {**results, "set": name, "tta": self.model.tta, **corruptions.values()}
+        files = {f"test_{name}.json": json.dumps(values, indent=2).encode()}
+        files[f"severity_{name}.png"] = png(corruptions.figure(), 110)
+        for file, content in files.items():
+            runs.write_whole(self.run_folder / file, content)
+        self._add_to_card(name, f"{len(sets)} files of images", corruptions.summary())
+        print(f"written to {self.run_folder}: {', '.join(files)}")
+
+    def _add_to_card(self, name: str, images: str, summary: str) -> None:
+        """Add to the run's card how good a model is on another test set."""
+        card = self.run_folder / "model.md"
+        if card.exists() and self.path is not None:
+            which = f"epoch {self.checkpoint['epoch']} (`{self.path.name}`)"
+            line = f"- **{name}** ({images}), {which}, views {self.model.tta}: {summary}\n"
+            text = with_other(card.read_text(encoding="utf-8"), name, line)
+            runs.write_whole(card, text.encode())
 
     def _focus(self, pixels: Tensor, classes: Tensor) -> Tensor | None:
         from reports.focus import grad_cam

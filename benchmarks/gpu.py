@@ -206,7 +206,7 @@ def fast94(runs: str, turns: str, path: str, *flags: str) -> None:
         print(json.dumps(found), flush=True)
 
 
-def reference(path: str, data: archive.CIFAR10, folder: str) -> Iterator[dict[str, float]]:
+def reference(path: str, data: archive.Arrays, folder: str) -> Iterator[dict[str, float]]:
     """Train the reference, a file of KellerJordan/cifar10-airbench, which times itself; yield the
     figures of each run, on a GPU but of the first, in which it is compiled. On a CPU it computes in
     bfloat16, or 32 bits where `fast94` does, without compilation."""

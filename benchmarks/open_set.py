@@ -35,24 +35,22 @@ TITLES = {
 }  # fmt: skip
 
 
-def write_split(root: Path, data: archive.CIFAR10, known: list[int]) -> int:
+def write_split(root: Path, data: archive.Arrays, known: list[int]) -> int:
     """Write CIFAR-10 with the training images of `known` classes only, which become 0 to 5, and all
     test images, those of other classes with labels above; return how many training images it has.
     """
     others = [label for label in range(10) if label not in known]
     new = torch.tensor([[*known, *others].index(label) for label in range(10)], dtype=torch.uint8)
     labels = new[data.train_labels.long()]
-    arrays = {
-        "train_images": data.train_images[labels < KNOWN],
-        "train_labels": labels[labels < KNOWN],
-        "test_images": data.test_images,
-        "test_labels": new[data.test_labels.long()],
-    }
+    is_known = labels < KNOWN
+    test_labels = new[data.test_labels.long()]
+    arrays = archive.Arrays(
+        data.train_images[is_known], labels[is_known], data.test_images, test_labels
+    )
     folder = root / archive.FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    for name, array in arrays.items():
-        np.save(folder / f"{name}.npy", array.numpy())
-    return len(arrays["train_labels"])
+    archive.save_arrays(folder, arrays)
+    return len(arrays.train_labels)
 
 
 def measured(logits: Tensor, labels: Tensor, temperature: float, least: float) -> dict[str, float]:
@@ -72,9 +70,7 @@ def measured(logits: Tensor, labels: Tensor, temperature: float, least: float) -
     return {key: float(value) for key, value in found.items()}
 
 
-def run(
-    configs: list[Path], split: int, data: archive.CIFAR10, more: list[str]
-) -> dict[str, float]:
+def run(configs: list[Path], split: int, data: archive.Arrays, more: list[str]) -> dict[str, float]:
     """Train and test on a split, unless that is done; return what was measured."""
     known = sorted(np.random.default_rng(split).permutation(10)[:KNOWN].tolist())
     texts = [config.read_text(encoding="utf-8") for config in configs]

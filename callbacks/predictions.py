@@ -20,7 +20,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from callbacks.tensorboard import writers
-from cifar10.archive import CLASSES
 from cifar10.batches import Batch, Predictions, gathered
 from cifar10.pictures import BATCH_SIZE, why_unreadable
 from runs import write_whole
@@ -35,11 +34,11 @@ class PredictionsKeeper(Callback):
     takes_many_steps = True
 
     def __init__(self) -> None:
-        self.batches: list[Predictions] = []
+        self.batches: dict[int, list[Predictions]] = {}
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget the predictions of the set before."""
-        self.batches = []
+        """Forget the predictions of the sets before."""
+        self.batches = {}
 
     def on_validation_batch_end(
         self,
@@ -52,15 +51,27 @@ class PredictionsKeeper(Callback):
     ) -> None:
         """Keep a batch, but none of the test set's curve."""
         if dataloader_idx == 0:
-            self.batches.append(Predictions(outputs.float(), batch.labels, batch.indices))
+            self.on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     on_test_start = on_validation_start
-    on_test_batch_end = on_validation_batch_end
 
-    def predictions(self) -> Predictions | None:
-        """Return the predictions of all ranks, and forget them; None if there was no batch."""
-        batches, self.batches = self.batches, []
-        return gathered(batches)
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep a batch of one of several sets."""
+        predictions = Predictions(outputs.float(), batch.labels, batch.indices)
+        self.batches.setdefault(dataloader_idx, []).append(predictions)
+
+    def predictions(self, number: int = 0) -> Predictions | None:
+        """Return the predictions of all ranks for a set, and forget them; None if there was no
+        batch."""
+        return gathered(self.batches.pop(number, []))
 
 
 class ConfusionMatrix(PredictionsKeeper):
@@ -86,8 +97,9 @@ class ConfusionMatrix(PredictionsKeeper):
             return
         predictions = self.predictions()  # takes all ranks
         if predictions is not None:
+            classes: Any = pl_module.classes
             for board in writers(trainer):
-                figure = confusion_figure(confusion_of(predictions))
+                figure = confusion_figure(confusion_of(predictions), classes)
                 board.add_figure("val/confusion", figure, trainer.global_step)
 
 
@@ -110,15 +122,15 @@ class PredictionTable(Callback):
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int, *_: Any
     ) -> None:
-        """Keep the best of probabilities [B, 10]; name the files that could not be read."""
+        """Keep the best of probabilities [B, classes]; name the files that could not be read."""
         least = pl_module.unsure_below if pl_module.temperature_used else None
-        best, indices = outputs.topk(2), batch.indices.tolist()
+        names, best, indices = pl_module.classes, outputs.topk(2), batch.indices.tolist()
         columns = indices, best.values.tolist(), best.indices.tolist(), batch.labels.tolist()
         for index, (p, q), (first, second), label in zip(*columns, strict=True):
             is_sure = "" if least is None else "yes" if p >= least else "no"
-            row = [CLASSES[first], f"{p:.4f}", CLASSES[second], f"{q:.4f}", is_sure]
+            row = [names[first], f"{p:.4f}", names[second], f"{q:.4f}", is_sure]
             if self.files is None:
-                self.rows.append([str(index), *row, CLASSES[label]])
+                self.rows.append([str(index), *row, names[label]])
             else:
                 self.rows.append([_printable(self.files[index]), *row])
         if self.explained is not None and len(indices):

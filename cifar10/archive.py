@@ -23,7 +23,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import pooch
@@ -31,10 +31,19 @@ import requests
 import torch
 import torchvision
 from filelock import FileLock
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
+
+from cifar10.arrays import (
+    Arrays,
+    CIFAR10Error,
+    check_form,
+    classes_in,
+    read_arrays,
+    read_folder,
+    save_arrays,
+    sha256,
+)
 
 CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
@@ -66,19 +75,6 @@ SHA256 = {  # of the values in memory, in C order
 FOLDER = "cifar-10-arrays"
 
 
-class CIFAR10Error(MisconfigurationException):
-    """CIFAR-10 cannot be found or fetched, or the data are not CIFAR-10; one line, for the user."""
-
-
-class CIFAR10(NamedTuple):
-    """The data set: images uint8 [N, 3, 32, 32] in 0..255, labels uint8 [N] in 0..9."""
-
-    train_images: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
-
-
 def load(
     root: str | Path = "data",
     *,
@@ -86,8 +82,9 @@ def load(
     sources: Sequence[str] = SOURCES,
     verify: bool = True,
     stall_seconds: float = STALL_SECONDS,
-) -> CIFAR10:
-    """Return CIFAR-10, from `root` when it is there, otherwise from the first source that answers.
+) -> Arrays:
+    """Return CIFAR-10, from `root` when it is there, otherwise from the first source that answers;
+    other images if `root` has such (`cifar10.arrays`).
 
     `root` may hold the arrays of an earlier call, the official folder `cifar-10-batches-py/` or the
     official archive; the latter two are converted once. Processes may call this at the same time:
@@ -108,6 +105,8 @@ def load(
 
     """
     root = Path(root)
+    if names := classes_in(root):
+        return read_folder(root, names)
     folder = root / FOLDER
     if not folder.is_dir():
         is_read_only = root.is_dir() and not os.access(root, os.W_OK)
@@ -116,7 +115,7 @@ def load(
         with _locked(root):
             if not folder.is_dir():  # else another process was faster
                 _make(folder, download, sources, stall_seconds)
-    return _checked(_open(folder), verify, folder)
+    return _checked(read_arrays(folder), verify, folder)
 
 
 @contextlib.contextmanager
@@ -153,58 +152,27 @@ def _make(folder: Path, download: bool, sources: Sequence[str], stall_seconds: f
         data = data or _fetch(sources, Path(scratch), stall_seconds)
         whole = Path(scratch) / FOLDER
         whole.mkdir()
-        for name, tensor in data._asdict().items():
-            np.save(whole / f"{name}.npy", tensor.numpy())
+        save_arrays(whole, data)
         if not folder.is_dir():  # without locks, another process may have been faster
             whole.rename(folder)
 
 
-def _open(folder: Path) -> CIFAR10:
-    """Map the arrays into memory; copy-on-write, since PyTorch has no read-only tensors."""
-    try:
-        files = (folder / f"{name}.npy" for name in CIFAR10._fields)
-        arrays = [np.load(file, mmap_mode="c", allow_pickle=False) for file in files]
-        return CIFAR10(*map(torch.from_numpy, arrays))
-    except (OSError, ValueError, EOFError, TypeError) as error:
-        raise CIFAR10Error(
-            f"{folder} is damaged ({error}): delete it to fetch the images again"
-        ) from error
-
-
-def _checked(data: CIFAR10, verify: bool, origin: Path) -> CIFAR10:
+def _checked(data: Arrays, verify: bool, origin: Path) -> Arrays:
     """Return the data if they have the form of CIFAR-10 and, with `verify`, are CIFAR-10."""
-    for part in ("train", "test"):
-        images, labels = f"{part}_images", f"{part}_labels"
-        count = len(getattr(data, images))
-        for name, shape in ((images, [count, 3, 32, 32]), (labels, [count])):
-            tensor = getattr(data, name)
-            if tensor.dtype != torch.uint8 or list(tensor.shape) != shape:
-                raise CIFAR10Error(
-                    f"{origin}: {name} are {tensor.dtype} {list(tensor.shape)}, "
-                    f"expected torch.uint8 {shape}"
-                )
-        if (most := getattr(data, labels).max()) >= len(CLASSES):
-            raise CIFAR10Error(f"{origin}: {labels} reach {most}, expected 0 to 9")
-    if verify:
-        for name, expected in SHA256.items():
-            if sha256(getattr(data, name)) != expected:
-                raise CIFAR10Error(
-                    f"{origin}: {name} are not CIFAR-10's (their SHA-256 differs); delete it to "
-                    "fetch them again, or pass --data.verify false to use an altered version"
-                )
+    check_form(data, len(CLASSES), origin)
+    for name, expected in SHA256.items() if verify else ():
+        if sha256(getattr(data, name)) != expected:
+            raise CIFAR10Error(
+                f"{origin}: {name} are not CIFAR-10's (their SHA-256 differs); delete it to "
+                "fetch them again, or pass --data.verify false to use an altered version"
+            )
     return data
-
-
-def sha256(array: Tensor | np.ndarray) -> str:
-    """Return the SHA-256 of an array's values in C order, whatever its shape; of a tensor on the
-    CPU."""
-    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
 
 
 # ----------------------------------------------------------------------- what the sources hold
 
 
-def _read_official(root: Path) -> CIFAR10 | None:
+def _read_official(root: Path) -> Arrays | None:
     """Return what the user already has in the official form, if anything."""
     folder, archive = root / "cifar-10-batches-py", root / ARCHIVE
     if folder.is_dir():
@@ -235,7 +203,7 @@ def _untar(content: bytes) -> dict[str, bytes]:
         }
 
 
-def _read_batches(files: dict[str, bytes]) -> CIFAR10:
+def _read_batches(files: dict[str, bytes]) -> Arrays:
     """Read the official batch files, whose bytes are known."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # NumPy 2.4.0 to 2.4.4 warn of Python 2's pickles
@@ -244,7 +212,7 @@ def _read_batches(files: dict[str, bytes]) -> CIFAR10:
     return _joined([batch[b"data"] for batch in batches], labels)
 
 
-def _read_sheets(files: dict[str, bytes]) -> CIFAR10:
+def _read_sheets(files: dict[str, bytes]) -> Arrays:
     """Read the npm package: PNG sheets 1024 x 10,000 whose rows are images 32 x 32 in RGB."""
     sheets = [Image.open(io.BytesIO(files[f"{name}.png"])).convert("RGB") for name in BATCH_MD5]
     images = [np.asarray(sheet).reshape(-1, 32, 32, 3).transpose(0, 3, 1, 2) for sheet in sheets]
@@ -252,18 +220,18 @@ def _read_sheets(files: dict[str, bytes]) -> CIFAR10:
     return _joined(images, labels[0] + labels[1])
 
 
-def _joined(images: list[np.ndarray], labels: list[int]) -> CIFAR10:
+def _joined(images: list[np.ndarray], labels: list[int]) -> Arrays:
     """Join batches of images uint8 [N, 3, 32, 32] or [N, 3072], of which the last is for testing,
     and their labels."""
     pixels = torch.from_numpy(np.concatenate(images)).view(-1, 3, 32, 32)
     classes, train = torch.tensor(labels, dtype=torch.uint8), len(pixels) - len(images[-1])
-    return CIFAR10(pixels[:train], classes[:train], pixels[train:], classes[train:])
+    return Arrays(pixels[:train], classes[:train], pixels[train:], classes[train:])
 
 
 # ------------------------------------------------------------------------------------- fetching
 
 
-def _fetch(sources: Sequence[str], scratch: Path, stall_seconds: float) -> CIFAR10:
+def _fetch(sources: Sequence[str], scratch: Path, stall_seconds: float) -> Arrays:
     """Return the data of the first source that delivers them; say why the others did not."""
     failures = []
     for source in sources:

@@ -38,8 +38,8 @@ class Augment(nn.Module):
     Args:
         steps: Modules that map float images [B, 3, H, W] to such. One that has `mixes_labels`, or
             has torchvision's `MixUp` or `CutMix` in it, maps images and labels to images and
-            probabilities [B, 10]. One that has `set_progress` is told how much of the training is
-            done, in [0, 1), before each epoch; it may return False if that changes nothing.
+            probabilities [B, classes]. One that has `set_progress` is told how much of the training
+            is done, in [0, 1), before each epoch; it may return False if that changes nothing.
         seed: Decides, with an image's index, which image begins `AlternatingFlip` in which turn.
 
     """
@@ -56,7 +56,7 @@ class Augment(nn.Module):
 
     def forward(self, pixels: Tensor, labels: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Map a batch, pixels uint8 [B, 3, 32, 32], labels and indices int64 [B], to float images
-        and what the network should say: labels, or probabilities [B, 10]."""
+        and what the network should say: labels, or probabilities [B, classes]."""
         images = pixels / 255
         for step, mixes in zip(self.steps, self.mixes, strict=True):
             if mixes:
@@ -257,7 +257,7 @@ TestTimeAugmentation = Literal["none", "mirror", "mirror-shift"]
 def average_over_views(
     network: Callable[[Tensor], Tensor], images: Tensor, views: TestTimeAugmentation
 ) -> Tensor:
-    """Return the mean logits [B, 10] of a network over views of images [B, 3, H, W].
+    """Return the mean logits [B, classes] of a network over views of images [B, 3, H, W].
 
     `mirror`: the image and its mirror image. `mirror-shift`: those two with half of the weight, and
     both of them shifted by a pixel up and to the left, and down and to the right, with a quarter
@@ -303,7 +303,7 @@ def _coins(indices: Tensor, seed: int) -> Tensor:
 
 
 @rank_zero_only
-def check_choices(augmentation: Augment) -> None:
+def check_choices(augmentation: Augment, classes: int = 10) -> None:
     """Try the transforms of torchvision: refuse those that do not take float images, or that choose
     nothing, and so would be missing in evaluation; name those that draw one random number for all
     images of a batch."""
@@ -317,11 +317,11 @@ def check_choices(augmentation: Augment) -> None:
         whole, mixing = Augment(parts, augmentation.seed), any(augmentation.mixes)
         try:
             for _ in range(20):  # as some refuse floats by chance
-                augmented, labels = whole(pixels, torch.arange(4), torch.arange(4))
-            if labels.shape not in ((4,), (4, 10)):
-                raise ValueError(f"labels of {labels.shape[1]} classes, expected 10")
+                augmented, labels = whole(pixels, torch.arange(4), torch.arange(4) % classes)
+            if labels.shape not in ((4,), (4, classes)):
+                raise ValueError(f"labels of {labels.shape[1]} classes, expected {classes}")
         except (TypeError, ValueError, RuntimeError) as error:
-            what = "float images [B, 3, 32, 32]" + " and labels [B] of ten classes" * mixing
+            what = "float images [B, 3, 32, 32]" + f" and labels [B] of {classes} classes" * mixing
             raise MisconfigurationException(
                 f"data.augment does not take {what}: {error}"
             ) from error

@@ -19,7 +19,7 @@ class Batch(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """Logits float32 [N, 10], labels int64 [N] and indices int64 [N] of the images of a set."""
+    """Logits float32 [N, classes], labels and indices int64 [N] of the images of a set."""
 
     logits: Tensor
     labels: Tensor

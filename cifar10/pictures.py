@@ -1,21 +1,26 @@
 """Pictures of the user's own, read as uint8 [3, 32, 32] to be predicted."""
 
+import functools
 import glob
 import importlib.util
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from cifar10.archive import CIFAR10Error
 from cifar10.batches import Batch
 
 BATCH_SIZE = 64
+bar = functools.partial(tqdm, leave=False, disable=None)  # on a terminal only
 MANY = 200  # files from which on reading them in worker processes pays
 if HAS_HEIF := importlib.util.find_spec("pillow_heif") is not None:  # optional: phones write HEIC
     importlib.import_module("pillow_heif").register_heif_opener()
@@ -39,13 +44,19 @@ def find_pictures(images: str | Sequence[str]) -> list[Path]:
 
 
 def read_picture(path: Path) -> Tensor:
-    """Return a picture of any size and mode as uint8 [3, 32, 32]: turned upright as its EXIF data
-    say, on white where it is transparent, the largest square in its middle resized. A picture of
-    32 x 32 stays as it is. For a file that is not a picture, Pillow raises any exception."""
+    """Return a picture in a file by `to_pixels`, turned upright as its EXIF data say. For a file
+    that is not a picture, Pillow raises any exception."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of large files and of odd metadata
         with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
+            return to_pixels(ImageOps.exif_transpose(file))
+
+
+def to_pixels(picture: Image.Image) -> Tensor:
+    """Return a picture of any size and mode as uint8 [3, 32, 32]: on white where it is transparent,
+    the largest square in its middle resized. One of 32 x 32 stays as it is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd metadata
         if picture.mode.startswith("I"):  # 16 bits, which Pillow would cut off
             picture = Image.fromarray((np.asarray(picture) // 256).clip(0, 255).astype(np.uint8))
         if picture.has_transparency_data:
@@ -101,3 +112,38 @@ def _collate(pictures: list[tuple[int, Tensor | None]]) -> Batch:
     images = torch.stack([*good.values()]) if good else torch.zeros(0, 3, 32, 32, dtype=torch.uint8)
     indices = torch.tensor([*good], dtype=torch.int64)
     return Batch(images, torch.full_like(indices, -1), indices)
+
+
+class Part(NamedTuple):
+    """Images uint8 [N, 3, 32, 32], labels uint8 [N], and what each is called."""
+
+    images: Tensor
+    labels: Tensor
+    names: list[str]
+
+
+def read_by_class(folder: Path, classes: Sequence[str]) -> tuple[Part, int]:
+    """Return the pictures in the sub-folders that have the names of classes, and how many files
+    could not be read, which are named.
+
+    Raises:
+        CIFAR10Error: There are none.
+    """
+    files: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        is_there = (folder / name).is_dir() and any((folder / name).iterdir())
+        found = find_pictures(glob.escape(str(folder / name))) if is_there else []
+        files += found
+        labels += [label] * len(found)
+    batches = Pictures(files).batches()
+    parts = [*bar(batches, desc=str(folder), unit_scale=BATCH_SIZE, unit=" files")]
+    read = torch.cat([part.indices for part in parts]) if parts else torch.zeros(0)
+    for index in sorted({*range(len(files))} - {*read.tolist()}):
+        print(f"skipped {files[index]}: {why_unreadable(files[index])}", file=sys.stderr)
+    if not len(read):
+        raise CIFAR10Error(f"{folder}: no picture in any folder of a class")
+    images = torch.cat([part.images for part in parts])
+    names = [str(files[index]) for index in read.tolist()]
+    part = Part(images, torch.tensor(labels, dtype=torch.uint8)[read], names)
+    return part, len(files) - len(read)

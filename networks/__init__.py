@@ -1,4 +1,6 @@
-"""Networks as plain `nn.Module`s: float images [B, 3, 32, 32] in, logits [B, 10] out."""
+"""Networks as plain `nn.Module`s: float images [B, 3, 32, 32] in, logits [B, classes] out."""
+
+from jsonargparse.typing import PositiveInt
 
 from networks.convnet import ConvNet
 from networks.deep_convnet import DeepConvNet
@@ -7,10 +9,10 @@ from networks.max_pool import MaxPool2x2
 from networks.speedrun import SpeedrunNet
 
 
-def default_network() -> ConvNet:
-    """Return the network of runs that name none. It has no arguments, as a network of another class
-    would inherit what they are here, should they have the same names."""
-    return ConvNet()
+def default_network(num_classes: PositiveInt = 10) -> ConvNet:
+    """Return the network of runs that name none. It has no other arguments, as a network of another
+    class would inherit what they are here, should they have the same names."""
+    return ConvNet(num_classes=num_classes)
 
 
 __all__ = [

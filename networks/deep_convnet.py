@@ -29,12 +29,13 @@ class DeepConvNet(nn.Module):
     | conv 3x3 twice, then the same                 | [B, 64, 8, 8]    |
     | conv 3x3 twice, then the same                 | [B, 128, 4, 4]   |
     | dense, ReLU                                   | [B, 128]         |
-    | dense                                         | [B, 10]          |
+    | dense                                         | [B, num_classes] |
 
     Args:
         channels: Of the three stages.
         dense_units: Width of the first dense layer.
         dropout: Probability in [0, 1] that a feature is dropped before each dense layer.
+        num_classes: Of the images.
 
     """
 
@@ -43,6 +44,7 @@ class DeepConvNet(nn.Module):
         channels: tuple[PositiveInt, PositiveInt, PositiveInt] = (32, 64, 128),
         dense_units: PositiveInt = 128,
         dropout: ClosedUnitInterval = 0.0,
+        num_classes: PositiveInt = 10,
     ) -> None:
         super().__init__()
         first, second, third = channels
@@ -51,10 +53,10 @@ class DeepConvNet(nn.Module):
         self.conv3 = _convs(second, third, 2)
         self.dropout = dropout
         self.dense1 = nn.Linear(third * 4 * 4, dense_units)
-        self.dense2 = nn.Linear(dense_units, 10)
+        self.dense2 = nn.Linear(dense_units, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map float images [B, 3, 32, 32] to logits [B, 10]."""
+        """Map float images [B, 3, 32, 32] to logits [B, num_classes]."""
         images = images.contiguous(memory_format=torch.channels_last)
         features = self.conv3(self.conv2(self.conv1(images))).flatten(1)
         features = F.relu(self.dense1(F.dropout(features, self.dropout, self.training)))

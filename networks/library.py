@@ -1,4 +1,4 @@
-"""Networks of torchvision and timm, made for ten classes and images of 32 x 32 pixels."""
+"""Networks of torchvision and timm, made for images of 32 x 32 pixels."""
 
 from difflib import get_close_matches
 from functools import partial
@@ -6,13 +6,17 @@ from typing import Any, Literal
 
 import torch
 import torchvision
+from jsonargparse.typing import PositiveInt
 from torch import nn
 
 
 def library_network(
-    name: str, stem: Literal["small", "own"] = "small", arguments: dict[str, Any] | None = None
+    name: str,
+    stem: Literal["small", "own"] = "small",
+    arguments: dict[str, Any] | None = None,
+    num_classes: PositiveInt = 10,
 ) -> nn.Module:
-    """Return a network of torchvision's or timm's: images [B, 3, 32, 32] to logits [B, 10].
+    """Return a network of torchvision's or timm's: float images to logits [B, num_classes].
 
     Args:
         name: `resnet18` or another of torchvision's (`torchvision.models.list_models()`), or
@@ -21,6 +25,7 @@ def library_network(
             block. `small`: a convolution of 3 x 3 with stride 1 and no pooling, as He et al., arXiv
             1512.03385, section 4.2, have it for CIFAR-10. Others keep theirs.
         arguments: Further arguments of the network, such as timm's {img_size: 32, patch_size: 4}.
+        num_classes: Of the images.
 
     Raises:
         ValueError: There is no such network, or it refuses its arguments.
@@ -41,7 +46,7 @@ def library_network(
         near = " or ".join(get_close_matches(name, known, n=2))
         raise ValueError(f"there is no network {name}" + f": did you mean {near}?" * bool(near))
     try:
-        network: Any = create_model(model, num_classes=10, **(arguments or {}))
+        network: Any = create_model(model, num_classes=num_classes, **(arguments or {}))
     except TypeError as error:  # of its arguments
         raise ValueError(f"{name}: {error}") from error
     if hasattr(network, "aux_logits"):  # which would be further outputs in training

@@ -61,7 +61,7 @@ class SpeedrunNet(nn.Module):
     | conv 3x3, batch norm, GELU                        | [B, 64, 15, 15] |
     | the same two with 256 channels                    | [B, 256, 7, 7]  |
     | and again                                         | [B, 256, 3, 3]  |
-    | maximum of all places, dense without bias         | [B, 10]         |
+    | maximum of all places, dense without bias         | [B, num_classes] |
 
     Args:
         widths: Channels of the three stages. With fewer than 24 in the first, `dirac` hands on
@@ -72,6 +72,7 @@ class SpeedrunNet(nn.Module):
         norm_momentum: Share of the newest batch in batch norm's running statistics, in [0, 1].
         learn_scale: Train batch norm's scale as well as its bias.
         residual: Have a third convolution in each stage, which adds to what the first one made.
+        num_classes: Of the images.
 
     """
 
@@ -83,6 +84,7 @@ class SpeedrunNet(nn.Module):
         norm_momentum: ClosedUnitInterval = 0.4,
         learn_scale: bool = False,
         residual: bool = False,
+        num_classes: PositiveInt = 10,
     ) -> None:
         super().__init__()
         self.whiten = nn.Conv2d(3, 24, 2)
@@ -93,8 +95,8 @@ class SpeedrunNet(nn.Module):
                 for before, channels in zip((24, *widths), widths, strict=False)
             )
         )
-        self.head = nn.Linear(widths[-1], 10, bias=False)
-        # Small logits at the start: the loss begins at log 10.
+        self.head = nn.Linear(widths[-1], num_classes, bias=False)
+        # Small logits at the start: the loss begins at that of a guess.
         self.head.weight.data /= self.head.weight.data.std() * widths[-1]
         self.to(memory_format=torch.channels_last)
 
@@ -114,7 +116,7 @@ class SpeedrunNet(nn.Module):
         self.whiten.weight.copy_(torch.cat([filters, -filters]).view_as(self.whiten.weight))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map normalised images [B, 3, H, W], of 9 pixels or more, to logits [B, 10]."""
+        """Map normalised images [B, 3, H, W], of 9 pixels or more, to logits [B, num_classes]."""
         x = F.gelu(self.whiten(images.contiguous(memory_format=torch.channels_last)))
         x = self.groups(x)
         return self.head(F.max_pool2d(x, x.shape[2:]).flatten(1))

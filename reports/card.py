@@ -27,7 +27,7 @@ FLAWS = (
     "3.25 % of the test images have near-duplicates (ciFAIR), and about 0.5 % of the test labels "
     "are wrong (Northcutt et al., 2021)"
 )
-RESULT = "\n## On the test set\n"
+RESULT, OTHERS = "\n## On the test set\n", "\n## On other test sets\n"
 
 
 def commit() -> str:
@@ -71,6 +71,7 @@ def model_card(
     model, data, weights = settings["model"], settings["data"], settings["model"]["weights"]
     parts, images = run["parts"], run["images"]
     calibrate = model["calibrate"]
+    other = "not CIFAR-10 as published"
     is_cifar10 = set(images.values()) == {"CIFAR-10"}
     module: Any = trainer.lightning_module
     size = sum(p.numel() for p in module.network.parameters())
@@ -92,7 +93,8 @@ def model_card(
         f"{flops(module.network) / 1e6:,.1f} million FLOPs an image",
         "Data": f"CIFAR-10, python version, md5 {archive.ARCHIVE_MD5}"
         if is_cifar10
-        else f"not CIFAR-10 as published: SHA-256 of training images and labels {images['train']}, "
+        else ("other images, of which nothing was verified" if model["classes"] else other)
+        + f": SHA-256 of training images and labels {images['train']}, "
         f"of test images and labels {images['test']}",
         "Split": f"{held_out:,} of the training images held out for validation"
         + f", as fold {data['fold']} of {data['folds']}" * bool(data["folds"])
@@ -135,7 +137,7 @@ def model_card(
         "Time": f"{sum(row['seconds'] for row in rows):.0f} s on {run['machine']}",
         "Versions": "".join(f"{n} {v}, " for n, v in run["versions"].items() if n != weights)
         + f"Python {platform.python_version()}, {platform.system()}",
-        "Classes": ", ".join(archive.CLASSES) + "; it has no answer for anything else",
+        "Classes": ", ".join(module.classes) + "; it has no answer for anything else",
         "Known flaws": FLAWS * is_cifar10,
     }
     if best is not None and "val/acc" in best:
@@ -169,7 +171,15 @@ def with_result(
     lines = "\n".join(f"- {line}" for line in summary.splitlines())
     how = "".join(f", with {k} {now} (not {old})" for k, (old, now) in changed.items())
     on = f"Of {epoch} on the test images of {images}{how}:"
-    return f"{card.partition(RESULT)[0]}{RESULT}\n{on}\n\n{lines}\n"
+    text, *others = card.partition(OTHERS)
+    return f"{text.partition(RESULT)[0]}{RESULT}\n{on}\n\n{lines}\n{''.join(others)}"
+
+
+def with_other(card: str, name: str, line: str) -> str:
+    """Return a card with a line for another test set, in place of an earlier one of that name."""
+    text, _, others = card.partition(OTHERS)
+    kept = [of for of in others.splitlines(True) if of.strip() and f"**{name}**" not in of]
+    return f"{text}{OTHERS}\n{''.join([*kept, line])}"
 
 
 def _call(settings: Any) -> str:

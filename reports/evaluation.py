@@ -1,6 +1,6 @@
 """How good a model is: accuracy, classes, confusions, mistakes, and what its probabilities say."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,15 +29,16 @@ from reports.figures import (
 )
 from reports.judges import Judgements, fair, summary_of
 
-N = len(CLASSES)
 BINS = 15  # of confidence, as in Guo et al.
 DRAWS = 999
+MANY = 20  # classes, of which a table does not show all
 SURE = (0.95, 0.99)  # confidences
 
 
 def confusion_of(predictions: Predictions) -> Tensor:
-    """Return how many images of each class (rows) are taken for which (columns), int64 [10, 10]."""
-    return multiclass_confusion_matrix(predictions.logits, predictions.labels, N)
+    """Return how many images of each class (rows) are taken for which (columns), int64 [C, C]."""
+    logits, labels, _ = predictions
+    return multiclass_confusion_matrix(logits, labels, logits.shape[1])
 
 
 def wilson(correct: int, images: int) -> tuple[float, float]:
@@ -55,7 +56,7 @@ def equal_mass_bins(confidence: np.ndarray) -> list[np.ndarray]:
 
 
 class Probabilities:
-    """What the probabilities of logits [N, 10], for images with labels int64 [N], are worth."""
+    """What the probabilities of logits [N, C], for images with labels int64 [N], are worth."""
 
     def __init__(self, logits: Tensor, labels: Tensor) -> None:
         logits = logits.double()
@@ -66,7 +67,7 @@ class Probabilities:
         self.bins = equal_mass_bins(self.confidence)
         self.ece = float(self.calibration_errors(self.is_right[None])[0])
         self.nll = float(F.cross_entropy(logits, labels))
-        errors = (probabilities - F.one_hot(labels, N)).square().sum(dim=1)
+        errors = (probabilities - F.one_hot(labels, logits.shape[1])).square().sum(dim=1)
         self.brier = float(errors.mean())
 
     def calibration_errors(self, is_right: np.ndarray) -> np.ndarray:
@@ -107,24 +108,26 @@ class Probabilities:
 
 
 class Evaluation:
-    """How good a model is, by its predictions of the test set, whose logits are divided by a
-    temperature, if it has one, and by what people say of these images, if that is known."""
+    """How good a model is, by its predictions of the test set, of classes with these names. Its
+    logits are divided by a temperature, if it has one; `people` is what they say of these images,
+    if that is known."""
 
     def __init__(
         self,
         test: Predictions,
         temperature: float | None = None,
         people: Judgements | None = None,
+        classes: Sequence[str] = CLASSES,
     ) -> None:
-        self.test, self.temperature = test, temperature
+        self.test, self.classes, self.temperature = test, classes, temperature
         self.fair = None if people is None else fair(test, people)
-        logits, labels = test.logits, test.labels
+        logits, labels, count = test.logits, test.labels, len(classes)
         self.confusion = confusion_of(test)
         self.accuracy = float(self.confusion.diagonal().sum()) / len(labels)
         self.low, self.high = wilson(int(self.confusion.diagonal().sum()), len(labels))
-        self.top2 = float(multiclass_accuracy(logits, labels, N, average="micro", top_k=2))
+        self.top2 = float(multiclass_accuracy(logits, labels, count, average="micro", top_k=2))
         self.precision, self.recall, self.f1 = (
-            metric(logits, labels, N, average="none").tolist()
+            metric(logits, labels, count, average="none").tolist()
             for metric in (multiclass_precision, multiclass_recall, multiclass_f1_score)
         )
         self.as_trained = Probabilities(logits, labels)
@@ -152,7 +155,7 @@ class Evaluation:
                     "f1": self.f1[i],
                     "images": int(self.confusion[i].sum()),
                 }
-                for i, name in enumerate(CLASSES)
+                for i, name in enumerate(self.classes)
             },
             "confusion": self.confusion.tolist(),
             "people": self.fair,
@@ -188,20 +191,25 @@ class Evaluation:
         return "\n".join(lines if self.fair is None else [*lines, summary_of(self.fair)])
 
     def table(self) -> Table:
-        """Return a row for each class: how well it is found, with the 95 % interval of the recall,
-        and what it is taken for."""
+        """Return a row for each class, of many classes for those found worst: how well it is found,
+        with the 95 % interval of the recall, and what it is taken for."""
         table = Table(box=box.SIMPLE, header_style="bold", pad_edge=False)
         table.add_column("class")
         for header in ("recall", "95 %", "precision", "F1"):
             table.add_column(header, justify="right")
         table.add_column("most often taken for")
         wrong = self.confusion - self.confusion.diagonal().diag()
-        for i, name in enumerate(CLASSES):
-            recall = self._share(self.recall[i], i, dim=1)
+        order = sorted(range(len(self.classes)), key=lambda i: self.recall[i])
+        if len(order) <= MANY:
+            order.sort()
+        else:
+            table.caption = f"the {MANY} classes found worst of {len(order)}"
+        for i in order[:MANY]:
+            name, recall = self.classes[i], self._share(self.recall[i], i, dim=1)
             interval = f"{100 * recall['low']:.1f}-{100 * recall['high']:.1f}"
             found, precision, f1 = (f"{v[i]:.1%}" for v in (self.recall, self.precision, self.f1))
             count, other = wrong[i].max(dim=0)
-            taken = f"{CLASSES[other]} ({count} of {int(self.confusion[i].sum())})"
+            taken = f"{self.classes[int(other)]} ({count} of {int(self.confusion[i].sum())})"
             table.add_row(name, found, interval, precision, f1, taken if count else "")
         return table
 
@@ -218,14 +226,14 @@ class Evaluation:
         worst = most_confident_mistakes(logits, labels)
         mistakes = logits[worst], labels[worst], images[worst.to(images.device)]
         found = {
-            "confusion": confusion_figure(self.confusion),
+            "confusion": confusion_figure(self.confusion, self.classes),
             "reliability": reliability_figure(panels),
             "coverage": coverage_figure(self.probabilities.risks(), self.probabilities.aurc()),
-            "mistakes": mistakes_figure(*mistakes),
+            "mistakes": mistakes_figure(*mistakes, self.classes),
         }
         where = focus(mistakes[2], mistakes[0].argmax(dim=1)) if len(worst) else None
         if where is not None:
-            found["focus"] = mistakes_figure(*mistakes, where)
+            found["focus"] = mistakes_figure(*mistakes, self.classes, where)
         return found
 
 

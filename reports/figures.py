@@ -1,6 +1,8 @@
 """Figures of a run: learning curves, confusions, reliability, coverage, mistakes."""
 
 import io
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -8,12 +10,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
-from cifar10.archive import CLASSES
 from runs import Row
 
 COLORS = {"train": "tab:blue", "val": "tab:orange", "test": "tab:green"}
 QUANTITIES = {"loss": "loss", "acc": "accuracy"}
 SHOWN = 36  # mistakes
+LEGIBLE = 20  # classes whose counts fit into a figure
 
 
 def png(figure: Figure, dpi: int = 120) -> bytes:
@@ -44,16 +46,23 @@ def curves(rows: list[Row], best: Row | None) -> Figure:
     return figure
 
 
-def confusion_figure(confusion: Tensor) -> Figure:
-    """Draw a confusion matrix int64 [10, 10]: how many of each class are predicted as which."""
+def confusion_figure(confusion: Tensor, classes: Sequence[str]) -> Figure:
+    """Draw a confusion matrix int64 [C, C]: how many of each class are predicted as which; of many
+    classes only the shares, as colours."""
     share = (confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)).cpu().numpy()
     figure = Figure(figsize=(6.8, 6), layout="constrained")
     axes = figure.subplots()
     picture = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(CLASSES)), CLASSES, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(CLASSES)), CLASSES)
+    names, size = [_short(name) for name in classes], 10 if len(classes) <= LEGIBLE else 4.5
+    turned: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    if len(classes) > LEGIBLE:
+        figure.set_size_inches(12, 10.6)
+        turned = {"rotation": 90}
+    axes.set_xticks(range(len(names)), names, fontsize=size, **turned)
+    axes.set_yticks(range(len(names)), names, fontsize=size)
     axes.set(xlabel="predicted", ylabel="true")
-    for (row, column), count in np.ndenumerate(confusion.cpu().numpy()):
+    counts = confusion.cpu().numpy() if len(classes) <= LEGIBLE else np.empty((0, 0))
+    for (row, column), count in np.ndenumerate(counts):
         color = "white" if share[row, column] > 0.5 else "black"
         axes.text(column, row, str(count), ha="center", va="center", color=color)
     figure.colorbar(picture, label="share of the true class", shrink=0.85)
@@ -93,9 +102,14 @@ def coverage_figure(risks: np.ndarray, aurc: float) -> Figure:
     return figure
 
 
+def _short(name: str) -> str:
+    """Return a name that fits beside others."""
+    return name if len(name) <= 14 else f"{name[:13]}…"
+
+
 def most_confident_mistakes(logits: Tensor, labels: Tensor) -> Tensor:
     """Return which images have the most confident mistakes, the most confident first, at most 36,
-    int64 [M], by logits [N, 10] and labels int64 [N]."""
+    int64 [M], by logits [N, classes] and labels int64 [N]."""
     confidence, predicted = logits.softmax(dim=1).max(dim=1)
     wrong = (predicted != labels).nonzero()[:, 0]
     return wrong[confidence[wrong].argsort(descending=True)][:SHOWN]
@@ -110,7 +124,11 @@ def with_focus(images: Tensor, focus: Tensor) -> np.ndarray:
 
 
 def mistakes_figure(
-    logits: Tensor, labels: Tensor, images: Tensor, focus: Tensor | None = None
+    logits: Tensor,
+    labels: Tensor,
+    images: Tensor,
+    classes: Sequence[str],
+    focus: Tensor | None = None,
 ) -> Figure:
     """Draw mistakes, each image uint8 [M, 3, 32, 32] with its predicted and its true class; with
     `focus` float [M, 32, 32] in [0, 1], what in it speaks for the predicted class is bright."""
@@ -125,7 +143,7 @@ def mistakes_figure(
         row, column = divmod(place, 6)
         top = 1.25 * row
         axes.imshow(picture, extent=(column, column + 0.9, top + 0.9, top))
-        taken, true = CLASSES[predicted[place]], CLASSES[labels[place]]
+        taken, true = (_short(classes[int(of[place])]) for of in (predicted, labels))
         title = f"{taken} {confidence[place]:.0%}\nis: {true}"
         axes.text(column + 0.45, top - 0.03, title, fontsize=10, ha="center", va="bottom")
     axes.set(xlim=(0, 5.9), ylim=(7.2, -0.35), aspect="equal")

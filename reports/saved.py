@@ -10,8 +10,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 
 class Saved(NamedTuple):
-    """Logits float32 [N, 10], labels and indices int64 [N] of images, of which set they are, and
-    the model's name."""
+    """Logits float32 [N, classes], labels and indices int64 [N] of images, of which set they are,
+    and the model's name."""
 
     logits: np.ndarray
     labels: np.ndarray

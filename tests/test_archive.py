@@ -130,7 +130,7 @@ def sums(
     monkeypatch.setattr(archive, "ARCHIVE_MD5", hashlib.md5(tarball).hexdigest())
 
 
-def is_same(data: archive.CIFAR10, expected: dict[str, torch.Tensor]) -> bool:
+def is_same(data: archive.Arrays, expected: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(getattr(data, name), tensor) for name, tensor in expected.items())
 
 

@@ -75,7 +75,7 @@ def test_a_result_says_on_which_images_and_how(
     noisy = tmp_path / "noisy" / archive.FOLDER
     noisy.mkdir(parents=True)
     rng = np.random.default_rng(0)
-    for name in archive.CIFAR10._fields:
+    for name in archive.Arrays._fields:
         array = np.load(arrays / archive.FOLDER / f"{name}.npy")
         np.save(noisy / f"{name}.npy", rng.permutation(array) if "labels" in name else array)
     run("test", "--ckpt_path", LAST, "--data.root", noisy.parent)

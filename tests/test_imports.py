@@ -13,6 +13,7 @@ MAY = {
     "datamodule": {"cifar10", "runs"},
     "lightning_module": {"cifar10", "cuda_graph", "networks", "runs"},
     "train": {*LOW, "callbacks", "datamodule", "lightning_module", "optimization", "reports"},
+    "convert": {"cifar10", "terminal"},
     "export": {*LOW, "lightning_module", "reports"},
     "studies": {"train", "runs", "reports", "terminal"},
     "study": {"studies", "runs", "terminal"},

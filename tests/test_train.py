@@ -65,7 +65,7 @@ def test_recipes_say_what_the_report_says(
         train.main(["fit", "--config", str(ROOT / "configs" / f"{recipe}.yaml"), "--print_config"])
     settings = yaml.safe_load(capsys.readouterr().out)
     assert not stopped.value.code
-    network = {"dense_units": dense_units, "width": 1, "dropout": 0.0}
+    network = {"dense_units": dense_units, "width": 1, "dropout": 0.0, "num_classes": 10}
     assert settings["model"]["network"]["init_args"] == network
     assert settings["model"]["softmax_before_loss"] == softmax_before_loss
     assert settings["model"]["optimizer"]["class_path"] == "torch.optim.Adam"
@@ -582,7 +582,7 @@ def test_a_wrong_yaml_is_refused(fails: Run, tmp_path: Path, text: str, message:
             "model.lr_scheduler needs --model.lr_scheduler.monitor",
         ),
         (
-            ["--model.network.width", "2"],
+            ["--model.network", "tests.small.Small", "--model.network.width", "2"],
             "unknown option width: that class takes none",
         ),
         (
@@ -596,7 +596,7 @@ def test_a_wrong_yaml_is_refused(fails: Run, tmp_path: Path, text: str, message:
         (["--model.network", "torch.nn.Flatten"], "expected logits [2, 10]"),
         (
             ["--model.network", "torchvision.models.squeezenet1_1"],
-            "expected logits [2, 10]: networks.library_network makes it with ten classes",
+            "expected logits [2, 10]: networks.library_network makes it with 10 classes",
         ),
         (["--trainer.accelerator", "no_such_thing"], "no_such_thing"),
         (

@@ -1,0 +1,65 @@
+"""Accuracy on images that were corrupted on purpose, such as CIFAR-10-C (Hendrycks and Dietterich,
+arXiv 1903.12261): several kinds, each in severities from 1 on."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from rich import box
+from rich.table import Table
+
+from cifar10.batches import Predictions
+
+SEVERITIES = 5  # equal parts of a file, one after the other
+
+
+class Corruptions:
+    """Accuracy by corruption and severity, from the predictions of each corruption by its name."""
+
+    def __init__(self, predictions: Mapping[str, Predictions]) -> None:
+        self.accuracies: dict[str, np.ndarray] = {}
+        for name, (logits, labels, _) in predictions.items():
+            is_right = (logits.argmax(dim=1) == labels).double().numpy()
+            parts = SEVERITIES if len(is_right) % SEVERITIES == 0 else 1
+            self.accuracies[name] = is_right.reshape(parts, -1).mean(axis=1)
+        self.mean = float(np.mean([of.mean() for of in self.accuracies.values()]))
+
+    def values(self) -> dict[str, Any]:
+        """Return all numbers as plain data, as fractions."""
+        accuracies = {name: of.round(6).tolist() for name, of in self.accuracies.items()}
+        return {"mean_accuracy": round(self.mean, 6), "accuracies": accuracies}
+
+    def summary(self) -> str:
+        """Return the mean over corruptions and severities."""
+        return f"accuracy {self.mean:.2%} in the mean of {len(self.accuracies)} corruptions"
+
+    def table(self) -> Table:
+        """Return a row for each corruption, with its mean and the accuracy at each severity."""
+        table = Table(box=box.SIMPLE, header_style="bold", pad_edge=False)
+        table.add_column("accuracy, by severity")
+        for header in ("mean", *(str(i + 1) for i in range(SEVERITIES))):
+            table.add_column(header, justify="right")
+        for name, of in self.accuracies.items():
+            each = [f"{value:.1%}" for value in of] if len(of) > 1 else []
+            table.add_row(name.replace("_", " "), f"{of.mean():.1%}", *each)
+        return table
+
+    def figure(self) -> Figure:
+        """Draw accuracy over severity, for each corruption and in the mean."""
+        figure = Figure(figsize=(9, 5), layout="constrained")
+        axes = figure.subplots()
+        curves = {name: of for name, of in self.accuracies.items() if len(of) > 1}
+        places = range(1, SEVERITIES + 1)
+        for i, (name, of) in enumerate(curves.items()):
+            style = ("-", "--", ":")[i // 10 % 3]  # as there are ten colours
+            axes.plot(places, of, style, linewidth=1, label=name.replace("_", " "))
+        if curves:
+            mean = np.mean([*curves.values()], axis=0)
+            axes.plot(places, mean, "o-", color="black", linewidth=2.5, label="mean")
+            figure.legend(loc="outside right upper", fontsize=8)
+        axes.set(xlabel="severity", ylabel="accuracy", ylim=(0, 1), xticks=places)
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.grid(alpha=0.3)
+        return figure
