@@ -25,48 +25,66 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cifar10.arrays import MOST, NAMES, Arrays, save_arrays
-from cifar10.batches import split
-from cifar10.pictures import Part, bar, read_by_class, to_pixels
+from cifar10.pictures import Part, bar, files_in, folders_in, read_by_class, to_pixels
 from terminal import ShortParser, quieten, short_errors
 
 # The correlation from which on two pictures are said to look alike: of the 286 test images of
 # CIFAR-10 that ciFAIR lists as such it finds 100, and 48 others.
 NEAR = 0.95
-SHOWN = 10  # of them
+SHOWN = 10  # of them, and of classes
+FEW = 2000  # training images
+PARTS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
 
 
 def read_folders(source: Path, test_share: float, seed: int) -> tuple[list[str], list[Part], int]:
     """Return the classes of a folder of pictures, its training and its test part, and how many
     files were skipped."""
-    whole = {p.name for p in source.iterdir() if p.is_dir() and p.name[0] != "."}
+    whole = {*folders_in(source)}
     is_split = whole == {"train", "test"}
-    parent = source / "train" if is_split else source
-    classes = sorted(p.name for p in parent.iterdir() if p.is_dir() and p.name[0] != ".")
-    if not 2 <= len(classes) <= MOST:
+    if parts := sorted(name for name in whole if name.lower() in PARTS and not is_split):
         raise MisconfigurationException(
-            f"{parent} has {len(classes)} folders: expected one for each of 2 to {MOST} classes"
+            f"{source} has {', '.join(sorted(whole))}, and {parts[0]} is no class: name the parts "
+            "train and test, with no other folder beside them (this project holds out a validation "
+            "set by itself)"
         )
-    if is_split:
-        others = {p.name for p in (source / "test").iterdir() if p.is_dir()} - {*classes}
-        if others:
-            raise MisconfigurationException(f"{source}/test has {', '.join(others)}, train has not")
+    parent = source / "train" if is_split else source
+    classes = folders_in(parent)
+    if not 2 <= len(classes) <= MOST:
+        found = ", ".join(classes[:3]) or "none"
+        raise MisconfigurationException(
+            f"{parent}: expected a folder for each of 2 to {MOST} classes, found {found}"
+        )
+    least = 1 if is_split else 2
+    for name in classes:  # before a long time of reading
+        if len(files_in(parent / name)) < least:
+            raise MisconfigurationException(
+                f"{parent / name} has fewer than {least} files: add pictures, or remove the folder"
+            )
+    if is_split and (others := {*folders_in(source / "test")} - {*classes}):
+        raise MisconfigurationException(
+            f"{source}/test has {', '.join(sorted(others))}, train has not"
+        )
     train, skipped = read_by_class(parent, classes)
     counts = torch.bincount(train.labels, minlength=len(classes)).tolist()
     for name, count in zip(classes, counts, strict=True):
-        if count < (least := 1 if is_split else 2):
+        if count < least:
             raise MisconfigurationException(
                 f"{parent / name}: {count} readable pictures, expected at least {least}"
             )
     if is_split:
         test, more = read_by_class(source / "test", classes)
         return classes, [train, test], skipped + more
-    labels, size = train.labels.long(), max(1, round(test_share * len(train.labels)))
-    rest, test_places = split(labels, size, seed, stratify=True)
-    parts = [
-        Part(train.images[of], train.labels[of], [train.names[i] for i in of.tolist()])
-        for of in (rest, test_places)
+    is_test, generator = torch.zeros(len(train.labels), dtype=torch.bool), torch.Generator()
+    generator.manual_seed(seed)
+    for label, count in enumerate(counts):
+        places = (train.labels == label).nonzero()[:, 0]
+        held_out = min(count - 1, max(1, round(test_share * count)))
+        is_test[places[torch.randperm(count, generator=generator)[:held_out]]] = True
+    halves = [
+        Part(train.images[of], train.labels[of], [train.names[i] for i in of.nonzero()[:, 0]])
+        for of in (~is_test, is_test)
     ]
-    return classes, parts, skipped
+    return classes, halves, skipped
 
 
 def read_torchvision(name: str, root: Path) -> tuple[list[str], list[Part], int]:
@@ -87,10 +105,14 @@ def read_torchvision(name: str, root: Path) -> tuple[list[str], list[Part], int]
         given |= {"download": True} if "download" in takes else {}
         try:
             labelled = make(str(root), **given)
-        except (OSError, RuntimeError) as error:
-            raise MisconfigurationException(f"torchvision's {name}: {error}") from error
+        except (OSError, RuntimeError, TypeError, ValueError) as error:
+            raise MisconfigurationException(
+                f"torchvision's {name} has no plain training and test part here: {error}"
+            ) from error
         pairs = [(to_pixels(of), label) for of, label in bar(labelled, desc=f"{name} {part}")]
         images, labels = zip(*pairs, strict=True)
+        if not all(isinstance(label, int) and 0 <= label < MOST for label in labels):
+            raise MisconfigurationException(f"torchvision's {name} has labels outside 0 to {MOST}")
         names = [f"{part} {i}" for i in range(len(labels))]
         parts.append(Part(torch.stack(images), torch.tensor(labels, dtype=torch.uint8), names))
         count = 1 + max(int(part.labels.max()) for part in parts)
@@ -165,7 +187,13 @@ def convert(args: list[str]) -> None:
     pairs = near_duplicates(train.images, test.images)
     write(out, classes, train, test)
     sizes = [len(part.names) for part in (train, test)]
-    print(f"{len(classes)} classes, {sizes[0]:,} training and {sizes[1]:,} test images")
+    named = ", ".join(classes[:SHOWN]) + ", ..." * (len(classes) > SHOWN)
+    print(
+        f"written to {out}: {len(classes)} classes ({named}), {sizes[0]:,} training and "
+        f"{sizes[1]:,} test images"
+    )
+    if untested := [name for i, name in enumerate(classes) if not (test.labels == i).any()]:
+        print(f"no test image of {', '.join(untested)}")
     if pairs:
         print(
             f"{len(pairs):,} test images look very much like a training image: of photos these may "
@@ -178,9 +206,12 @@ def convert(args: list[str]) -> None:
     mean, std = mean_and_std(train.images)
     print(f"colours  --model.normalize '{{mean: {mean}, std: {std}}}'")
     words = ["python", "train.py", "fit", "--config", "configs/base.yaml", "--data.root", str(out)]
-    print(f"train    {shlex.join([*words, '--data.val_size', str(sizes[0] // 5)])}")
+    words += ["--data.val_size", str(max(len(classes), sizes[0] // 5)), "--data.stratify", "true"]
+    if sizes[0] < FEW:  # else an epoch has few steps, and batch norm's statistics lag behind
+        words += ["--data.batch_size", "16"]
+    print(f"train    {shlex.join(words)}")
     if skipped:
-        sys.exit(f"error: {skipped} files skipped")
+        sys.exit(f"error: {skipped} files could not be read, and are left out")
 
 
 def main(args: list[str] | None = None) -> None:

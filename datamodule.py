@@ -1,5 +1,6 @@
 """The data of every run: archive -> tensors on the device -> split -> batches of pixels."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -17,7 +18,7 @@ from cifar10.arrays import Arrays, classes_in
 from cifar10.augment import Augment, check_choices
 from cifar10.batches import Batches, ImageSet, shuffled, split
 from cifar10.pictures import Pictures, find_pictures
-from cifar10.test_sets import TestSet, read_test_sets
+from cifar10.test_sets import TestSet, other_classes, read_test_sets
 from runs import read_checkpoint
 
 # Evaluation batches as large as pays: on two cores 500 images are 1.4 times as fast as 1,000; a GPU
@@ -150,17 +151,17 @@ class CIFAR10DataModule(LightningDataModule):
         if self._predicts_pictures:
             return
         model = getattr(self.trainer, "lightning_module", None)
-        names: tuple[str, ...] = getattr(model, "classes", self.classes)
+        names = tuple(getattr(model, "classes", self.classes))
         if self.other_test_set is not None:
             if stage not in ("test", "predict"):
                 raise MisconfigurationException("data.test_set is for test and predict")
             self.classes = names
             self._set_up_test(read_test_sets(Path(self.other_test_set), names))
+            if stage == "predict" and len(self.test_sets) > 1:
+                raise MisconfigurationException("data.test_set with several corruptions: use test")
             return
-        if names != self.classes:
-            raise MisconfigurationException(
-                f"the model has {_some(names)}, the images have {_some(self.classes)}"
-            )
+        if difference := other_classes(names, self.classes):
+            raise MisconfigurationException(difference)
         if stage == "fit":
             check_choices(self.augmentation, len(self.classes))
         data = self._load()
@@ -174,13 +175,21 @@ class CIFAR10DataModule(LightningDataModule):
     def _set_up_test(self, sets: dict[str, TestSet]) -> None:
         self.test_sets = {
             name: ImageSet(images, labels.long(), torch.arange(len(labels))).to(self.device)
-            for name, (images, labels) in sets.items()
+            for name, (images, labels, _) in sets.items()
         }
+        self.skipped = sum(of.skipped for of in sets.values())
         self.test_set = next(iter(self.test_sets.values()))
+
+    @property
+    def other_name(self) -> str:
+        """The name of `test_set`; nothing without one."""
+        return Path(self.other_test_set).resolve().name if self.other_test_set else ""
 
     def _split(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the indices of the training and the validation images, int64."""
         size = len(labels)
+        if (self.folds or 0) > size:
+            raise MisconfigurationException(f"data.folds {self.folds} of {size} images")
         if self.val_size >= size and not self.folds:
             raise MisconfigurationException(
                 f"data.val_size {self.val_size} leaves no training image of {size}: "
@@ -206,7 +215,7 @@ class CIFAR10DataModule(LightningDataModule):
                 names = ", ".join(self.classes[label] for label in missing)
                 raise MisconfigurationException(
                     f"the {name} set of {len(indices)} images has none of {names}: take more "
-                    "images, or --data.stratify true"
+                    "images for it" + ", or --data.stratify true" * (not self.stratify)
                 )
         return train, val
 
@@ -227,6 +236,9 @@ class CIFAR10DataModule(LightningDataModule):
         """Return which images and labels these are: `CIFAR-10`, or the start of their SHA-256."""
         if self.verify and not self.other_test_set and classes_in(self.root) is None:
             return "CIFAR-10"
+        if part == "test" and len(self.test_sets) > 1:
+            hashes = (archive.sha256(of.images.cpu()) for of in self.test_sets.values())
+            return hashlib.sha256("".join(hashes).encode()).hexdigest()[:12]
         image_set: ImageSet = self.train_set if part == "train" else self.test_set
         labels = image_set.labels.to(torch.uint8)
         found = [archive.sha256(tensor.cpu()) for tensor in (image_set.images, labels)]
@@ -282,9 +294,3 @@ class CIFAR10DataModule(LightningDataModule):
     def predict_dataloader(self) -> Any:
         """Return the pictures of `images`; without, the test images."""
         return self.pictures.batches() if self.images else self._eval_batches(self.test_set)
-
-
-def _some(classes: Sequence[str]) -> str:
-    """Say which classes these are, with a few names."""
-    names = ", ".join(classes[:3]) + ", ..." * (len(classes) > 3)
-    return f"{len(classes)} classes ({names})"

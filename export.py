@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from cifar10 import archive
 from cifar10.arrays import classes_in
 from lightning_module import ImageClassifier
-from reports.card import RESULT
+from reports.card import parts_of
 from runs import named, read_checkpoint, run_of, settings_of, write_whole
 from terminal import ShortParser, innermost, quieten, short_errors
 
@@ -226,7 +226,7 @@ def card_of_file(path: Path, out: Path, content: bytes, precision: str, card: Ca
     epoch, and what the file is."""
     cards = (run_of(path) / "model.md", path.with_suffix(".md"))  # of a run, of a shared one
     texts = [file.read_text(encoding="utf-8") for file in cards if file.exists()]
-    text, _, result = (texts or [f"# {out.stem}\n"])[0].partition(RESULT)
+    text, result, _ = parts_of((texts or [f"# {out.stem}\n"])[0])
     # The run's own config.yaml is not there for others, but in the checkpoint.
     skipped = tuple(f"- **{key}**" for key in ("Repeat", "File", "SHA-256"))
     text = "".join(line for line in text.splitlines(True) if not line.startswith(skipped))
@@ -234,7 +234,7 @@ def card_of_file(path: Path, out: Path, content: bytes, precision: str, card: Ca
     text += f"- **File**: `{out.name}`, epoch {card['epoch']}{accuracy}, {len(content):,} bytes; "
     text += f"{precision}\n{DIGEST}{hashlib.sha256(content).hexdigest()}\n"
     if f"Of epoch {card['epoch']} (" in result:
-        return f"{text}{RESULT}{result}"
+        return text + result
     print(f"the card has no result of epoch {card['epoch']}: run `train.py test` first")
     return text
 

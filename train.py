@@ -23,6 +23,7 @@ import secrets
 import shlex
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ from datamodule import CIFAR10DataModule
 from lightning_module import FINDERS, Diverged, ImageClassifier
 from memory import keep_freed_memory
 from optimization import lacks_bf16  # its import makes short names of the optimizers known
-from reports.card import RESULT, commit, early_stops, model_card, with_other, with_result
+from reports.card import commit, early_stops, model_card, parts_of, with_other, with_result
 from reports.saved import Saved
 from terminal import COMMANDS, ShortParser, quieten, refused, short_errors
 
@@ -76,7 +77,9 @@ FIXED = {"weights_only": True, "verbose": False, "return_predictions": False}
 # What decides on the images for validation, beside how many they are.
 SPLIT = ("split_seed", "stratify", "folds", "fold")
 # What makes a model's temperature another one.
-CALIBRATED = ("network", "normalize", "label_smoothing", "class_weights", "softmax_before_loss")
+CALIBRATED = (
+    "network", "classes", "normalize", "label_smoothing", "class_weights", "softmax_before_loss",
+)  # fmt: skip
 CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
 
@@ -334,7 +337,7 @@ class CLI(LightningCLI):
         model, names = self.config[self.subcommand].model, None
         if not self.checkpoint:
             names = classes_in(self.config[self.subcommand].data.root)
-        if names and model.classes is None:
+        if names and model.classes in (None, [*names]):
             model.classes = [*names]
             for part in (model.network, model.proxy):
                 arguments: Any = part.get("init_args", {}) if part else {}
@@ -363,7 +366,11 @@ class CLI(LightningCLI):
                     "validation set, its accuracy is too high"
                 )
             if its and its["model"].get("classes") != config.model.classes:
-                its, self.seen = {}, {}  # of images of other classes
+                its, self.seen = {}, {}
+                _note(
+                    f"{weights} was trained on images of other classes: if some of them are in "
+                    "this validation set, its accuracy is too high"
+                )
         before = its.get("data", {})
         if not now.val_size or "val_size" not in before or self.subcommand == "predict":
             return
@@ -575,8 +582,8 @@ class CLI(LightningCLI):
         card = model_card(self.run_folder, self.config_dump, run, self.trainer, history.rows, row)
         file = self.run_folder / "model.md"
         before = file.read_text(encoding="utf-8") if file.exists() else ""
-        result = before.partition(RESULT)[1:]  # which names its epoch
-        runs.write_whole(file, "".join((card, *result)).encode())
+        results = parts_of(before)[1:]  # which name their epoch
+        runs.write_whole(file, "".join((card, *results)).encode())
         print()
         if row:
             print(f"best  epoch {row['epoch']:.0f}, {keeper.monitor} {row[keeper.monitor]:.4f}")
@@ -604,11 +611,13 @@ class CLI(LightningCLI):
             file = self.run_folder / "validation.npz"
             runs.write_whole(file, self._saved(found, now))
             print(f"written to {file}")
+        elif self.trainer.is_global_zero:
+            print("of a part of the images only: nothing is written")
 
     def _saved(self, predictions: Predictions, images: str) -> bytes:
         """Return predictions of a set of images as the content of a file."""
         logits, labels, indices = (part.numpy() for part in predictions)
-        model = f"{self.path}, views: {self.model.tta}"
+        model = f"{self.path}, epoch {self.checkpoint['epoch']}, views: {self.model.tta}"
         return Saved(logits, labels, indices, images, model).content()
 
     def before_test(self) -> None:
@@ -624,22 +633,15 @@ class CLI(LightningCLI):
         from reports.figures import png
 
         assert self.path is not None
-        results = self._report()
-        if len(self.datamodule.test_sets) > 1:
-            self._after_corruptions(results)
-            return
-        test = self.keeper.predictions()
-        now = self.datamodule.identity("test")
-        if test is None or not test.logits.isfinite().all():
-            reason = "the network's outputs are NaN" if test else "no image was tested"
+        results, sets = self._report(), self.datamodule.test_sets
+        found = {name: self.keeper.predictions(i) for i, name in enumerate(sets)}
+        tests = {name: of for name, of in found.items() if of is not None}
+        if not tests or not all(of.logits.isfinite().all() for of in tests.values()):
+            reason = "the network's outputs are NaN" if tests else "no image was tested"
             raise MisconfigurationException(f"{self.path}: {reason}")
         if not self.trainer.is_global_zero:
             return
         self._say_if_not_calibrated()
-        is_part = len(test.labels) < len(self.datamodule.test_set)
-        people = self.judgements if now == "CIFAR-10" and not is_part else None
-        evaluation = Evaluation(test, self.model.temperature_used, people, self.model.classes)
-        folder = self.run_folder
         before, used = runs.settings_of(self.checkpoint), self.config_dump
         changed = runs.differences(
             {"model": before["model"], "precision": before.get("trainer", {}).get("precision")},
@@ -647,7 +649,17 @@ class CLI(LightningCLI):
         )
         for key, (its, given) in changed.items():
             print(f"with {key} {given}, not the run's {its}")
-        terminal = Console(highlight=False)
+        now = self.datamodule.identity("test")
+        values = {**results, "set": now, "tta": self.model.tta, "changed": changed}
+        count = sum(len(of.labels) for of in tests.values())
+        total = sum(map(len, sets.values()))
+        if "" not in sets:
+            self._after_corruptions(tests, values, count < total)
+            return
+        test, is_part = tests[""], count < total
+        people = self.judgements if now == "CIFAR-10" and not is_part else None
+        evaluation = Evaluation(test, self.model.temperature_used, people, self.model.classes)
+        terminal = Console(highlight=False, markup=False)
         terminal.print(evaluation.summary(), evaluation.table(), sep="\n", soft_wrap=True)
         if now == "CIFAR-10" and people is None:
             print(
@@ -655,66 +667,68 @@ class CLI(LightningCLI):
                 f"python -m reports.judges --root {shlex.quote(self.datamodule.root)} fetches them"
             )
         if is_part:
-            print(f"of {len(test.labels)} images only: nothing is written")
+            print(f"of {count} images only: nothing is written")
             return
-        is_own = now == self.seen.get("test", now)
-        other = next(iter(self.datamodule.test_sets))
-        suffix = "" if is_own and not other else f"_{other or now}"
-        values = {**results, "set": now, "tta": self.model.tta, "changed": changed}
+        other, is_own = self.datamodule.other_name, now == self.seen.get("test", now)
+        suffix = f"_{other}_{now}" if other else "" if is_own else f"_{now}"
         values |= evaluation.values()
         figures = evaluation.figures(self.datamodule.test_set.images, self._focus)
         files = {f"test{suffix}.json": json.dumps(values, indent=2).encode()}
         files[f"test{suffix}.npz"] = self._saved(test, now)
         files |= {f"{name}{suffix}.png": png(figure, 110) for name, figure in figures.items()}
-        for name, content in files.items():
-            runs.write_whole(folder / name, content)
-        if any(folder.glob("events.out.*")):
-            with SummaryWriter(folder) as board:
+        self._write(files)
+        if any(self.run_folder.glob("events.out.*")):
+            with SummaryWriter(self.run_folder) as board:
                 for name, figure in figures.items():
                     board.add_figure(f"test/{name}{suffix}", figure, self.checkpoint["global_step"])
-        card = folder / "model.md"
-        if card.exists() and not suffix:
-            which = f"epoch {results['epoch']} (`{self.path.name}`)"
-            summary = evaluation.summary()
-            text = card.read_text(encoding="utf-8")
-            text = with_result(text, which, summary, now, changed)
-            runs.write_whole(card, text.encode())
-        if other:
-            on = f"{len(test.labels):,} images, SHA-256 {now}..."
-            self._add_to_card(other, on, " ".join(evaluation.summary().partition(";")[0].split()))
-        print(f"written to {folder}: {', '.join(files)}")
+        if not suffix:
+            which, summary = f"epoch {results['epoch']} (`{self.path.name}`)", evaluation.summary()
+            self._change_card(lambda card: with_result(card, which, summary, now, changed))
+        elif other:
+            self._add_to_card(f"{count:,} images", now, evaluation.summary(), changed)
+        if self.datamodule.skipped:
+            sys.exit(f"error: {self.datamodule.skipped} files could not be read, and are left out")
 
-    def _after_corruptions(self, results: dict[str, Any]) -> None:
+    def _after_corruptions(
+        self, tests: dict[str, Predictions], values: dict[str, Any], is_part: bool
+    ) -> None:
         """Write the accuracy on each of several sets of corrupted images."""
         from reports.corruptions import Corruptions  # slow to import
         from reports.figures import png
 
-        sets = self.datamodule.test_sets
-        found = {name: self.keeper.predictions(i) for i, name in enumerate(sets)}
-        whole = {name: of for name, of in found.items() if of and len(of.labels) == len(sets[name])}
-        if not self.trainer.is_global_zero:
-            return
-        if len(whole) < len(sets):
+        if is_part:
             print("of a part of the images only: nothing is written")
             return
-        corruptions, name = Corruptions(whole), Path(self.datamodule.other_test_set).resolve().name
-        Console(highlight=False).print(corruptions.table(), corruptions.summary(), sep="\n")
-        values = {**results, "set": name, "tta": self.model.tta, **corruptions.values()}
-        files = {f"test_{name}.json": json.dumps(values, indent=2).encode()}
-        files[f"severity_{name}.png"] = png(corruptions.figure(), 110)
-        for file, content in files.items():
-            runs.write_whole(self.run_folder / file, content)
-        self._add_to_card(name, f"{len(sets)} files of images", corruptions.summary())
+        corruptions, other = Corruptions(tests), self.datamodule.other_name
+        table, summary = corruptions.table(), corruptions.summary()
+        Console(highlight=False, markup=False).print(table, summary, sep="\n")
+        suffix = f"{other}_{values['set']}"
+        content = json.dumps({**values, **corruptions.values()}, indent=2).encode()
+        figure = png(corruptions.figure(), 110)
+        self._write({f"test_{suffix}.json": content, f"severity_{suffix}.png": figure})
+        self._add_to_card(f"{len(tests)} files", values["set"], summary, values["changed"])
+
+    def _write(self, files: dict[str, bytes]) -> None:
+        """Write files into the run's folder, and say so."""
+        for name, content in files.items():
+            runs.write_whole(self.run_folder / name, content)
         print(f"written to {self.run_folder}: {', '.join(files)}")
 
-    def _add_to_card(self, name: str, images: str, summary: str) -> None:
-        """Add to the run's card how good a model is on another test set."""
+    def _add_to_card(
+        self, count: str, images: str, summary: str, changed: dict[str, list[Any]]
+    ) -> None:
+        """Add to the run's card how good the model is on another test set."""
+        assert self.path is not None
+        name, epoch = f"{self.datamodule.other_name}, {images}", self.checkpoint["epoch"]
+        how = "".join(f", {key} {now} (not {old})" for key, (old, now) in changed.items())
+        said = " ".join(summary.partition(";")[0].split())
+        line = f"- **{name}** ({count}), epoch {epoch} (`{self.path.name}`){how}: {said}\n"
+        self._change_card(lambda card: with_other(card, name, line))
+
+    def _change_card(self, change: Callable[[str], str]) -> None:
         card = self.run_folder / "model.md"
-        if card.exists() and self.path is not None:
-            which = f"epoch {self.checkpoint['epoch']} (`{self.path.name}`)"
-            line = f"- **{name}** ({images}), {which}, views {self.model.tta}: {summary}\n"
-            text = with_other(card.read_text(encoding="utf-8"), name, line)
-            runs.write_whole(card, text.encode())
+        if card.exists():
+            runs.write_whole(card, change(card.read_text(encoding="utf-8")).encode())
 
     def _focus(self, pixels: Tensor, classes: Tensor) -> Tensor | None:
         from reports.focus import grad_cam

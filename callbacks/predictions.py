@@ -181,7 +181,7 @@ class PredictionTable(Callback):
             for file, first, p, second, q, is_sure in self.rows[:SHOWN]:
                 first = f"not sure: {first}" if is_sure == "no" else first
                 table.add_row(Text(file), first, f"{float(p):.1%}", second, f"{float(q):.1%}")
-            terminal = Console(highlight=False)
+            terminal = Console(highlight=False, markup=False)
             if not terminal.is_terminal:
                 terminal.width = 200  # long names on one line
             terminal.print(table)

@@ -73,6 +73,7 @@ SHA256 = {  # of the values in memory, in C order
     "test_labels": "cec8a24a1e92aa2ecaa0bbd3dbfa86bf6cd8759fbd209a832824c8cf0afca9d5",
 }
 FOLDER = "cifar-10-arrays"
+PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 
 
 def load(
@@ -115,7 +116,7 @@ def load(
         with _locked(root):
             if not folder.is_dir():  # else another process was faster
                 _make(folder, download, sources, stall_seconds)
-    return _checked(read_arrays(folder), verify, folder)
+    return _checked(read_arrays(folder, ": delete it to fetch the images again"), verify, folder)
 
 
 @contextlib.contextmanager
@@ -149,6 +150,13 @@ def _make(folder: Path, download: bool, sources: Sequence[str], stall_seconds: f
             raise CIFAR10Error(
                 f"no CIFAR-10 in {root}: put {ARCHIVE} there, or pass --data.download true"
             )
+        if data is None and any(p.suffix.lower() in PICTURES for p in root.glob("*/*")):
+            raise CIFAR10Error(
+                f"{root} has pictures: python convert.py {root} --out FOLDER makes arrays of them, "
+                "for --data.root FOLDER"
+            )
+        if data is None:
+            print(f"CIFAR-10 is not in {root}: it is fetched", file=sys.stderr)
         data = data or _fetch(sources, Path(scratch), stall_seconds)
         whole = Path(scratch) / FOLDER
         whole.mkdir()

@@ -61,36 +61,38 @@ def classes_in(folder: str | Path) -> tuple[str, ...] | None:
     return tuple(names)
 
 
-def read_arrays(folder: Path) -> Arrays:
+def read_arrays(folder: Path, mend: str = "") -> Arrays:
     """Return the arrays in a folder, mapped into memory: copy-on-write, since PyTorch has no
-    read-only tensors.
+    read-only tensors. `mend` is what to do if one is damaged.
 
     Raises:
         CIFAR10Error: One is missing or damaged.
     """
-    try:
-        files = (folder / f"{name}.npy" for name in Arrays._fields)
-        arrays = [np.load(file, mmap_mode="c", allow_pickle=False) for file in files]
-        return Arrays(*map(torch.from_numpy, arrays))
-    except (OSError, ValueError, EOFError, TypeError) as error:
-        raise CIFAR10Error(
-            f"{folder} is damaged ({error}): delete it to fetch or make it again"
-        ) from error
+    tensors = []
+    for name in Arrays._fields:
+        file = folder / f"{name}.npy"
+        try:
+            array = np.load(file, mmap_mode="c", allow_pickle=False)
+            tensors.append(torch.from_numpy(array))
+        except (OSError, ValueError, EOFError, TypeError) as error:
+            reason = getattr(error, "strerror", None) or "no array of numbers"
+            raise CIFAR10Error(f"{folder} is damaged ({file.name}: {reason}){mend}") from error
+    return Arrays(*tensors)
 
 
 def check_form(data: Arrays, classes: int, origin: Path) -> None:
     """Refuse arrays of other shapes and types, and labels above those of the classes."""
     for part in ("train", "test"):
         images, labels = f"{part}_images", f"{part}_labels"
-        count = len(getattr(data, images))
-        for name, shape in ((images, [count, 3, 32, 32]), (labels, [count])):
+        count = list(getattr(data, images).shape[:1])
+        for name, shape in ((images, [*count, 3, 32, 32]), (labels, count)):
             tensor = getattr(data, name)
             if tensor.dtype != torch.uint8 or list(tensor.shape) != shape:
                 raise CIFAR10Error(
                     f"{origin}: {name} are {tensor.dtype} {list(tensor.shape)}, "
                     f"expected torch.uint8 {shape}"
                 )
-        if not count:
+        if count == [0]:
             raise CIFAR10Error(f"{origin}: {images} are empty")
         if (most := getattr(data, labels).max()) >= classes:
             raise CIFAR10Error(f"{origin}: {labels} reach {most}, expected 0 to {classes - 1}")

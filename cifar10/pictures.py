@@ -32,8 +32,8 @@ def find_pictures(images: str | Sequence[str]) -> list[Path]:
     found: dict[Path, None] = {}
     for word in [images] if isinstance(images, str) else images:
         path = Path(word)
-        if path.is_dir():  # without hidden files, such as .DS_Store
-            inside = [p for p in path.rglob("*") if p.name[0] != "."]
+        if path.is_dir():
+            inside = files_in(path)
         else:
             matches = glob.glob(word, recursive=True)  # noqa: PTH207  # Path refuses absolute ones
             inside = [path] if path.is_file() else [Path(match) for match in matches]
@@ -41,6 +41,20 @@ def find_pictures(images: str | Sequence[str]) -> list[Path]:
             raise CIFAR10Error(f"data.images {word}: no such file, and no files in such a folder")
         found |= dict.fromkeys(files)
     return list(found)
+
+
+def files_in(folder: Path) -> list[Path]:
+    """Return all files in and below a folder, without hidden ones, such as .DS_Store, and those in
+    hidden folders; in the order of their names."""
+    found = (p for p in folder.rglob("*") if p.is_file())
+    return sorted(p for p in found if not any(n[0] == "." for n in p.relative_to(folder).parts))
+
+
+def folders_in(folder: Path) -> list[str]:
+    """Return the names of the folders in a folder, without hidden ones and those of archives."""
+    return sorted(
+        p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__"))
+    )
 
 
 def read_picture(path: Path) -> Tensor:
@@ -132,8 +146,7 @@ def read_by_class(folder: Path, classes: Sequence[str]) -> tuple[Part, int]:
     files: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        is_there = (folder / name).is_dir() and any((folder / name).iterdir())
-        found = find_pictures(glob.escape(str(folder / name))) if is_there else []
+        found = files_in(folder / name)  # none if there is no such folder
         files += found
         labels += [label] * len(found)
     batches = Pictures(files).batches()

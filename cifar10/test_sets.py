@@ -9,18 +9,23 @@ import torch
 from torch import Tensor
 
 from cifar10.arrays import CIFAR10Error, check_form, classes_in, read_arrays
-from cifar10.pictures import read_by_class
+from cifar10.pictures import folders_in, read_by_class
 
 
 class TestSet(NamedTuple):
-    """Images uint8 [N, 3, 32, 32] and labels uint8 [N]."""
+    """Images uint8 [N, 3, 32, 32] and labels uint8 [N], and how many files could not be read."""
 
     images: Tensor
     labels: Tensor
+    skipped: int = 0
+
+
+SEVERITIES = 5  # of each corruption: equal parts of its file, one after the other
 
 
 def read_test_sets(path: Path, classes: Sequence[str]) -> dict[str, TestSet]:
-    """Return the test images in a path, by the names of the sets.
+    """Return the test images in a path: one set, whose name is empty, or of a folder of corruptions
+    one for each, by its name.
 
     Args:
         path: A folder of arrays with their classes; one of pictures, with a folder for each class;
@@ -33,28 +38,56 @@ def read_test_sets(path: Path, classes: Sequence[str]) -> dict[str, TestSet]:
         CIFAR10Error: There is nothing of this kind, or it has other classes.
 
     """
+
+    def refused(why: str) -> CIFAR10Error:
+        return CIFAR10Error(f"data.test_set {path}: {why}")
+
     pair = [Path(f"{path}_{part}.npy") for part in ("data", "labels")]
-    if all(file.is_file() for file in pair):
-        return {path.name: _read(pair[0], pair[1], len(classes))}
+    if any(file.is_file() for file in pair):
+        if missing := [file for file in pair if not file.is_file()]:
+            raise refused(f"there is no {missing[0]}")
+        return {"": _read(pair[0], pair[1], len(classes))}
+    if path.is_file():
+        raise refused("expected a folder; of a pair, what both names begin with before _data.npy")
     if not path.is_dir():
-        raise CIFAR10Error(f"data.test_set {path}: no such folder, or pair of files")
-    name = path.resolve().name
+        raise refused(f"no such folder, and no {pair[0].name}")
     if names := classes_in(path):
-        if names != tuple(classes):
-            raise CIFAR10Error(f"data.test_set {path}: its classes are not those of the model")
+        if difference := other_classes(classes, names):
+            raise refused(difference)
         data = read_arrays(path)
         check_form(data, len(classes), path)
-        return {name: TestSet(data.test_images, data.test_labels)}
-    if (labels := path / "labels.npy").is_file():
-        files = sorted({*path.glob("*.npy")} - {labels})
-        if not files:
-            raise CIFAR10Error(f"data.test_set {path}: labels.npy, but no images")
-        return {file.stem: _read(file, labels, len(classes)) for file in files}
-    folders = sorted(p.name for p in path.iterdir() if p.is_dir() and p.name[0] != ".")
-    if unknown := [folder for folder in folders if folder not in classes]:
-        raise CIFAR10Error(f"data.test_set {path}: {unknown[0]} is none of the model's classes")
-    part, _ = read_by_class(path, classes)
-    return {name: TestSet(part.images, part.labels)}
+        return {"": TestSet(data.test_images, data.test_labels)}
+    arrays, labels = sorted(path.glob("*.npy")), path / "labels.npy"
+    if labels in arrays:
+        found = {f.stem: _read(f, labels, len(classes)) for f in arrays if f != labels}
+        if not found:
+            raise refused("labels.npy, but no images")
+        if (count := len(next(iter(found.values())).labels)) % SEVERITIES:
+            raise refused(
+                f"{count} images a file, expected {SEVERITIES} severities of equally many"
+            )
+        return found
+    if arrays:
+        raise refused(
+            "no labels.npy beside its arrays; of a pair, give what both names begin with, such as "
+            f"{path / 'cifar10.1_v6'}"
+        )
+    if unknown := [folder for folder in folders_in(path) if folder not in classes]:
+        raise refused(f"{', '.join(unknown)}: not among the classes {', '.join(classes)}")
+    part, skipped = read_by_class(path, classes)
+    return {"": TestSet(part.images, part.labels, skipped)}
+
+
+def other_classes(expected: Sequence[str], found: Sequence[str]) -> str:
+    """Say how the classes of images differ from those of a model; nothing if they are the same."""
+    if len(expected) != len(found):
+        sizes = (f"{len(of)} classes ({', '.join(of[:3])}, ...)" for of in (expected, found))
+        return "the model has {}, the images have {}".format(*sizes)
+    differ = (i for i, pair in enumerate(zip(expected, found, strict=True)) if len({*pair}) > 1)
+    first = next(differ, None)
+    if first is None:
+        return ""
+    return f"label {first} is {expected[first]} for the model, {found[first]} for the images"
 
 
 def _read(images: Path, labels: Path, classes: int) -> TestSet:
@@ -64,13 +97,16 @@ def _read(images: Path, labels: Path, classes: int) -> TestSet:
         pixels, values = (np.load(f, mmap_mode="c", allow_pickle=False) for f in (images, labels))
     except (OSError, ValueError, EOFError) as error:
         raise CIFAR10Error(f"{images} or its labels are damaged: {error}") from error
-    is_right = pixels.dtype == np.uint8 and pixels.shape == (len(values), 32, 32, 3)
-    if not (is_right and values.ndim == 1 and values.dtype.kind in "iu" and len(values)):
+    if values.ndim != 1 or values.dtype.kind not in "iu" or not len(values):
+        raise CIFAR10Error(f"{labels}: {values.dtype} {list(values.shape)}, expected integers [N]")
+    if pixels.dtype != np.uint8 or pixels.shape != (len(values), 32, 32, 3):
         raise CIFAR10Error(
-            f"{images}: {pixels.dtype} {list(pixels.shape)} with labels {values.dtype} "
-            f"{list(values.shape)}, expected uint8 [N, 32, 32, 3] and integers [N]"
+            f"{images}: {pixels.dtype} {list(pixels.shape)}, expected uint8 "
+            f"{[len(values), 32, 32, 3]}, as there are {len(values)} labels"
         )
     if values.min() < 0 or values.max() >= classes:
-        raise CIFAR10Error(f"{labels}: labels from {values.min()} to {values.max()}")
+        raise CIFAR10Error(
+            f"{labels}: labels from {values.min()} to {values.max()}, expected 0 to {classes - 1}"
+        )
     found = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     return TestSet(found, torch.from_numpy(values.astype(np.uint8)))

@@ -171,15 +171,23 @@ def with_result(
     lines = "\n".join(f"- {line}" for line in summary.splitlines())
     how = "".join(f", with {k} {now} (not {old})" for k, (old, now) in changed.items())
     on = f"Of {epoch} on the test images of {images}{how}:"
-    text, *others = card.partition(OTHERS)
-    return f"{text.partition(RESULT)[0]}{RESULT}\n{on}\n\n{lines}\n{''.join(others)}"
+    text, _, others = parts_of(card)
+    return f"{text}{RESULT}\n{on}\n\n{lines}\n{others}"
 
 
 def with_other(card: str, name: str, line: str) -> str:
     """Return a card with a line for another test set, in place of an earlier one of that name."""
-    text, _, others = card.partition(OTHERS)
-    kept = [of for of in others.splitlines(True) if of.strip() and f"**{name}**" not in of]
-    return f"{text}{OTHERS}\n{''.join([*kept, line])}"
+    text, result, others = parts_of(card)
+    earlier = others.removeprefix(OTHERS).splitlines(True)
+    kept = [of for of in earlier if of.strip() and f"**{name}**" not in of]
+    return f"{text}{result}{OTHERS}\n{''.join([*kept, line])}"
+
+
+def parts_of(card: str) -> tuple[str, str, str]:
+    """Return what a card says of the run, of its test, and of other test sets, as they stand."""
+    text, *others = card.partition(OTHERS)
+    text, *result = text.partition(RESULT)
+    return text, "".join(result), "".join(others)
 
 
 def _call(settings: Any) -> str:

@@ -11,8 +11,7 @@ from rich import box
 from rich.table import Table
 
 from cifar10.batches import Predictions
-
-SEVERITIES = 5  # equal parts of a file, one after the other
+from cifar10.test_sets import SEVERITIES
 
 
 class Corruptions:
@@ -22,8 +21,7 @@ class Corruptions:
         self.accuracies: dict[str, np.ndarray] = {}
         for name, (logits, labels, _) in predictions.items():
             is_right = (logits.argmax(dim=1) == labels).double().numpy()
-            parts = SEVERITIES if len(is_right) % SEVERITIES == 0 else 1
-            self.accuracies[name] = is_right.reshape(parts, -1).mean(axis=1)
+            self.accuracies[name] = is_right.reshape(SEVERITIES, -1).mean(axis=1)
         self.mean = float(np.mean([of.mean() for of in self.accuracies.values()]))
 
     def values(self) -> dict[str, Any]:
@@ -42,7 +40,7 @@ class Corruptions:
         for header in ("mean", *(str(i + 1) for i in range(SEVERITIES))):
             table.add_column(header, justify="right")
         for name, of in self.accuracies.items():
-            each = [f"{value:.1%}" for value in of] if len(of) > 1 else []
+            each = (f"{value:.1%}" for value in of)
             table.add_row(name.replace("_", " "), f"{of.mean():.1%}", *each)
         return table
 
@@ -50,15 +48,13 @@ class Corruptions:
         """Draw accuracy over severity, for each corruption and in the mean."""
         figure = Figure(figsize=(9, 5), layout="constrained")
         axes = figure.subplots()
-        curves = {name: of for name, of in self.accuracies.items() if len(of) > 1}
         places = range(1, SEVERITIES + 1)
-        for i, (name, of) in enumerate(curves.items()):
+        for i, (name, of) in enumerate(self.accuracies.items()):
             style = ("-", "--", ":")[i // 10 % 3]  # as there are ten colours
             axes.plot(places, of, style, linewidth=1, label=name.replace("_", " "))
-        if curves:
-            mean = np.mean([*curves.values()], axis=0)
-            axes.plot(places, mean, "o-", color="black", linewidth=2.5, label="mean")
-            figure.legend(loc="outside right upper", fontsize=8)
+        mean = np.mean([*self.accuracies.values()], axis=0)
+        axes.plot(places, mean, "o-", color="black", linewidth=2.5, label="mean")
+        figure.legend(loc="outside right upper", fontsize=8)
         axes.set(xlabel="severity", ylabel="accuracy", ylim=(0, 1), xticks=places)
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.grid(alpha=0.3)

@@ -156,6 +156,7 @@ class Evaluation:
                     "images": int(self.confusion[i].sum()),
                 }
                 for i, name in enumerate(self.classes)
+                if self.confusion[i].any()
             },
             "confusion": self.confusion.tolist(),
             "people": self.fair,
@@ -199,11 +200,14 @@ class Evaluation:
             table.add_column(header, justify="right")
         table.add_column("most often taken for")
         wrong = self.confusion - self.confusion.diagonal().diag()
-        order = sorted(range(len(self.classes)), key=lambda i: self.recall[i])
+        counts = self.confusion.sum(dim=1)
+        order = sorted((i for i, count in enumerate(counts) if count), key=self.recall.__getitem__)
         if len(order) <= MANY:
             order.sort()
         else:
             table.caption = f"the {MANY} classes found worst of {len(order)}"
+        if missing := len(counts) - len(order):
+            table.caption = f"{table.caption or ''} ({missing} classes have no image)".strip()
         for i in order[:MANY]:
             name, recall = self.classes[i], self._share(self.recall[i], i, dim=1)
             interval = f"{100 * recall['low']:.1f}-{100 * recall['high']:.1f}"

@@ -104,7 +104,7 @@ def coverage_figure(risks: np.ndarray, aurc: float) -> Figure:
 
 def _short(name: str) -> str:
     """Return a name that fits beside others."""
-    return name if len(name) <= 14 else f"{name[:13]}…"
+    return (name if len(name) <= 14 else f"{name[:13]}…").replace("$", r"\$")
 
 
 def most_confident_mistakes(logits: Tensor, labels: Tensor) -> Tensor:
@@ -133,7 +133,8 @@ def mistakes_figure(
     """Draw mistakes, each image uint8 [M, 3, 32, 32] with its predicted and its true class; with
     `focus` float [M, 32, 32] in [0, 1], what in it speaks for the predicted class is bright."""
     confidence, predicted = logits.softmax(dim=1).max(dim=1)
-    figure = Figure(figsize=(9, 11.4), layout="constrained")
+    rows = max(1, -(-len(images) // 6))
+    figure = Figure(figsize=(9, 0.6 + 1.8 * rows), layout="constrained")
     axes = figure.subplots()  # one for all: 36 axes would take a second
     axes.set_axis_off()
     pictures = images.permute(0, 2, 3, 1).cpu().numpy()
@@ -146,7 +147,7 @@ def mistakes_figure(
         taken, true = (_short(classes[int(of[place])]) for of in (predicted, labels))
         title = f"{taken} {confidence[place]:.0%}\nis: {true}"
         axes.text(column + 0.45, top - 0.03, title, fontsize=10, ha="center", va="bottom")
-    axes.set(xlim=(0, 5.9), ylim=(7.2, -0.35), aspect="equal")
+    axes.set(xlim=(0, 5.9), ylim=(1.25 * rows - 0.3, -0.35), aspect="equal")
     looks = "" if focus is None else ": what speaks for the class predicted (Grad-CAM)"
     figure.suptitle(f"The {len(images)} most confident mistakes{looks}", fontsize=14)
     return figure

@@ -51,10 +51,10 @@ def main(args: list[str] | None = None) -> None:
     low, high = wilson(right, count)
     print(
         f"all: accuracy {right / count:.2%} of {count:,} images of {whole.images}, 95 % interval "
-        f"{100 * low:.2f} to {100 * high:.2f} (Wilson, of these models)\n"
-        f"written to {given.out}"
+        f"{100 * low:.2f} to {100 * high:.2f} (Wilson, of these models)"
     )
     write_whole(Path(given.out), whole.content())
+    print(f"written to {given.out}")
 
 
 if __name__ == "__main__":
