@@ -868,8 +868,8 @@ def test_every_study_of_the_project_can_run(
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     files = sorted(Path("configs/studies").glob("*.yaml"))
     assert [file.stem for file in files] == [
-        "airbench94", "batch_size", "epochs", "improved", "improved_full", "learning_rate",
-        "regularisation", "remedies", "softmax",
+        "airbench94", "batch_size", "epochs", "improved", "improved_full", "learning_curve",
+        "learning_curve_improved", "learning_rate", "regularisation", "remedies", "softmax",
     ]  # fmt: skip
     for file in files:
         with pytest.raises(SystemExit, match="no run has ended yet"):
