@@ -237,7 +237,8 @@ class CIFAR10DataModule(LightningDataModule):
         if self.verify and not self.other_test_set and classes_in(self.root) is None:
             return "CIFAR-10"
         if part == "test" and len(self.test_sets) > 1:
-            hashes = (archive.sha256(of.images.cpu()) for of in self.test_sets.values())
+            arrays = (a for of in self.test_sets.values() for a in (of.images, of.labels))
+            hashes = (archive.sha256(array.cpu()) for array in arrays)
             return hashlib.sha256("".join(hashes).encode()).hexdigest()[:12]
         image_set: ImageSet = self.train_set if part == "train" else self.test_set
         labels = image_set.labels.to(torch.uint8)

@@ -150,7 +150,8 @@ def _make(folder: Path, download: bool, sources: Sequence[str], stall_seconds: f
             raise CIFAR10Error(
                 f"no CIFAR-10 in {root}: put {ARCHIVE} there, or pass --data.download true"
             )
-        if data is None and any(p.suffix.lower() in PICTURES for p in root.glob("*/*")):
+        pictures = (p for p in root.glob("*/*") if p.suffix.lower() in PICTURES)
+        if data is None and len({p.parent for p in pictures}) > 1:  # a folder for each class
             raise CIFAR10Error(
                 f"{root} has pictures: python convert.py {root} --out FOLDER makes arrays of them, "
                 "for --data.root FOLDER"
