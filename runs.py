@@ -106,7 +106,7 @@ def code_version() -> dict[str, str]:
     """Return the start of the SHA-256 of every file that this process has imported from this
     project and from the user's own folders, by the name of its module."""
     found = {}
-    for name, module in sorted(sys.modules.items()):
+    for name, module in sorted(sys.modules.copy().items()):  # a thread may import
         file = Path(getattr(module, "__file__", None) or "")
         is_installed = {"site-packages", "dist-packages"} & set(file.parts)
         is_kernel = name.startswith("torch.")  # that torch.compile has written, in a folder of /tmp
