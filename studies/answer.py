@@ -173,14 +173,17 @@ class Answer:
         return found
 
     def _best(self, factor: str) -> str:
-        """Return the level that no other beats in the seeds of both. A level that has lost more
-        runs than others can't be the best, as it did not lose them by chance."""
-        counts = {f: np.isfinite(v).sum() for f, v in self._by_level(factor, self.choose).items()}
-        able = [level for level, count in counts.items() if count == max(counts.values())]
-        ours = [d for d in self.differences if d.factor == factor and {d.one, d.other} <= {*able}]
-        gains = [(self.sign * d.mean.value, d) for d in ours]
+        """Return the level that no other beats in the seeds of both; nothing if none is compared.
+        A level that has lost more runs than others can't be the best, as it did not lose them by
+        chance; one whose runs are still to come can."""
+        ours = [d for d in self.differences if d.factor == factor]
+        lost = Counter(self.settings[r.setting][factor] for r in self.runs if r.record["ended"])
+        compared = dict.fromkeys(level for d in ours for level in (d.one, d.other))
+        fewest = min((lost[level] for level in compared), default=0)
+        able = [level for level in compared if lost[level] == fewest]
+        gains = [(self.sign * d.mean.value, d) for d in ours if {d.one, d.other} <= {*able}]
         beaten = Counter(d.other if gain < 0 else d.one for gain, d in gains if gain)
-        return min(able, key=lambda level: beaten[level])
+        return min(able, key=lambda level: beaten[level], default="")
 
     def verdict(self, difference: Difference) -> str:
         """Say whether the other level is significantly better or worse."""

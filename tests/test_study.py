@@ -1070,6 +1070,11 @@ def test_settings_that_lost_different_seeds_are_ranked_by_the_seeds_of_both() ->
     assert found.differences[0].mean.value == pytest.approx(0.03)
 
 
+def test_a_setting_whose_runs_are_still_to_come_can_be_the_best() -> None:
+    values = {"a": [0.5, 0.6, 0.7], "b": [0.61, 0.7], "c": [0.4, 0.5, 0.6], "d": []}
+    assert answer(values).conclusion()[0].startswith("Best: b (65.50 %)")
+
+
 def test_the_best_of_more_epochs_is_not_taken_at_its_word() -> None:
     values = {"a": [0.5, 0.6, 0.7], "b": [0.61, 0.7, 0.82]}
     assert "more epochs" not in str(answer(values).conclusion())
