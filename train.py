@@ -15,7 +15,6 @@ import contextlib
 import functools
 import inspect
 import io
-import json
 import numbers
 import os
 import re
@@ -23,7 +22,6 @@ import secrets
 import shlex
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +47,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning_utilities.core.enums import StrEnum
 from rich.console import Console
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 import runs
 from callbacks import Board, History, LayerTable, PredictionsKeeper, PredictionTable, SaveSettings
@@ -60,7 +57,7 @@ from datamodule import CIFAR10DataModule
 from lightning_module import FINDERS, Diverged, ImageClassifier
 from memory import keep_freed_memory
 from optimization import lacks_bf16  # its import makes short names of the optimizers known
-from reports.card import commit, early_stops, model_card, parts_of, with_other, with_result
+from reports.card import commit, early_stops, model_card, parts_of
 from reports.saved import Saved
 from terminal import COMMANDS, ShortParser, quieten, refused, short_errors
 
@@ -629,12 +626,13 @@ class CLI(LightningCLI):
 
     def after_test(self) -> None:
         """Write results and figures to the checkpoint's run, the figures to TensorBoard too."""
-        from reports.evaluation import Evaluation  # slow to import
-        from reports.figures import png
+        from reports.corruptions import Corruptions  # slow to import
+        from reports.evaluation import Evaluation
+        from reports.results import Results
 
         assert self.path is not None
-        results, sets = self._report(), self.datamodule.test_sets
-        found = {name: self.keeper.predictions(i) for i, name in enumerate(sets)}
+        metrics, data, model = self._report(), self.datamodule, self.model
+        found = {name: self.keeper.predictions(i) for i, name in enumerate(data.test_sets)}
         tests = {name: of for name, of in found.items() if of is not None}
         if not tests or not all(of.logits.isfinite().all() for of in tests.values()):
             reason = "the network's outputs are NaN" if tests else "no image was tested"
@@ -642,6 +640,45 @@ class CLI(LightningCLI):
         if not self.trainer.is_global_zero:
             return
         self._say_if_not_calibrated()
+        changed = self._changed()
+        now, count = data.identity("test"), sum(len(of.labels) for of in tests.values())
+        is_whole, is_cifar10 = count == sum(map(len, data.test_sets.values())), now == "CIFAR-10"
+        result: Evaluation | Corruptions | None = None
+        if test := tests.get(""):
+            people = self.judgements if is_cifar10 and is_whole else None
+            result = Evaluation(test, model.temperature_used, people, model.classes)
+            self._print(result.summary(), result.table())
+            if is_cifar10 and people is None:
+                print(
+                    "left out: near-duplicates, wrong labels, and which mistakes people make too; "
+                    f"python -m reports.judges --root {shlex.quote(data.root)} fetches them"
+                )
+        if not is_whole:
+            print(f"of {count} images only: nothing is written")
+            return
+        if isinstance(result, Evaluation):
+            figures = result.figures(data.test_set.images, self._focus)
+            said, predictions = f"{count:,} images", self._saved(tests[""], now)
+        else:
+            result = Corruptions(tests)
+            self._print(result.table(), result.summary())
+            figures, said, predictions = result.figures(), f"{len(tests)} files", b""
+        values = {**metrics, "set": now, "tta": model.tta, "changed": changed, **result.values()}
+        Results(
+            folder=self.run_folder,
+            checkpoint=self.path.name,
+            epoch=self.checkpoint["epoch"],
+            step=self.checkpoint["global_step"],
+            images=now,
+            other=data.other_name,
+            is_own=now == self.seen.get("test", now),
+            changed=changed,
+        ).write(said, result.summary(), values, figures, predictions)
+        if data.skipped:
+            sys.exit(f"error: {data.skipped} files could not be read, and are left out")
+
+    def _changed(self) -> dict[str, list[Any]]:
+        """Return and say which settings of the model are not the run's, with both values."""
         before, used = runs.settings_of(self.checkpoint), self.config_dump
         changed = runs.differences(
             {"model": before["model"], "precision": before.get("trainer", {}).get("precision")},
@@ -649,86 +686,10 @@ class CLI(LightningCLI):
         )
         for key, (its, given) in changed.items():
             print(f"with {key} {given}, not the run's {its}")
-        now = self.datamodule.identity("test")
-        values = {**results, "set": now, "tta": self.model.tta, "changed": changed}
-        count = sum(len(of.labels) for of in tests.values())
-        total = sum(map(len, sets.values()))
-        if "" not in sets:
-            self._after_corruptions(tests, values, count < total)
-            return
-        test, is_part = tests[""], count < total
-        people = self.judgements if now == "CIFAR-10" and not is_part else None
-        evaluation = Evaluation(test, self.model.temperature_used, people, self.model.classes)
-        terminal = Console(highlight=False, markup=False)
-        terminal.print(evaluation.summary(), evaluation.table(), sep="\n", soft_wrap=True)
-        if now == "CIFAR-10" and people is None:
-            print(
-                "left out: near-duplicates, wrong labels, and which mistakes people make too; "
-                f"python -m reports.judges --root {shlex.quote(self.datamodule.root)} fetches them"
-            )
-        if is_part:
-            print(f"of {count} images only: nothing is written")
-            return
-        other, is_own = self.datamodule.other_name, now == self.seen.get("test", now)
-        suffix = f"_{other}_{now}" if other else "" if is_own else f"_{now}"
-        values |= evaluation.values()
-        figures = evaluation.figures(self.datamodule.test_set.images, self._focus)
-        files = {f"test{suffix}.json": json.dumps(values, indent=2).encode()}
-        files[f"test{suffix}.npz"] = self._saved(test, now)
-        files |= {f"{name}{suffix}.png": png(figure, 110) for name, figure in figures.items()}
-        self._write(files)
-        if any(self.run_folder.glob("events.out.*")):
-            with SummaryWriter(self.run_folder) as board:
-                for name, figure in figures.items():
-                    board.add_figure(f"test/{name}{suffix}", figure, self.checkpoint["global_step"])
-        if not suffix:
-            which, summary = f"epoch {results['epoch']} (`{self.path.name}`)", evaluation.summary()
-            self._change_card(lambda card: with_result(card, which, summary, now, changed))
-        elif other:
-            self._add_to_card(f"{count:,} images", now, evaluation.summary(), changed)
-        if self.datamodule.skipped:
-            sys.exit(f"error: {self.datamodule.skipped} files could not be read, and are left out")
+        return changed
 
-    def _after_corruptions(
-        self, tests: dict[str, Predictions], values: dict[str, Any], is_part: bool
-    ) -> None:
-        """Write the accuracy on each of several sets of corrupted images."""
-        from reports.corruptions import Corruptions  # slow to import
-        from reports.figures import png
-
-        if is_part:
-            print("of a part of the images only: nothing is written")
-            return
-        corruptions, other = Corruptions(tests), self.datamodule.other_name
-        table, summary = corruptions.table(), corruptions.summary()
-        Console(highlight=False, markup=False).print(table, summary, sep="\n")
-        suffix = f"{other}_{values['set']}"
-        content = json.dumps({**values, **corruptions.values()}, indent=2).encode()
-        figure = png(corruptions.figure(), 110)
-        self._write({f"test_{suffix}.json": content, f"severity_{suffix}.png": figure})
-        self._add_to_card(f"{len(tests)} files", values["set"], summary, values["changed"])
-
-    def _write(self, files: dict[str, bytes]) -> None:
-        """Write files into the run's folder, and say so."""
-        for name, content in files.items():
-            runs.write_whole(self.run_folder / name, content)
-        print(f"written to {self.run_folder}: {', '.join(files)}")
-
-    def _add_to_card(
-        self, count: str, images: str, summary: str, changed: dict[str, list[Any]]
-    ) -> None:
-        """Add to the run's card how good the model is on another test set."""
-        assert self.path is not None
-        name, epoch = f"{self.datamodule.other_name}, {images}", self.checkpoint["epoch"]
-        how = "".join(f", {key} {now} (not {old})" for key, (old, now) in changed.items())
-        said = " ".join(summary.partition(";")[0].split())
-        line = f"- **{name}** ({count}), epoch {epoch} (`{self.path.name}`){how}: {said}\n"
-        self._change_card(lambda card: with_other(card, name, line))
-
-    def _change_card(self, change: Callable[[str], str]) -> None:
-        card = self.run_folder / "model.md"
-        if card.exists():
-            runs.write_whole(card, change(card.read_text(encoding="utf-8")).encode())
+    def _print(self, *parts: Any) -> None:
+        Console(highlight=False, markup=False).print(*parts, sep="\n", soft_wrap=True)
 
     def _focus(self, pixels: Tensor, classes: Tensor) -> Tensor | None:
         from reports.focus import grad_cam

@@ -44,8 +44,8 @@ class Corruptions:
             table.add_row(name.replace("_", " "), f"{of.mean():.1%}", *each)
         return table
 
-    def figure(self) -> Figure:
-        """Draw accuracy over severity, for each corruption and in the mean."""
+    def figures(self) -> dict[str, Figure]:
+        """Return accuracy over severity, drawn for each corruption and in the mean."""
         figure = Figure(figsize=(9, 5), layout="constrained")
         axes = figure.subplots()
         places = range(1, SEVERITIES + 1)
@@ -58,4 +58,4 @@ class Corruptions:
         axes.set(xlabel="severity", ylabel="accuracy", ylim=(0, 1), xticks=places)
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.grid(alpha=0.3)
-        return figure
+        return {"severity": figure}
