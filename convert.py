@@ -14,6 +14,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def read_folders(source: Path, test_share: float, seed: int) -> tuple[list[str],
     files were skipped."""
     whole = {*folders_in(source)}
     is_split = whole == {"train", "test"}
-    if parts := sorted(name for name in whole if name.lower() in PARTS and not is_split):
+    parts = [name for name in sorted(whole) if name.lower() in PARTS]
+    if len(parts) > 1 and not is_split:  # a lone `train` may be a class
         raise MisconfigurationException(
             f"{source} has {', '.join(sorted(whole))}, and {parts[0]} is no class: name the parts "
             "train and test, with no other folder beside them (this project holds out a validation "
@@ -111,8 +113,10 @@ def read_torchvision(name: str, root: Path) -> tuple[list[str], list[Part], int]
             ) from error
         pairs = [(to_pixels(of), label) for of, label in bar(labelled, desc=f"{name} {part}")]
         images, labels = zip(*pairs, strict=True)
-        if not all(isinstance(label, int) and 0 <= label < MOST for label in labels):
-            raise MisconfigurationException(f"torchvision's {name} has labels outside 0 to {MOST}")
+        if not all(isinstance(label, Integral) and 0 <= int(label) < MOST for label in labels):
+            raise MisconfigurationException(
+                f"torchvision's {name} has labels outside 0 to {MOST - 1}"
+            )
         names = [f"{part} {i}" for i in range(len(labels))]
         parts.append(Part(torch.stack(images), torch.tensor(labels, dtype=torch.uint8), names))
         count = 1 + max(int(part.labels.max()) for part in parts)
@@ -206,6 +210,7 @@ def convert(args: list[str]) -> None:
     mean, std = mean_and_std(train.images)
     print(f"colours  --model.normalize '{{mean: {mean}, std: {std}}}'")
     words = ["python", "train.py", "fit", "--config", "configs/base.yaml", "--data.root", str(out)]
+    words += ["--name", out.name]
     words += ["--data.val_size", str(max(len(classes), sizes[0] // 5)), "--data.stratify", "true"]
     if sizes[0] < FEW:  # else an epoch has few steps, and batch norm's statistics lag behind
         words += ["--data.batch_size", "16"]

@@ -62,6 +62,7 @@ class CIFAR10DataModule(LightningDataModule):
     """
 
     steps_a_call = 1  # optimizer steps that one batch is for; the model says how many
+    skipped = 0  # files of `test_set` that could not be read
 
     def __init__(
         self,
@@ -89,6 +90,8 @@ class CIFAR10DataModule(LightningDataModule):
             )
         if images is not None and not images:
             raise MisconfigurationException("data.images names no file")
+        if test_set is not None and not (test_set and Path(test_set).resolve().name):
+            raise MisconfigurationException(f"data.test_set names no folder: {test_set!r}")
         if fold >= (folds or 1) or folds == 1 or (folds and not val_size):
             raise MisconfigurationException(
                 f"data.fold {fold} of data.folds {folds}, data.val_size {val_size}: at least two "

@@ -75,7 +75,7 @@ FIXED = {"weights_only": True, "verbose": False, "return_predictions": False}
 SPLIT = ("split_seed", "stratify", "folds", "fold")
 # What makes a model's temperature another one.
 CALIBRATED = (
-    "network", "classes", "normalize", "label_smoothing", "class_weights", "softmax_before_loss",
+    "network", "normalize", "label_smoothing", "class_weights", "softmax_before_loss",
 )  # fmt: skip
 CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
@@ -364,10 +364,11 @@ class CLI(LightningCLI):
                 )
             if its and its["model"].get("classes") != config.model.classes:
                 its, self.seen = {}, {}
-                _note(
-                    f"{weights} was trained on images of other classes: if some of them are in "
-                    "this validation set, its accuracy is too high"
-                )
+                if now.val_size:
+                    _note(
+                        f"{weights} was trained on images of other classes: if some of them are in "
+                        "this validation set, its accuracy is too high"
+                    )
         before = its.get("data", {})
         if not now.val_size or "val_size" not in before or self.subcommand == "predict":
             return
@@ -397,6 +398,8 @@ class CLI(LightningCLI):
             its, ours = ({key: of["model"].get(key) for key in CALIBRATED} for of in both)
             for key, (there, here) in runs.differences(its, ours).items():
                 _note(f"model.calibrate {file} was trained with {key} {there}, not {here}")
+            if len({str(of["model"].get("classes")) for of in both}) > 1:
+                _note(f"model.calibrate {file} was trained on images of other classes")
         try:
             super().instantiate_classes()
         except (ValueError, OSError, ImportError) as error:
@@ -628,9 +631,8 @@ class CLI(LightningCLI):
         """Write results and figures to the checkpoint's run, the figures to TensorBoard too."""
         from reports.corruptions import Corruptions  # slow to import
         from reports.evaluation import Evaluation
-        from reports.results import Results
+        from reports.results import write_results
 
-        assert self.path is not None
         metrics, data, model = self._report(), self.datamodule, self.model
         found = {name: self.keeper.predictions(i) for i, name in enumerate(data.test_sets)}
         tests = {name: of for name, of in found.items() if of is not None}
@@ -640,42 +642,35 @@ class CLI(LightningCLI):
         if not self.trainer.is_global_zero:
             return
         self._say_if_not_calibrated()
-        changed = self._changed()
         now, count = data.identity("test"), sum(len(of.labels) for of in tests.values())
         is_whole, is_cifar10 = count == sum(map(len, data.test_sets.values())), now == "CIFAR-10"
-        result: Evaluation | Corruptions | None = None
+        values = {**metrics, "set": now, "tta": model.tta, "changed": self._changed()}
+        write = functools.partial(
+            write_results, self.run_folder, other=data.other_name, count=f"{count:,} images",
+            step=self.checkpoint["global_step"], is_own=now == self.seen.get("test", now),
+        )  # fmt: skip
+        terminal = Console(highlight=False, markup=False)
         if test := tests.get(""):
             people = self.judgements if is_cifar10 and is_whole else None
-            result = Evaluation(test, model.temperature_used, people, model.classes)
-            self._print(result.summary(), result.table())
+            evaluation = Evaluation(test, model.temperature_used, people, model.classes)
+            summary = evaluation.summary()
+            terminal.print(summary, evaluation.table(), sep="\n", soft_wrap=True)
             if is_cifar10 and people is None:
                 print(
                     "left out: near-duplicates, wrong labels, and which mistakes people make too; "
                     f"python -m reports.judges --root {shlex.quote(data.root)} fetches them"
                 )
+            if is_whole:
+                figures = evaluation.figures(data.test_set.images, self._focus)
+                write(values | evaluation.values(), summary, figures, self._saved(test, now))
+        elif is_whole:
+            corruptions = Corruptions(tests)
+            summary = corruptions.summary()
+            terminal.print(corruptions.table(), summary, sep="\n", soft_wrap=True)
+            write(values | corruptions.values(), summary, corruptions.figures())
         if not is_whole:
             print(f"of {count} images only: nothing is written")
-            return
-        if isinstance(result, Evaluation):
-            figures = result.figures(data.test_set.images, self._focus)
-            said, predictions = f"{count:,} images", self._saved(tests[""], now)
-        else:
-            result = Corruptions(tests)
-            self._print(result.table(), result.summary())
-            figures, said, predictions = result.figures(), f"{len(tests)} files", b""
-        values = {**metrics, "set": now, "tta": model.tta, "changed": changed, **result.values()}
-        Results(
-            folder=self.run_folder,
-            checkpoint=self.path.name,
-            epoch=self.checkpoint["epoch"],
-            step=self.checkpoint["global_step"],
-            images=now,
-            other=data.other_name,
-            is_own=now == self.seen.get("test", now),
-            changed=changed,
-        ).write(said, result.summary(), values, figures, predictions)
-        if data.skipped:
-            sys.exit(f"error: {data.skipped} files could not be read, and are left out")
+        self._exit_if_skipped(data.skipped)
 
     def _changed(self) -> dict[str, list[Any]]:
         """Return and say which settings of the model are not the run's, with both values."""
@@ -688,8 +683,9 @@ class CLI(LightningCLI):
             print(f"with {key} {given}, not the run's {its}")
         return changed
 
-    def _print(self, *parts: Any) -> None:
-        Console(highlight=False, markup=False).print(*parts, sep="\n", soft_wrap=True)
+    def _exit_if_skipped(self, count: int) -> None:
+        if count:
+            sys.exit(f"error: {count} files could not be read, and are left out")
 
     def _focus(self, pixels: Tensor, classes: Tensor) -> Tensor | None:
         from reports.focus import grad_cam
@@ -738,6 +734,7 @@ class CLI(LightningCLI):
             print(f"the first {done} of {total} only: trainer.limit_predict_batches")
         if skipped:
             sys.exit(f"error: {skipped} of {total} files skipped")
+        self._exit_if_skipped(data.skipped)
 
 
 def _check_trainer(options: Any) -> None:

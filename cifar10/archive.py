@@ -154,7 +154,7 @@ def _make(folder: Path, download: bool, sources: Sequence[str], stall_seconds: f
         if data is None and len({p.parent for p in pictures}) > 1:  # a folder for each class
             raise CIFAR10Error(
                 f"{root} has pictures: python convert.py {root} --out FOLDER makes arrays of them, "
-                "for --data.root FOLDER"
+                "for --data.root FOLDER; CIFAR-10 goes to another folder"
             )
         if data is None:
             print(f"CIFAR-10 is not in {root}: it is fetched", file=sys.stderr)

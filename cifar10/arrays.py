@@ -75,7 +75,7 @@ def read_arrays(folder: Path, mend: str = "") -> Arrays:
             array = np.load(file, mmap_mode="c", allow_pickle=False)
             tensors.append(torch.from_numpy(array))
         except (OSError, ValueError, EOFError, TypeError) as error:
-            reason = getattr(error, "strerror", None) or "no array of numbers"
+            reason = getattr(error, "strerror", None) or "truncated, or no array of numbers"
             raise CIFAR10Error(f"{folder} is damaged ({file.name}: {reason}){mend}") from error
     return Arrays(*tensors)
 

@@ -29,9 +29,9 @@ def read_test_sets(path: Path, classes: Sequence[str]) -> dict[str, TestSet]:
 
     Args:
         path: A folder of arrays with their classes; one of pictures, with a folder for each class;
-            one with labels.npy and a file for each of several corruptions, as CIFAR-10-C; or what
-            the names of two files begin with that end in _data.npy and _labels.npy, as those of
-            CIFAR-10.1.
+            one with labels.npy and a file of images, or several of a corruption each, as
+            CIFAR-10-C; or what the names of two files begin with that end in _data.npy and
+            _labels.npy, as those of CIFAR-10.1.
         classes: Of the model, by label.
 
     Raises:
@@ -62,6 +62,8 @@ def read_test_sets(path: Path, classes: Sequence[str]) -> dict[str, TestSet]:
         found = {f.stem: _read(f, labels, len(classes)) for f in arrays if f != labels}
         if not found:
             raise refused("labels.npy, but no images")
+        if len(found) == 1:
+            return {"": next(iter(found.values()))}
         if (count := len(next(iter(found.values())).labels)) % SEVERITIES:
             raise refused(
                 f"{count} images a file, expected {SEVERITIES} severities of equally many"
@@ -81,9 +83,12 @@ def read_test_sets(path: Path, classes: Sequence[str]) -> dict[str, TestSet]:
 def other_classes(expected: Sequence[str], found: Sequence[str]) -> str:
     """Say how the classes of images differ from those of a model; nothing if they are the same."""
     if len(expected) != len(found):
-        sizes = (f"{len(of)} classes ({', '.join(of[:3])}, ...)" for of in (expected, found))
+        sizes = (
+            f"{len(of)} classes ({', '.join(of[:3])}{', ...' * (len(of) > 3)})"
+            for of in (expected, found)
+        )
         return "the model has {}, the images have {}".format(*sizes)
-    differ = (i for i, pair in enumerate(zip(expected, found, strict=True)) if len({*pair}) > 1)
+    differ = (i for i, (a, b) in enumerate(zip(expected, found, strict=True)) if a != b)
     first = next(differ, None)
     if first is None:
         return ""

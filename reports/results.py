@@ -1,7 +1,6 @@
 """What a test leaves in the run's folder: numbers, predictions, figures, and a part of the card."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,55 +12,47 @@ from reports.figures import png
 from runs import write_whole
 
 
-@dataclass
-class Results:
-    """Where the results of a test go: into the `folder` of the run whose `checkpoint` it is of.
+def write_results(
+    folder: Path,
+    values: dict[str, Any],
+    summary: str,
+    figures: dict[str, Figure],
+    predictions: bytes = b"",
+    *,
+    other: str,
+    is_own: bool,
+    count: str,
+    step: int,
+) -> None:
+    """Write the results of a test into the run's folder, and say where; its figures go to
+    TensorBoard too, and a line or more to the card.
 
-    `images` says which ones were tested, `other` is the name of another test set than the run's,
-    and `changed` has the settings that are not the run's, with both values. The results of the test
-    images that the run began with are in files without a suffix, and have a part of the card.
+    `values` has, beside the metrics, the `checkpoint`, its `epoch`, which `set` of images was
+    tested, and the settings `changed` since, with both values. `other` is the name of another test
+    set than the run's, `count` says how many images it has; `is_own` whether the images are those
+    that the run began with, whose results are in files without a suffix.
     """
-
-    folder: Path
-    checkpoint: str
-    epoch: int
-    step: int
-    images: str
-    other: str
-    is_own: bool
-    changed: dict[str, list[Any]]
-
-    def write(
-        self,
-        count: str,
-        summary: str,
-        values: dict[str, Any],
-        figures: dict[str, Figure],
-        predictions: bytes = b"",
-    ) -> None:
-        """Write the results of so many images, and say where; figures go to TensorBoard too."""
-        suffix = "" if self.is_own else f"_{self.images}"
-        suffix = f"_{self.other}_{self.images}" if self.other else suffix
-        files = {f"test{suffix}.json": json.dumps(values, indent=2).encode()}
-        files |= {f"test{suffix}.npz": predictions} if predictions else {}
-        files |= {f"{name}{suffix}.png": png(figure, 110) for name, figure in figures.items()}
-        for name, content in files.items():
-            write_whole(self.folder / name, content)
-        print(f"written to {self.folder}: {', '.join(files)}")
-        if any(self.folder.glob("events.out.*")):
-            with SummaryWriter(self.folder) as board:
-                for name, figure in figures.items():
-                    board.add_figure(f"test/{name}{suffix}", figure, self.step)
-        card = self.folder / "model.md"
-        if (self.other or not suffix) and card.exists():
-            text = self._in_card(card.read_text(encoding="utf-8"), count, summary)
-            write_whole(card, text.encode())
-
-    def _in_card(self, card: str, count: str, summary: str) -> str:
-        which = f"epoch {self.epoch} (`{self.checkpoint}`)"
-        if not self.other:
-            return with_result(card, which, summary, self.images, self.changed)
-        name = f"{self.other}, {self.images}"
-        how = "".join(f", {key} {now} (not {old})" for key, (old, now) in self.changed.items())
+    images, changed = values["set"], values["changed"]
+    suffix = f"_{other}_{images}" if other else "" if is_own else f"_{images}"
+    files = {f"test{suffix}.json": json.dumps(values, indent=2).encode()}
+    files |= {f"test{suffix}.npz": predictions} if predictions else {}
+    files |= {f"{name}{suffix}.png": png(figure, 110) for name, figure in figures.items()}
+    for name, content in files.items():
+        write_whole(folder / name, content)
+    print(f"written to {folder}: {', '.join(files)}")
+    if any(folder.glob("events.out.*")):
+        with SummaryWriter(folder) as board:
+            for name, figure in figures.items():
+                board.add_figure(f"test/{name}{suffix}", figure, step)
+    if not (card := folder / "model.md").exists() or (suffix and not other):
+        return
+    which = f"epoch {values['epoch']} (`{values['checkpoint']}`)"
+    text = card.read_text(encoding="utf-8")
+    if other:
+        how = "".join(f", {key} {now} (not {old})" for key, (old, now) in changed.items())
         said = " ".join(summary.partition(";")[0].split())
-        return with_other(card, name, f"- **{name}** ({count}), {which}{how}: {said}\n")
+        name = f"{other}, {images}"
+        text = with_other(text, name, f"- **{name}** ({count}), {which}{how}: {said}\n")
+    else:
+        text = with_result(text, which, summary, images, changed)
+    write_whole(card, text.encode())

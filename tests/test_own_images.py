@@ -127,6 +127,10 @@ def test_what_is_not_a_folder_of_classes_is_refused(
         (two / part / name).mkdir(parents=True)
         (two / part / name / "a.png").touch()
     assert "test has c, train has not" in refused(two)
+    shutil.copytree(photos / "cat", tmp_path / "vehicles" / "car")
+    shutil.copytree(photos / "cat", tmp_path / "vehicles" / "train")
+    convert.main([str(tmp_path / "vehicles"), "--out", str(tmp_path / "of_train")])
+    assert json.loads((tmp_path / "of_train" / NAMES).read_text()) == ["car", "train"]
     (two / "Val").mkdir()
     assert "has Val, test, train, and Val is no class" in refused(two)
     with pytest.raises(SystemExit, match=f"has pictures: python convert.py {photos} --out FOLDER"):
@@ -214,9 +218,7 @@ def test_a_model_and_images_of_other_classes_do_not_go_together(
 ) -> None:
     fit(run, three, "--trainer.max_epochs", "1")
     other = ["--data.root", str(arrays), "--data.verify", "false", "--data.val_size", "60"]
-    message = (
-        "the model has 3 classes (лиса, cat, sea lion, ...), the images have 10 classes (airpl"
-    )
+    message = "the model has 3 classes (лиса, cat, sea lion), the images have 10 classes (airpl"
     for command, more in (("test", ""), ("validate", ""), ("fit", "--trainer.max_epochs=2")):
         assert message in fails(command, "--ckpt_path", LAST, *other, *filter(None, [more]))
     words = ["--ckpt_path", LAST, "--format", "torch", "--out", "m.pt2", "--data.root", str(arrays)]
@@ -270,6 +272,10 @@ def test_other_test_sets_are_tested_on_and_named(run: Run, fails: Run, tmp_path:
         noise = [rng.normal(0, strength * i, (40, 32, 32, 3)) for i in range(1, 6)]
         parts = [(images[:40] + of).clip(0, 255).astype(np.uint8) for of in noise]
         np.save(corrupted / f"{name}.npy", np.concatenate(parts))
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    np.save(plain / "labels.npy", labels[:100])
+    np.save(plain / "images.npy", images[:100])
     by_class = tmp_path / "by_class"
     for i in range(30):
         place = by_class / archive.CLASSES[labels[i]]
@@ -278,7 +284,7 @@ def test_other_test_sets_are_tested_on_and_named(run: Run, fails: Run, tmp_path:
 
     with np.load(folder / "test.npz") as content:
         is_right = content["logits"].argmax(axis=1) == content["labels"]
-    for name, count in (("new_v6", 150), ("by_class", 30)):
+    for name, count in (("new_v6", 150), ("by_class", 30), ("plain", 100)):
         out = run("test", "--ckpt_path", LAST, "--data.test_set", tmp_path / name)
         (file,) = folder.glob(f"test_{name}_*.json")
         result = json.loads(file.read_text())
@@ -299,7 +305,7 @@ def test_other_test_sets_are_tested_on_and_named(run: Run, fails: Run, tmp_path:
     said = (folder / "model.md").read_text()
     assert said.startswith(card)
     (others,) = re.findall(r"## On other test sets\n\n(.*)", said, re.S)
-    assert re.findall(r"\*\*(\w+), ", others) == ["new_v6", "by_class", "corrupted"]
+    assert re.findall(r"\*\*(\w+), ", others) == ["new_v6", "by_class", "plain", "corrupted"]
     run("test", "--ckpt_path", LAST, "--data.test_set", corrupted, "--model.tta", "mirror")
     run("test", "--ckpt_path", LAST)
     assert (folder / "model.md").read_text().count("**corrupted, ") == 1
@@ -318,6 +324,10 @@ def test_other_test_sets_are_tested_on_and_named(run: Run, fails: Run, tmp_path:
     assert "no such folder, and no nothing_data.npy" in refused(tmp_path / "nothing")
     assert "with several corruptions: use test" in refused(corrupted, "predict")
     assert "data.test_set is for test and predict" in refused(corrupted, "validate")
+    assert "data.test_set names no folder" in refused("")
+    (by_class / archive.CLASSES[labels[0]] / "broken.png").touch()
+    for command in ("test", "predict"):
+        assert "1 files could not be read, and are left out" in refused(by_class, command)
     (by_class / "unicorn").mkdir()
     assert "unicorn: not among the classes airplane, automobile" in refused(by_class)
     np.save(corrupted / "labels.npy", np.arange(2000) % 11)
