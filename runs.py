@@ -105,12 +105,12 @@ def locked(folder: Path) -> Iterator[None]:
 def code_version() -> dict[str, str]:
     """Return the start of the SHA-256 of every file that this process has imported from this
     project and from the user's own folders, by the name of its module."""
-    found = {}
+    found, pythons = {}, sysconfig.get_path("stdlib")
     for name, module in sorted(sys.modules.copy().items()):  # a thread may import
         file = Path(getattr(module, "__file__", None) or "")
         is_installed = {"site-packages", "dist-packages"} & set(file.parts)
         is_kernel = name.startswith("torch.")  # that torch.compile has written, in a folder of /tmp
-        is_pythons = file.is_relative_to(sysconfig.get_path("stdlib"))
+        is_pythons = file.is_relative_to(pythons)
         is_code = file.suffix == ".py" and file.is_file()
         if is_code and not (is_installed or is_kernel or is_pythons):
             found[file.stem if name in ("__main__", "__mp_main__") else name] = file_version(file)

@@ -1,10 +1,13 @@
 """What a test leaves in the run's folder: numbers, predictions, figures, and a part of the card."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from reports.card import with_other, with_result
@@ -36,14 +39,16 @@ def write_results(
     suffix = f"_{other}_{images}" if other else "" if is_own else f"_{images}"
     files = {f"test{suffix}.json": json.dumps(values, indent=2).encode()}
     files |= {f"test{suffix}.npz": predictions} if predictions else {}
-    files |= {f"{name}{suffix}.png": png(figure, 110) for name, figure in figures.items()}
+    drawn = {f"{name}{suffix}": png(figure, 110) for name, figure in figures.items()}
+    files |= {f"{name}.png": picture for name, picture in drawn.items()}
     for name, content in files.items():
         write_whole(folder / name, content)
     print(f"written to {folder}: {', '.join(files)}")
     if any(folder.glob("events.out.*")):
         with SummaryWriter(folder) as board:
-            for name, figure in figures.items():
-                board.add_figure(f"test/{name}{suffix}", figure, step)
+            for name, picture in drawn.items():
+                pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
+                board.add_image(f"test/{name}", pixels, step, dataformats="HWC")
     if not (card := folder / "model.md").exists() or (suffix and not other):
         return
     which = f"epoch {values['epoch']} (`{values['checkpoint']}`)"
