@@ -253,7 +253,9 @@ class CLI(LightningCLI):
             if args[0] != "fit":
                 precision = settings.get("trainer", {}).get("precision")
                 is_slow = lacks_bf16() and not torch.accelerator.is_available()
-                if is_slow and str(precision).startswith("bf16"):
+                if args[0] == "predict" and "16" in str(precision):
+                    precision = "32-true"  # to the same probabilities as exports
+                elif is_slow and str(precision).startswith("bf16"):
                     precision = "32-true"
                 settings = {k: v for k, v in settings.items() if k in ("name", "model", "data")}
                 settings["trainer"] = {"precision": precision}

@@ -260,6 +260,17 @@ def test_probabilities_are_calibrated_by_what_validation_says(
         sure = ["" if divisor == 1 else "yes" if p >= least else "no" for p in expected]
         assert [row["sure"] for row in rows(RUN_0 / "predictions.csv")[:20]] == sure
 
+    # The same in every precision of training, as exports compute in 32 bits too.
+    half = ("--trainer.precision", "bf16-mixed", "--trainer.max_epochs", "1", "--name", "half")
+    run("fit", "--config", BASE, *half)
+    last = Path("runs/half/version_0/checkpoints/last.ckpt")
+    run("predict", "--ckpt_path", last)
+    half_model = ImageClassifier.load_from_checkpoint(last).eval()
+    with torch.no_grad():
+        expected = half_model.probabilities(data.test_set.images).max(dim=1).values
+    found = [float(row["probability"]) for row in rows(last.parents[1] / "predictions.csv")]
+    assert found == pytest.approx(expected.tolist(), abs=2e-4)
+
     # All images train, and the temperature is that of the twin.
     run("fit", "--config", BASE, "--data.val_size", "0", "--name", "twin", "--model.calibrate",
         LAST, "--trainer.max_epochs", "1")  # fmt: skip
