@@ -183,7 +183,7 @@ class Evaluation:
             sure.append(f"at {least:.0%} and more {at['coverage']:.1%} of the images{right}")
         lines = [
             f"accuracy     {self.accuracy:.2%}, 95 % interval {100 * self.low:.2f} to "
-            f"{100 * self.high:.2f} (Wilson); among the first two {self.top2:.2%}",
+            f"{100 * self.high:.2f} (Wilson); top-2 accuracy {self.top2:.2%}",
             f"calibration  ECE {found.ece:.2%} (a calibrated model has {chance['mean']:.2%} by "
             f"chance, up to {chance['most']:.2%}); NLL {found.nll:.4f}, Brier score "
             f"{found.brier:.4f}; {how}",

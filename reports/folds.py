@@ -1,6 +1,6 @@
 """Put the folds of a cross-validation together, from what `validate` has saved of each.
 
-    python -m reports.folds runs/folds/*/version_0 --out out_of_fold.npz
+    python -m reports.folds runs/fold_*/version_0 --out out_of_fold.npz
 
 Each is the folder of a run that was validated, with a fold of its own (`--data.fold`). Every image
 is then predicted by a model that was not trained on it.
