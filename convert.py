@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from cifar10.arrays import MOST, NAMES, Arrays, save_arrays
 from cifar10.pictures import Part, bar, files_in, folders_in, read_by_class, to_pixels
-from terminal import ShortParser, quieten, short_errors
+from terminal import ShortParser, short_errors
 
 # The correlation from which on two pictures are said to look alike: of the 286 test images of
 # CIFAR-10 that ciFAIR lists as such it finds 100, and 48 others.
@@ -167,8 +167,9 @@ def write(out: Path, classes: list[str], train: Part, test: Part) -> None:
         raise MisconfigurationException(f"--out {out}: {error.strerror}") from error
 
 
-def convert(args: list[str]) -> None:
-    """Convert as the command line says."""
+@short_errors()
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; a user's mistake gives one line and an exit code that is not 0."""
     parser = ShortParser(prog="convert.py", description="Make arrays of pictures.")
     parser.add_argument("source", type=str, help="a folder, or torchvision:NAME")
     parser.add_argument("--out", type=str, required=True, help="a new folder, for --data.root")
@@ -217,13 +218,6 @@ def convert(args: list[str]) -> None:
     print(f"train    {shlex.join(words)}")
     if skipped:
         sys.exit(f"error: {skipped} files could not be read, and are left out")
-
-
-def main(args: list[str] | None = None) -> None:
-    """Run the command line; a user's mistake gives one line and an exit code that is not 0."""
-    quieten()
-    with short_errors():
-        convert(sys.argv[1:] if args is None else args)
 
 
 if __name__ == "__main__":

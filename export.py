@@ -20,7 +20,6 @@ import io
 import json
 import logging
 import shlex
-import sys
 import tarfile
 import tempfile
 import warnings
@@ -40,7 +39,7 @@ from cifar10.arrays import classes_in
 from lightning_module import ImageClassifier
 from reports.card import parts_of
 from runs import named, read_checkpoint, run_of, settings_of, write_whole
-from terminal import ShortParser, innermost, quieten, short_errors
+from terminal import ShortParser, innermost, short_errors
 
 Card = dict[str, Any]
 Predict = Callable[[Tensor], Tensor]
@@ -351,8 +350,10 @@ def write_folder(out: Path, files: dict[str, bytes]) -> None:
         raise MisconfigurationException(f"--out {out}: {error.strerror}") from error
 
 
-def export(args: list[str]) -> None:
-    """Export as the command line says."""
+@short_errors()
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; a user's mistake gives one line and an exit code that is not 0."""
+    warnings.filterwarnings("ignore", module="torch")
     parser = ShortParser(prog="export.py", description="Export a checkpoint.")
     parser.add_argument("--ckpt_path", type=str, required=True, help="the checkpoint")
     parser.add_argument(
@@ -394,14 +395,6 @@ def export(args: list[str]) -> None:
     if format_ == "page":
         server = f"python -m http.server --directory {shlex.quote(str(out))}"
         print(f"view    {server}    then http://localhost:8000")
-
-
-def main(args: list[str] | None = None) -> None:
-    """Run the command line; a user's mistake gives one line and an exit code that is not 0."""
-    quieten()
-    warnings.filterwarnings("ignore", module="torch")
-    with short_errors():
-        export(sys.argv[1:] if args is None else args)
 
 
 if __name__ == "__main__":

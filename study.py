@@ -30,22 +30,18 @@ from studies.question import Question, check
 from studies.queue import STORAGE_ERRORS, Queue, without_password
 from studies.record import other_code, read_records
 from studies.work import Work
-from terminal import ShortParser, innermost, quieten, refused, short_errors
+from terminal import ShortParser, innermost, refused, short_errors
 
 HOW = {"--jobs", "--storage", "--folder", "--from", "--any_code"}  # no result depends on these
 
 
+@short_errors()
 def main(args: list[str] | None = None) -> None:
     """Run the command line; a user's mistake gives one line and an exit code that is not 0."""
-    quieten()
     if "" not in sys.path:
         sys.path.append("")  # the current folder, for classes of the user's own
     os.environ.pop("SLURM_NTASKS", None)  # a run is one process, however many a job has
-    with short_errors():
-        _main(_with_file_first(sys.argv[1:] if args is None else args))
-
-
-def _main(args: list[str]) -> None:
+    args = _with_file_first(sys.argv[1:] if args is None else args)
     parser = ShortParser(prog="study.py", description="Answer a question by many runs.")
     add = parser.add_argument
     add("--file", action=ActionConfigFile, help="the question: the first word that is no flag's")

@@ -221,7 +221,9 @@ def _is_full_disk(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def short_errors() -> Iterator[None]:
-    """Turn a user's mistake into a line and an exit code that is not 0; leave all others alone."""
+    """Turn a user's mistake into a line and an exit code that is not 0; leave all others alone.
+    The frameworks say less."""
+    _quieten()
     tell = threading.excepthook
     # TensorBoard writes in a thread of its own, and tells the main thread of a full disk too.
     threading.excepthook = lambda args: None if _is_full_disk(args.exc_value) else tell(args)
@@ -251,7 +253,7 @@ def short_errors() -> Iterator[None]:
         threading.excepthook = tell
 
 
-def quieten() -> None:
+def _quieten() -> None:
     """Keep tips of the frameworks, and what they don't know of this project, off the terminal."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -59,7 +59,7 @@ from memory import keep_freed_memory
 from optimization import lacks_bf16  # its import makes short names of the optimizers known
 from reports.card import commit, early_stops, model_card, parts_of
 from reports.saved import Saved
-from terminal import COMMANDS, ShortParser, quieten, refused, short_errors
+from terminal import COMMANDS, ShortParser, refused, short_errors
 
 # Types of arguments of torchvision's transforms and of Lightning's callbacks.
 register_type(
@@ -777,7 +777,6 @@ def _listed(value: Any) -> list[Any]:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line; a user's mistake gives one line and an exit code that is not 0."""
-    quieten()
     keep_freed_memory()
     if "" not in sys.path:
         sys.path.append("")  # the current folder, for classes of the user's own

@@ -12,7 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from scipy.stats import binomtest, bootstrap
 
 from reports.saved import read_saved
-from terminal import ShortParser, quieten, short_errors
+from terminal import ShortParser, short_errors
 
 RESAMPLES = 9999
 
@@ -47,7 +47,6 @@ def comparison(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
 @short_errors()
 def main(args: list[str] | None = None) -> None:
     """Run the command line; a user's mistake gives one line and an exit code that is not 0."""
-    quieten()
     parser = ShortParser(prog="reports.compare", description="Compare two models.")
     parser.add_argument("first", type=str, help="a run that was tested, or its test.npz")
     parser.add_argument("second", type=str, help="another one")

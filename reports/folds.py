@@ -14,7 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from reports.evaluation import wilson
 from reports.saved import Saved, read_saved
 from runs import write_whole
-from terminal import ShortParser, quieten, short_errors
+from terminal import ShortParser, short_errors
 
 
 def joined(parts: list[Saved]) -> Saved:
@@ -38,7 +38,6 @@ def joined(parts: list[Saved]) -> Saved:
 @short_errors()
 def main(args: list[str] | None = None) -> None:
     """Run the command line; a user's mistake gives one line and an exit code that is not 0."""
-    quieten()
     parser = ShortParser(prog="reports.folds", description="Put folds together.")
     parser.add_argument("runs", nargs="+", type=str, help="runs that were validated")
     parser.add_argument("--out", type=str, default="out_of_fold.npz", help="file for all of them")

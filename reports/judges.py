@@ -16,7 +16,7 @@ import pooch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from cifar10.batches import Predictions
-from terminal import ShortParser, quieten, short_errors
+from terminal import ShortParser, short_errors
 
 JUDGES = "judges"
 GITHUB = "https://raw.githubusercontent.com"
@@ -123,7 +123,6 @@ def summary_of(of: dict[str, Any]) -> str:
 @short_errors()
 def main(args: list[str] | None = None) -> None:
     """Run the command line; a user's mistake gives one line and an exit code that is not 0."""
-    quieten()
     parser = ShortParser(prog="reports.judges", description="Fetch what people say.")
     parser.add_argument("--root", type=str, default="data", help="the images' folder")
     folder = Path(parser.parse_args(args).root, JUDGES)
