@@ -150,12 +150,12 @@ def orthogonalized(updates: list[Tensor], steps: int = 3) -> list[Tensor]:
     """Return the updates [C, ...] with their larger singular values, as matrices [C, N], in
     [0.5, 1.5], and the small ones up to 41 times as large.
 
-    Newton-Schulz iteration, in float32 on a processor that is known to lack instructions for
-    bfloat16, else in bfloat16. Those of one shape are done at once.
+    Newton-Schulz iteration, in bfloat16, or in float32 on a processor that is known to be faster in
+    it. Those of one shape are done at once.
     """
     a, b, c = NEWTON_SCHULZ
     on_cpu = bool(updates) and updates[0].device.type == "cpu"
-    dtype = torch.float32 if on_cpu and lacks_bf16() else torch.bfloat16
+    dtype = torch.float32 if on_cpu and bf16_is_slow() else torch.bfloat16
     results: dict[int, Tensor] = {}
     order = sorted(range(len(updates)), key=lambda i: updates[i].shape)
     for shape, places in groupby(order, key=lambda i: updates[i].shape):
@@ -241,7 +241,10 @@ def _half_wave(part: float) -> float:
     return (1 - math.cos(math.pi * part)) / 2
 
 
-def lacks_bf16() -> bool:
-    """Return whether this processor, of Intel's or AMD's, has no instructions for bfloat16."""
+def bf16_is_slow() -> bool:
+    """Return whether this processor, of Intel's or AMD's, computes in float32 faster than in
+    bfloat16: it lacks instructions for it, or is Intel's without AMX, as in many virtual machines.
+    """
     can: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older PyTorch
-    return not can.get("avx512_bf16", True) and not can.get("amx_bf16", True)
+    has_fast_ones = can.get("avx512_bf16", True) and "Intel" not in can.get("cpu_name", "")
+    return not has_fast_ones and not can.get("amx_bf16", True)

@@ -56,7 +56,7 @@ from cifar10.batches import Predictions
 from datamodule import CIFAR10DataModule
 from lightning_module import FINDERS, Diverged, ImageClassifier
 from memory import keep_freed_memory
-from optimization import lacks_bf16  # its import makes short names of the optimizers known
+from optimization import bf16_is_slow  # its import makes short names of the optimizers known
 from reports.card import commit, early_stops, model_card, parts_of
 from reports.saved import Saved
 from terminal import COMMANDS, ShortParser, refused, short_errors
@@ -252,7 +252,7 @@ class CLI(LightningCLI):
             settings = runs.settings_of(self.checkpoint)
             if args[0] != "fit":
                 precision = settings.get("trainer", {}).get("precision")
-                is_slow = lacks_bf16() and not torch.accelerator.is_available()
+                is_slow = bf16_is_slow() and not torch.accelerator.is_available()
                 if args[0] == "predict" and "16" in str(precision):
                     precision = "32-true"  # to the same probabilities as exports
                 elif is_slow and str(precision).startswith("bf16"):
@@ -476,10 +476,10 @@ class CLI(LightningCLI):
                 "srun started several processes for one device: give trainer.devices, or srun -n 1"
             )
         is_16 = str(trainer.precision).startswith("bf16")
-        if is_16 and isinstance(trainer.accelerator, CPUAccelerator) and lacks_bf16():
+        if is_16 and isinstance(trainer.accelerator, CPUAccelerator) and bf16_is_slow():
             _note(
-                f"this processor has no instructions for trainer.precision {trainer.precision}: "
-                "--trainer.precision 32-true is several times as fast"
+                f"this processor is slow in trainer.precision {trainer.precision}: faster with "
+                "--trainer.precision 32-true"
             )
         return trainer
 

@@ -56,7 +56,7 @@ def steps(is_real: bool, on_gpu: bool) -> list[tuple[str, float, str]]:
     In a rehearsal all is small."""
     compiled = "--model.compile default" * on_gpu
     fast = "--trainer.benchmark true"
-    if not on_gpu and optimization.lacks_bf16():
+    if not on_gpu and optimization.bf16_is_slow():
         fast += " --trainer.precision 32-true"
     if not is_real:
         fast = "--model.network.widths [16,16,16] --trainer.precision 32-true"
@@ -217,7 +217,7 @@ def reference(path: str, data: archive.Arrays, folder: str) -> Iterator[dict[str
         content = {"images": images, "labels": getattr(data, f"{part}_labels").long()}
         torch.save({**content, "classes": list(archive.CLASSES)}, f"cifar10/{part}.pt")
     text, has_gpu = Path(path).read_text(encoding="utf-8"), torch.cuda.is_available()
-    in_32 = optimization.lacks_bf16()
+    in_32 = optimization.bf16_is_slow()
     for there, here in {} if has_gpu else ON_CPU.items():
         text = text.replace(there, here.replace("bfloat16", "float") if in_32 else here)
     module: Any = ModuleType("reference")

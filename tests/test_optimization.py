@@ -54,7 +54,7 @@ def test_the_rule_sgd_is_pytorchs() -> None:
 def test_the_rule_muon_is_pytorchs_on_filters_as_matrices(
     shape: tuple[int, ...], computes_in_32_bits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(optimization, "lacks_bf16", lambda: computes_in_32_bits)
+    monkeypatch.setattr(optimization, "bf16_is_slow", lambda: computes_in_32_bits)
     ours, theirs = parameters(shape, shape), parameters(shape, shape)
     theirs = [nn.Parameter(p.detach().flatten(1)) for p in theirs]
     group = Group("*", lr=0.1, rule="muon", momentum=0.6, normalize=False)
