@@ -143,8 +143,11 @@ def export_onnx(classifier: Classifier, card: Card) -> tuple[bytes, Predict]:
 def export_torch(classifier: Classifier, card: Card) -> tuple[bytes, Predict]:
     """Return a `torch.export` program, and its predictions after loading."""
     program = torch.export.export(classifier, (EXAMPLE,), dynamic_shapes=SHAPES)
+    said = {key: card[key] for key in card.keys() - {"mean", "std", "temperature"}}  # are inside
+    said["input"] = "uint8 [B, 3, 32, 32], RGB"
+    said["output"] = "probabilities float32 [B, classes]"
     file = io.BytesIO()
-    torch.export.save(program, file, extra_files={"card.json": json.dumps(card)})
+    torch.export.save(program, file, extra_files={"card.json": json.dumps(said)})
     return file.getvalue(), torch.export.load(io.BytesIO(file.getvalue())).module()
 
 

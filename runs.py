@@ -483,8 +483,8 @@ def named(path: str, parent: Path) -> Path:
         if step >= 0:
             return last if path == "last" else best(last)
     others = sorted(p.name for p in parent.parent.glob("*") if versions(p) and p != parent)
-    there = f" of {', '.join(others)}" if others else ""
-    raise MisconfigurationException(f"no run in {parent} has a checkpoint: give --name{there}")
+    there = f"the runs have --name {' or '.join(others)}" if others else "train one, or name a file"
+    raise MisconfigurationException(f"no run in {parent} has a checkpoint: {there}")
 
 
 def best(last: Path) -> Path:

@@ -398,7 +398,12 @@ class CLI(LightningCLI):
         if (file := model.calibrate) not in ("auto", True, False):
             both = runs.settings_of(runs.read_checkpoint(file)), self.config_dump
             its, ours = ({key: of["model"].get(key) for key in CALIBRATED} for of in both)
-            for key, (there, here) in runs.differences(its, ours).items():
+            found = runs.differences(its, ours)
+            if "network.class_path" in found:
+                raise MisconfigurationException(
+                    f"model.calibrate {file} has another network: a temperature is of one recipe"
+                )
+            for key, (there, here) in found.items():
                 _note(f"model.calibrate {file} was trained with {key} {there}, not {here}")
             if len({str(of["model"].get("classes")) for of in both}) > 1:
                 _note(f"model.calibrate {file} was trained on images of other classes")
@@ -611,15 +616,16 @@ class CLI(LightningCLI):
         is_whole = found is not None and len(found.labels) == len(self.datamodule.val_set)
         if found and is_whole and self.trainer.is_global_zero:
             file = self.run_folder / "validation.npz"
-            runs.write_whole(file, self._saved(found, now))
+            runs.write_whole(file, self._saved(found, now, {}))
             print(f"written to {file}")
         elif self.trainer.is_global_zero:
             print("of a part of the images only: nothing is written")
 
-    def _saved(self, predictions: Predictions, images: str) -> bytes:
+    def _saved(self, predictions: Predictions, images: str, changed: dict[str, list[Any]]) -> bytes:
         """Return predictions of a set of images as the content of a file."""
         logits, labels, indices = (part.numpy() for part in predictions)
         model = f"{self.path}, epoch {self.checkpoint['epoch']}, views: {self.model.tta}"
+        model += "".join(f", {key} {now} (not {its})" for key, (its, now) in changed.items())
         return Saved(logits, labels, indices, images, model).content()
 
     def before_test(self) -> None:
@@ -664,7 +670,8 @@ class CLI(LightningCLI):
                 )
             if is_whole:
                 figures = evaluation.figures(data.test_set.images, self._focus)
-                write(values | evaluation.values(), summary, figures, self._saved(test, now))
+                saved = self._saved(test, now, values["changed"])
+                write(values | evaluation.values(), summary, figures, saved)
         elif is_whole:
             corruptions = Corruptions(tests)
             summary = corruptions.summary()
@@ -720,8 +727,11 @@ class CLI(LightningCLI):
             raise MisconfigurationException("predict takes one device: --trainer.devices 1")
         data, config = self.datamodule, self.config.predict
         files = data.pictures.files if config.data.images else None
-        explained = self.run_folder / "explained" if config.explain else None
-        self.table = PredictionTable(self.run_folder / "predictions.csv", files, explained)
+        if config.explain and files is None:
+            raise MisconfigurationException(
+                "--explain draws pictures, --data.images; of the test set `test` draws mistakes so"
+            )
+        self.table = PredictionTable(self.run_folder, files, explain=config.explain)
         if not config.trainer.fast_dev_run:
             self.trainer.callbacks.append(self.table)  # type: ignore[attr-defined]
 

@@ -106,18 +106,24 @@ class ConfusionMatrix(PredictionsKeeper):
 class PredictionTable(Callback):
     """Writes the two most probable classes of every image to a CSV file at the end, and whether the
     model is sure; shows those of the first pictures. `files` are the pictures' own, None for images
-    that have numbers and labels. What in each picture speaks for its class goes as a picture to the
-    folder `explained`, if one is given."""
+    that have numbers and labels. To `explain` is to draw what in each picture speaks for its class.
+    Both go to the run's folder."""
 
-    def __init__(self, path: Path, files: list[Path] | None, explained: Path | None = None) -> None:
-        self.path, self.files, self.explained = path, files, explained
+    def __init__(self, run: Path, files: list[Path] | None, *, explain: bool = False) -> None:
+        self.path, self.explained = run / "predictions.csv", run / "explained"
+        self.files, self.explain = files, explain
         self.rows: list[list[str]] = []
         self.skipped = 0
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove the pictures of an earlier prediction, which may have been others."""
-        for picture in self.explained.glob("[0-9]*_*.png") if self.explained else ():
+    def _forget(self) -> None:
+        """Remove the pictures that an earlier prediction drew."""
+        for picture in self.explained.glob("[0-9]*_*.png"):
             picture.unlink()
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make room for drawings."""
+        if self.explain:
+            self._forget()
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int, *_: Any
@@ -133,7 +139,7 @@ class PredictionTable(Callback):
                 self.rows.append([str(index), *row, names[label]])
             else:
                 self.rows.append([_printable(self.files[index]), *row])
-        if self.explained is not None and len(indices):
+        if self.explain and len(indices):
             self._explain(pl_module, batch, best.indices[:, 0])
         start = BATCH_SIZE * batch_idx
         for index, file in enumerate((self.files or [])[start : start + BATCH_SIZE], start):
@@ -147,7 +153,7 @@ class PredictionTable(Callback):
         from reports.figures import with_focus  # slow to import
         from reports.focus import grad_cam
 
-        assert self.explained is not None
+        assert self.files is not None
         parts = [torch.split(of, AT_ONCE) for of in (batch.images, batch.indices, classes)]
         for images, indices, its in zip(*parts, strict=True):
             focus = grad_cam(model.network, model.normalized(images / 255), its)
@@ -158,7 +164,7 @@ class PredictionTable(Callback):
             pictures = images.permute(0, 2, 3, 1).cpu().numpy()
             bright = (255 * with_focus(images, focus)).astype(np.uint8)
             for index, *pair in zip(indices.tolist(), pictures, bright, strict=True):
-                name = self.files[index].stem[:50] if self.files else "test"  # may be too long
+                name = self.files[index].stem[:50]  # may be too long
                 content = io.BytesIO()
                 picture = Image.fromarray(np.concatenate(pair, axis=1))
                 picture.resize((512, 256), Image.Resampling.NEAREST).save(content, "PNG")
@@ -168,6 +174,8 @@ class PredictionTable(Callback):
         """Write the file, unless nothing could be read, and show the first pictures."""
         if not self.rows:
             return
+        if not self.explain:
+            self._forget()
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         columns = ["class", "probability", "runner_up", "runner_up_probability", "sure"]
@@ -187,7 +195,11 @@ class PredictionTable(Callback):
             terminal.print(table)
             if (more := len(self.rows) - SHOWN) > 0:
                 print(f"and {more} more")
-        print(f"written to {self.path}" + (f", {self.explained}/" if self.explained else ""))
+        model: Any = pl_module
+        if model.temperature_used and model.unsure_below:
+            least = f"{model.unsure_below:.1%}"
+            print(f"sure: at least {least}, which 95 % of the validation images reach")
+        print(f"written to {self.path}" + (f", {self.explained}/" if self.explain else ""))
 
 
 def _printable(file: Path) -> str:

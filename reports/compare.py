@@ -60,11 +60,13 @@ def main(args: list[str] | None = None) -> None:
     p = "< 0.0001" if of["p"] < 0.0001 else f"= {of['p']:.4f}"
     print(
         f"first       {of['first']:.2%} of {len(one.labels):,} images of {one.images}; "
-        f"alone right on {of['only_first']:,} ({one.model})\n"
-        f"second      {of['second']:.2%}; alone right on {of['only_second']:,} ({other.model})\n"
+        f"only this one is right: {of['only_first']:,} ({one.model})\n"
+        f"second      {of['second']:.2%}; only this one is right: {of['only_second']:,} "
+        f"({other.model})\n"
         f"difference  {100 * of['difference']:+.2f} points, 95 % interval {100 * of['low']:+.2f} "
         f"to {100 * of['high']:+.2f} (paired bootstrap), p {p} (McNemar, exact)\n"
-        "of these two models: another seed gives another, and study.py compares recipes"
+        "two trained models, not two recipes: with other seeds the difference is another one, and "
+        "study.py compares recipes"
     )
 
 

@@ -133,6 +133,11 @@ class Evaluation:
         self.as_trained = Probabilities(logits, labels)
         self.probabilities = Probabilities(logits / (temperature or 1), labels)
         self.chance = self.probabilities.by_chance()
+        predicted, confidence = logits.argmax(dim=1), self.probabilities.confidence
+        self.confidences = [  # of the images that are taken for each class
+            float(confidence[of].mean()) if of.any() else 0.0
+            for of in (predicted.numpy() == i for i in range(count))
+        ]
 
     def values(self) -> dict[str, Any]:
         """Return all numbers as plain data; accuracies are fractions."""
@@ -153,6 +158,7 @@ class Evaluation:
                     "precision": self._share(self.precision[i], i, dim=0),
                     "recall": self._share(self.recall[i], i, dim=1),
                     "f1": self.f1[i],
+                    "confidence": self.confidences[i],
                     "images": int(self.confusion[i].sum()),
                 }
                 for i, name in enumerate(self.classes)
@@ -174,31 +180,32 @@ class Evaluation:
         found, chance = self.probabilities, self.chance
         how = "not calibrated"
         if self.temperature is not None:
-            trained = self.as_trained.ece
-            how = f"divided by temperature {self.temperature:.2f} (as trained: ECE {trained:.2%})"
+            trained = f"ECE {self.as_trained.ece:.2%}, NLL {self.as_trained.nll:.4f}"
+            how = f"divided by temperature {self.temperature:.2f} (as trained: {trained})"
         sure = []
         for least in SURE:
             at = found.at(least)
-            right = "" if at["accuracy"] is None else f", {at['accuracy']:.2%} of them right"
-            sure.append(f"at {least:.0%} and more {at['coverage']:.1%} of the images{right}")
+            right = "" if at["accuracy"] is None else f", {at['accuracy']:.2%} correct"
+            sure.append(f"at least {least:.0%}: {at['coverage']:.1%} of the images{right}")
         lines = [
             f"accuracy     {self.accuracy:.2%}, 95 % interval {100 * self.low:.2f} to "
             f"{100 * self.high:.2f} (Wilson); top-2 accuracy {self.top2:.2%}",
-            f"calibration  ECE {found.ece:.2%} (a calibrated model has {chance['mean']:.2%} by "
-            f"chance, up to {chance['most']:.2%}); NLL {found.nll:.4f}, Brier score "
-            f"{found.brier:.4f}; {how}",
+            f"calibration  ECE {found.ece:.2%} (a perfectly calibrated model: {chance['mean']:.2%} "
+            f"on average, below {chance['most']:.2%} in 95 of 100 test sets); NLL {found.nll:.4f}, "
+            f"Brier score {found.brier:.4f}; {how}",
             f"confidence   {'; '.join(sure)}; AURC {found.aurc():.2%}",
         ]
         return "\n".join(lines if self.fair is None else [*lines, summary_of(self.fair)])
 
     def table(self) -> Table:
         """Return a row for each class, of many classes for those found worst: how well it is found,
-        with the 95 % interval of the recall, and what it is taken for."""
+        with the 95 % interval of the recall; what part of the images taken for it are right, and
+        with what confidence they were; what it is taken for."""
         table = Table(box=box.SIMPLE, header_style="bold", pad_edge=False)
         table.add_column("class")
-        for header in ("recall", "95 %", "precision", "F1"):
+        for header in ("recall", "95 %", "precision", "confidence"):
             table.add_column(header, justify="right")
-        table.add_column("most often taken for")
+        table.add_column("mostly taken for")
         wrong = self.confusion - self.confusion.diagonal().diag()
         counts = self.confusion.sum(dim=1)
         order = sorted((i for i, count in enumerate(counts) if count), key=self.recall.__getitem__)
@@ -211,10 +218,11 @@ class Evaluation:
         for i in order[:MANY]:
             name, recall = self.classes[i], self._share(self.recall[i], i, dim=1)
             interval = f"{100 * recall['low']:.1f}-{100 * recall['high']:.1f}"
-            found, precision, f1 = (f"{v[i]:.1%}" for v in (self.recall, self.precision, self.f1))
+            columns = self.recall, self.precision, self.confidences
+            found, precision, confidence = (f"{of[i]:.1%}" for of in columns)
             count, other = wrong[i].max(dim=0)
-            taken = f"{self.classes[int(other)]} ({count} of {int(self.confusion[i].sum())})"
-            table.add_row(name, found, interval, precision, f1, taken if count else "")
+            taken = f"{self.classes[int(other)]} ({count / counts[i]:.1%})" if count else ""
+            table.add_row(name, found, interval, precision, confidence, taken)
         return table
 
     def figures(

@@ -145,7 +145,7 @@ def mistakes_figure(
         top = 1.25 * row
         axes.imshow(picture, extent=(column, column + 0.9, top + 0.9, top))
         taken, true = (_short(classes[int(of[place])]) for of in (predicted, labels))
-        title = f"{taken} {confidence[place]:.0%}\nis: {true}"
+        title = f"{taken} {confidence[place]:.0%}\nlabel: {true}"
         axes.text(column + 0.45, top - 0.03, title, fontsize=10, ha="center", va="bottom")
     axes.set(xlim=(0, 5.9), ylim=(1.25 * rows - 0.3, -0.35), aspect="equal")
     looks = "" if focus is None else ": what speaks for the class predicted (Grad-CAM)"

@@ -111,12 +111,15 @@ def fair(test: Predictions, judgements: Judgements) -> dict[str, Any]:
 def summary_of(of: dict[str, Any]) -> str:
     """Return what `fair` found, on two lines."""
     parts = ("without_duplicates", "without_wrong_labels", "without_both")
-    accuracies = (f"{of[part]['accuracy']:.2%} {part.replace('_', ' ')}" for part in parts)
+    accuracies = (
+        f"{of[part]['accuracy']:.2%} {part.replace('_', ' ').replace('wrong', 'doubtful')}"
+        for part in parts
+    )
     return (
         f"test set     {', '.join(accuracies)} ({of['without_both']['images']:,} images are left)\n"
-        f"people       of {of['mistakes']:,} mistakes {of['mistakes_of_some_people']:,} are made "
-        f"by at least a tenth of them too, {of['mistakes_of_most_people']:,} by most; they are "
-        f"right in {of['people_accuracy']:.1%}"
+        f"people       of {of['mistakes']:,} mistakes {of['mistakes_of_some_people']:,} were made "
+        f"by at least 10 % of the people who saw the image, {of['mistakes_of_most_people']:,} by "
+        f"most of them; people are right in {of['people_accuracy']:.1%}"
     )
 
 

@@ -193,7 +193,12 @@ def test_onnx_says_the_same_for_every_size_of_batch(out: Out, tmp_path: Path) ->
 @pytest.mark.slow
 def test_a_torch_program_needs_nothing_of_this_project(out: Out, tmp_path: Path) -> None:
     out("torch", "model.pt2")
-    program = torch.export.load("model.pt2").module()
+    extra = {"card.json": ""}
+    program = torch.export.load("model.pt2", extra_files=extra).module()
+    card = json.loads(extra["card.json"])
+    assert card["input"].startswith("uint8")
+    assert card["output"].startswith("probabilities")
+    assert not {"mean", "std", "temperature"} & card.keys(), "they are in the program"
     for count in (1, 7):
         assert torch.allclose(program(some(count)), expected(some(count)), atol=1e-5)
     as_documented("model.pt2", tmp_path)

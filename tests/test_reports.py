@@ -77,6 +77,8 @@ def test_classes_are_counted_from_the_confusion_matrix() -> None:
     assert cat["precision"]["value"] == pytest.approx(precision, abs=1e-6)
     assert cat["recall"]["value"] == pytest.approx(recall, abs=1e-6)
     assert cat["f1"] == pytest.approx(2 * precision * recall / (precision + recall), abs=1e-6)
+    confidence = logits.softmax(dim=1).max(dim=1).values[predicted == 3].mean().item()
+    assert cat["confidence"] == pytest.approx(confidence, abs=1e-5)
     top2 = (logits.topk(2).indices == labels[:, None]).any(dim=1).float().mean().item()
     assert values["top2_accuracy"] == pytest.approx(top2, abs=1e-6)
 
@@ -173,7 +175,7 @@ def test_the_report_says_what_a_plain_loop_finds(run: Run, arrays: Path) -> None
     assert sum(result["confusion"][i][i] for i in range(10)) == right
     assert result["temperature"] > 0
     assert f"accuracy     {right / TEST_SIZE:.2%}, 95 % interval" in out
-    assert "most often taken for" in out
+    assert "mostly taken for" in out
 
     for name in ("confusion", "reliability", "coverage", "mistakes"):
         assert (RUN_0 / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -456,7 +458,7 @@ def test_what_people_say_of_the_images_is_in_the_report(
     assert of["without_wrong_labels"]["accuracy"] == pytest.approx(right / 998, abs=1e-6)
     assert of["without_both"]["images"] == 1000 - len(duplicates | {wrong[0], wrong[3]})
     assert (of["mistakes_of_most_people"], of["mistakes_of_some_people"]) == (7, 10)
-    assert "without wrong labels" in found.summary()
+    assert "without doubtful labels" in found.summary()
 
 
 def test_two_models_are_compared_on_the_same_images(
@@ -587,6 +589,12 @@ def test_pictures_are_explained(run: Run, fails: Run, pictures: Path) -> None:
     run("predict", "--ckpt_path", last, "--data.images", long, "--explain", "true")
     (only,) = Path("runs/conv/version_0/explained").iterdir()  # none of before
     assert only.name == f"0000_{'n' * 50}.png"
+    run("predict", "--ckpt_path", last, "--data.images", long)
+    assert not list(Path("runs/conv/version_0/explained").iterdir()), "they are of another one"
+    assert "--explain draws pictures" in fails("predict", "--ckpt_path", last, *explain[-2:])
+    run("test", "--ckpt_path", last, "--model.calibrate", "false")
+    assert "model.calibrate False (not auto)" in read_saved(last.parents[1]).model
+    assert "has another network" in fails("test", "--ckpt_path", last, "--model.calibrate", LAST)
 
 
 def test_a_file_that_is_no_picture_is_named_and_the_rest_is_done(
