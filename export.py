@@ -143,7 +143,8 @@ def export_onnx(classifier: Classifier, card: Card) -> tuple[bytes, Predict]:
 def export_torch(classifier: Classifier, card: Card) -> tuple[bytes, Predict]:
     """Return a `torch.export` program, and its predictions after loading."""
     program = torch.export.export(classifier, (EXAMPLE,), dynamic_shapes=SHAPES)
-    said = {key: card[key] for key in card.keys() - {"mean", "std", "temperature"}}  # are inside
+    inside = ("mean", "std", "temperature")
+    said = {key: value for key, value in card.items() if key not in inside}
     said["input"] = "uint8 [B, 3, 32, 32], RGB"
     said["output"] = "probabilities float32 [B, classes]"
     file = io.BytesIO()

@@ -253,7 +253,7 @@ class CLI(LightningCLI):
             if args[0] != "fit":
                 precision = settings.get("trainer", {}).get("precision")
                 is_slow = bf16_is_slow() and not torch.accelerator.is_available()
-                if args[0] == "predict" and "16" in str(precision):
+                if args[0] == "predict":
                     precision = "32-true"  # to the same probabilities as exports
                 elif is_slow and str(precision).startswith("bf16"):
                     precision = "32-true"
@@ -399,9 +399,11 @@ class CLI(LightningCLI):
             both = runs.settings_of(runs.read_checkpoint(file)), self.config_dump
             its, ours = ({key: of["model"].get(key) for key in CALIBRATED} for of in both)
             found = runs.differences(its, ours)
-            if "network.class_path" in found:
+            networks = {*found.get("network.class_path", ())}  # of two classes, if they differ
+            if networks and not networks & {None, "networks.default_network"}:
                 raise MisconfigurationException(
-                    f"model.calibrate {file} has another network: a temperature is of one recipe"
+                    f"model.calibrate {file} has another network, {' and '.join(sorted(networks))}:"
+                    " take a run of the same recipe"
                 )
             for key, (there, here) in found.items():
                 _note(f"model.calibrate {file} was trained with {key} {there}, not {here}")
@@ -616,7 +618,7 @@ class CLI(LightningCLI):
         is_whole = found is not None and len(found.labels) == len(self.datamodule.val_set)
         if found and is_whole and self.trainer.is_global_zero:
             file = self.run_folder / "validation.npz"
-            runs.write_whole(file, self._saved(found, now, {}))
+            runs.write_whole(file, self._saved(found, now, self._changed()))
             print(f"written to {file}")
         elif self.trainer.is_global_zero:
             print("of a part of the images only: nothing is written")
@@ -665,7 +667,7 @@ class CLI(LightningCLI):
             terminal.print(summary, evaluation.table(), sep="\n", soft_wrap=True)
             if is_cifar10 and people is None:
                 print(
-                    "left out: near-duplicates, wrong labels, and which mistakes people make too; "
+                    "left out: near-duplicates, doubtful labels, which mistakes people make too; "
                     f"python -m reports.judges --root {shlex.quote(data.root)} fetches them"
                 )
             if is_whole:
@@ -729,7 +731,7 @@ class CLI(LightningCLI):
         files = data.pictures.files if config.data.images else None
         if config.explain and files is None:
             raise MisconfigurationException(
-                "--explain draws pictures, --data.images; of the test set `test` draws mistakes so"
+                "--explain needs --data.images; of the test set `test` draws mistakes, focus.png"
             )
         self.table = PredictionTable(self.run_folder, files, explain=config.explain)
         if not config.trainer.fast_dev_run:

@@ -113,17 +113,12 @@ class PredictionTable(Callback):
         self.path, self.explained = run / "predictions.csv", run / "explained"
         self.files, self.explain = files, explain
         self.rows: list[list[str]] = []
-        self.skipped = 0
+        self.skipped, self.has_drawn = 0, False
 
     def _forget(self) -> None:
         """Remove the pictures that an earlier prediction drew."""
         for picture in self.explained.glob("[0-9]*_*.png"):
             picture.unlink()
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make room for drawings."""
-        if self.explain:
-            self._forget()
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int, *_: Any
@@ -161,6 +156,9 @@ class PredictionTable(Callback):
                 raise MisconfigurationException(
                     "--explain needs a network with maps of at least 3 x 3 pixels"
                 )
+            if not self.has_drawn:
+                self._forget()
+                self.has_drawn = True
             pictures = images.permute(0, 2, 3, 1).cpu().numpy()
             bright = (255 * with_focus(images, focus)).astype(np.uint8)
             for index, *pair in zip(indices.tolist(), pictures, bright, strict=True):

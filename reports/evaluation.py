@@ -135,7 +135,7 @@ class Evaluation:
         self.chance = self.probabilities.by_chance()
         predicted, confidence = logits.argmax(dim=1), self.probabilities.confidence
         self.confidences = [  # of the images that are taken for each class
-            float(confidence[of].mean()) if of.any() else 0.0
+            float(confidence[of].mean()) if of.any() else None
             for of in (predicted.numpy() == i for i in range(count))
         ]
 
@@ -205,7 +205,7 @@ class Evaluation:
         table.add_column("class")
         for header in ("recall", "95 %", "precision", "confidence"):
             table.add_column(header, justify="right")
-        table.add_column("mostly taken for")
+        table.add_column("confused with")
         wrong = self.confusion - self.confusion.diagonal().diag()
         counts = self.confusion.sum(dim=1)
         order = sorted((i for i, count in enumerate(counts) if count), key=self.recall.__getitem__)
@@ -218,8 +218,8 @@ class Evaluation:
         for i in order[:MANY]:
             name, recall = self.classes[i], self._share(self.recall[i], i, dim=1)
             interval = f"{100 * recall['low']:.1f}-{100 * recall['high']:.1f}"
-            columns = self.recall, self.precision, self.confidences
-            found, precision, confidence = (f"{of[i]:.1%}" for of in columns)
+            columns = self.recall[i], self.precision[i], self.confidences[i]
+            found, precision, confidence = ("" if of is None else f"{of:.1%}" for of in columns)
             count, other = wrong[i].max(dim=0)
             taken = f"{self.classes[int(other)]} ({count / counts[i]:.1%})" if count else ""
             table.add_row(name, found, interval, precision, confidence, taken)

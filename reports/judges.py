@@ -90,7 +90,7 @@ def fair(test: Predictions, judgements: Judgements) -> dict[str, Any]:
     is_right = predicted == labels
     parts = {
         "without_duplicates": ~judgements.is_duplicate,
-        "without_wrong_labels": ~judgements.is_wrong,
+        "without_doubtful_labels": ~judgements.is_wrong,
         "without_both": ~(judgements.is_duplicate | judgements.is_wrong),
     }
     shares = judgements.seen / judgements.seen.sum(axis=1, keepdims=True)
@@ -110,11 +110,8 @@ def fair(test: Predictions, judgements: Judgements) -> dict[str, Any]:
 
 def summary_of(of: dict[str, Any]) -> str:
     """Return what `fair` found, on two lines."""
-    parts = ("without_duplicates", "without_wrong_labels", "without_both")
-    accuracies = (
-        f"{of[part]['accuracy']:.2%} {part.replace('_', ' ').replace('wrong', 'doubtful')}"
-        for part in parts
-    )
+    parts = ("without_duplicates", "without_doubtful_labels", "without_both")
+    accuracies = (f"{of[part]['accuracy']:.2%} {part.replace('_', ' ')}" for part in parts)
     return (
         f"test set     {', '.join(accuracies)} ({of['without_both']['images']:,} images are left)\n"
         f"people       of {of['mistakes']:,} mistakes {of['mistakes_of_some_people']:,} were made "
