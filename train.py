@@ -254,7 +254,7 @@ class CLI(LightningCLI):
                 precision = settings.get("trainer", {}).get("precision")
                 is_slow = bf16_is_slow() and not torch.accelerator.is_available()
                 if args[0] == "predict":
-                    precision = "32-true"  # to the same probabilities as exports
+                    precision = "32-true"  # as exports compute
                 elif is_slow and str(precision).startswith("bf16"):
                     precision = "32-true"
                 settings = {k: v for k, v in settings.items() if k in ("name", "model", "data")}
