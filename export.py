@@ -37,8 +37,8 @@ from torch import Tensor, nn
 from cifar10 import archive
 from cifar10.arrays import classes_in
 from lightning_module import ImageClassifier
-from reports.card import parts_of
-from runs import named, read_checkpoint, run_of, settings_of, write_whole
+from reports.card import parts_of, said_of_probabilities
+from runs import calibration_notes, named, read_checkpoint, run_of, settings_of, write_whole
 from terminal import ShortParser, innermost, short_errors
 
 Card = dict[str, Any]
@@ -78,14 +78,16 @@ class Classifier(nn.Module):
 
 
 def load(
-    path: Path, checkpoint: dict[str, Any], root: str | None
+    path: Path, checkpoint: dict[str, Any], root: str | None, calibrate: bool | str | None
 ) -> tuple[Classifier, Card, Tensor]:
     """Return the classifier of a checkpoint, its card, and test images uint8 [N, 3, 32, 32] from
-    the folder `root`, by default the checkpoint's. It is read as data, and runs no code."""
+    the folder `root`, by default the checkpoint's; with another `model.calibrate` if it is given.
+    It is read as data, and runs no code."""
+    given = {} if calibrate is None else {"calibrate": calibrate}
     try:
         # What builds the model is said here, whatever the file says.
         builder = "lightning.pytorch.cli.instantiate_module"
-        model = ImageClassifier.load_from_checkpoint(path, _instantiator=builder)
+        model = ImageClassifier.load_from_checkpoint(path, _instantiator=builder, **given)
     except ArgumentError as error:
         reason = " ".join(str(innermost(error)).split())
         raise MisconfigurationException(f"{path}: can't build its network: {reason}") from error
@@ -224,15 +226,20 @@ def _own_rows(checkpoint: dict[str, Any]) -> list[dict[str, float]]:
     return [row for row in rows if row["epoch"] == checkpoint["epoch"]]
 
 
-def card_of_file(path: Path, out: Path, content: bytes, precision: str, card: Card) -> str:
+def card_of_file(
+    path: Path, out: Path, content: bytes, precision: str, card: Card, calibrate: bool | str | None
+) -> str:
     """Return the card of a checkpoint to share: that of its run, with the result of a test of this
-    epoch, and what the file is."""
+    epoch, and what the file is; `calibrate` as `load` has it."""
     cards = (run_of(path) / "model.md", path.with_suffix(".md"))  # of a run, of a shared one
     texts = [file.read_text(encoding="utf-8") for file in cards if file.exists()]
     text, result, _ = parts_of((texts or [f"# {out.stem}\n"])[0])
     # The run's own config.yaml is not there for others, but in the checkpoint.
     skipped = tuple(f"- **{key}**" for key in ("Repeat", "File", "SHA-256"))
+    skipped += ("- **Probabilities**",) if calibrate is not None else ()
     text = "".join(line for line in text.splitlines(True) if not line.startswith(skipped))
+    if calibrate is not None:
+        text += f"- **Probabilities**: {said_of_probabilities(calibrate, card['temperature'])}\n"
     accuracy = f", validation accuracy {card['val/acc']:.2%}" if "val/acc" in card else ""
     text += f"- **File**: `{out.name}`, epoch {card['epoch']}{accuracy}, {len(content):,} bytes; "
     text += f"{precision}\n{DIGEST}{hashlib.sha256(content).hexdigest()}\n"
@@ -367,20 +374,29 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--out", type=str, required=True, help="a file; for a page a folder")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument("--data.root", type=str | None, default=None, help="the images' folder")
+    text = "false: not calibrated; a checkpoint: by its temperature (default: as the run was)"
+    parser.add_argument("--model.calibrate", type=bool | str | None, default=None, help=text)
     options = parser.parse_args(args)
     out, format_ = Path(options.out), options.format
     _check(format_, out, options.overwrite)
     path = named(options.ckpt_path, Path("runs", options.name))
     checkpoint = read_checkpoint(path)
-    classifier, card, images = load(path, checkpoint, options.data.root)
+    if (calibrate := options.model.calibrate) not in (None, "auto", True, False):
+        for note in calibration_notes(calibrate, settings_of(checkpoint)):
+            print(f"note: {note}")
+    classifier, card, images = load(path, checkpoint, options.data.root, calibrate)
     classifier(EXAMPLE)  # a bug in the network's code shows its traceback here
     if not card["calibrated"]:
         print(
             "its probabilities are not calibrated: the checkpoint has no temperature that is used"
         )
     if format_ == "checkpoint":
+        if calibrate is not None:
+            checkpoint["temperature"] = classifier.model.temperature_used
+            checkpoint["unsure_below"] = classifier.model.unsure_below
+            checkpoint["hyper_parameters"]["calibrate"] = "auto"
         content, precision = export_checkpoint(classifier, checkpoint, images)
-        described = card_of_file(path, out, content, precision, card)
+        described = card_of_file(path, out, content, precision, card, calibrate)
         write_whole(out, content)
         write_whole(out.with_suffix(".md"), described.encode())
         print(f"{precision}\nwritten to {out} and {out.with_suffix('.md').name}")

@@ -37,6 +37,10 @@ WHERE = {  # where things lie, on which no result depends; the device is on reco
 }  # fmt: skip
 OFF = {"null", "false", "0", "0.0", '"off"', '"none"', '"auto"', '""', "[]", "{}"}  # as JSON
 LATER = {("num_classes", "10")}  # arguments of later versions, with what was so before, as JSON
+# What makes a model's temperature another one.
+CALIBRATED = (
+    "network", "normalize", "label_smoothing", "class_weights", "softmax_before_loss",
+)  # fmt: skip
 RUN_SETTINGS = ("seed_everything", "name", "trainer", "checkpoint")
 LARGE = 1e9  # bytes of checkpoints that are worth a word
 
@@ -439,6 +443,24 @@ def settings_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
     if not Path(root).is_dir() and there.is_dir():  # the command is given in another folder
         settings["data"]["root"] = str(there)
     return settings
+
+
+def calibration_notes(file: str, settings: dict[str, Any]) -> list[str]:
+    """Return in what the run of a checkpoint, whose temperature is to calibrate a model of these
+    settings, was trained differently; refuse one of another network."""
+    both = settings_of(read_checkpoint(file)), settings
+    its, ours = ({key: of["model"].get(key) for key in CALIBRATED} for of in both)
+    found = differences(its, ours)
+    networks = {*found.get("network.class_path", ())}  # of two classes, if they differ
+    if networks and not networks & {None, "networks.default_network"}:
+        raise MisconfigurationException(
+            f"model.calibrate {file} has another network, {' and '.join(sorted(networks))}: "
+            "take a run of the same recipe"
+        )
+    named = [f"with {key} {there}, not {here}" for key, (there, here) in found.items()]
+    if len({str(of["model"].get("classes")) for of in both}) > 1:
+        named.append("on images of other classes")
+    return [f"model.calibrate {file} was trained {how}" for how in named]
 
 
 def flat(settings: Any, prefix: str = "") -> dict[str, Any]:

@@ -73,10 +73,6 @@ BAREBONES = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_mo
 FIXED = {"weights_only": True, "verbose": False, "return_predictions": False}
 # What decides on the images for validation, beside how many they are.
 SPLIT = ("split_seed", "stratify", "folds", "fold")
-# What makes a model's temperature another one.
-CALIBRATED = (
-    "network", "normalize", "label_smoothing", "class_weights", "softmax_before_loss",
-)  # fmt: skip
 CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
 
@@ -396,19 +392,8 @@ class CLI(LightningCLI):
             has_temperature = model.calibrate == its not in ("auto", True, False)
             model.calibrate = "auto" if has_temperature else model.calibrate
         if (file := model.calibrate) not in ("auto", True, False):
-            both = runs.settings_of(runs.read_checkpoint(file)), self.config_dump
-            its, ours = ({key: of["model"].get(key) for key in CALIBRATED} for of in both)
-            found = runs.differences(its, ours)
-            networks = {*found.get("network.class_path", ())}  # of two classes, if they differ
-            if networks and not networks & {None, "networks.default_network"}:
-                raise MisconfigurationException(
-                    f"model.calibrate {file} has another network, {' and '.join(sorted(networks))}:"
-                    " take a run of the same recipe"
-                )
-            for key, (there, here) in found.items():
-                _note(f"model.calibrate {file} was trained with {key} {there}, not {here}")
-            if len({str(of["model"].get("classes")) for of in both}) > 1:
-                _note(f"model.calibrate {file} was trained on images of other classes")
+            for note in runs.calibration_notes(file, self.config_dump):
+                _note(note)
         try:
             super().instantiate_classes()
         except (ValueError, OSError, ImportError) as error:

@@ -70,7 +70,6 @@ def model_card(
     `commit` of the code, and the `temperature` of the checkpoint that was chosen."""
     model, data, weights = settings["model"], settings["data"], settings["model"]["weights"]
     parts, images = run["parts"], run["images"]
-    calibrate = model["calibrate"]
     other = "not CIFAR-10 as published"
     is_cifar10 = set(images.values()) == {"CIFAR-10"}
     module: Any = trainer.lightning_module
@@ -125,10 +124,7 @@ def model_card(
         "Precision": trainer.precision_plugin.precision,
         "Trainer": ", ".join(f"{k} {v}" for k, v in limits.items() if v != defaults[k].default),
         "Evaluated": f"with {model['tta']} views" if model["tta"] != "none" else "",
-        "Probabilities": "calibrated, by a temperature "
-        + ("fitted on validation" if calibrate in ("auto", True) else f"of {calibrate}")
-        if calibrate and run["temperature"] is not None
-        else "not calibrated",
+        "Probabilities": said_of_probabilities(model["calibrate"], run["temperature"]),
     }
     for i, part in enumerate(parts[1:], 1):
         changes = ", ".join(f"{k} {now} (was {old})" for k, (old, now) in part["changed"].items())
@@ -153,6 +149,14 @@ def flops(network: nn.Module) -> float:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         copied(torch.zeros(2, 3, 32, 32))
     return counter.get_total_flops() / 2
+
+
+def said_of_probabilities(calibrate: bool | str, temperature: float | None) -> str:
+    """Return whether probabilities are calibrated, by the setting `model.calibrate`, and how."""
+    if not calibrate or temperature is None:
+        return "not calibrated"
+    how = "fitted on validation" if calibrate in ("auto", True) else f"of {calibrate}"
+    return f"calibrated, by a temperature {how}"
 
 
 def early_stops(trainer: Trainer) -> list[str]:

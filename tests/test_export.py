@@ -273,6 +273,30 @@ def test_a_checkpoint_to_share_needs_nothing_of_its_run(
     assert not Path("nothing").exists()
 
 
+def test_an_export_takes_the_temperature_of_another_run(out: Out, arrays: Path) -> None:
+    twin = torch.load(CHECKPOINT, weights_only=True) | {"temperature": 3.0, "unsure_below": 0.25}
+    torch.save(twin, "twin.ckpt")
+    images, model = some(20), ImageClassifier.load_from_checkpoint(CHECKPOINT).eval()
+    with torch.no_grad():
+        logits = model(images / 255)
+    for value, temperature in (("twin.ckpt", 3.0), ("false", 1.0)):
+        flag = ("--model.calibrate", value, "--overwrite")
+        out("torch", "model.pt2", CHECKPOINT, *flag)
+        said = {"card.json": ""}
+        program = torch.export.load("model.pt2", extra_files=said).module()
+        torch.testing.assert_close(program(images), (logits / temperature).softmax(dim=1))
+        assert json.loads(said["card.json"])["unsure_below"] == (0.25 if temperature > 1 else None)
+        out("checkpoint", "model.ckpt", CHECKPOINT, *flag)
+        small = ImageClassifier.load_from_checkpoint("model.ckpt")
+        assert (small.temperature_used or 1.0) == temperature
+        card = Path("model.md").read_text()
+        assert ("by a temperature of twin.ckpt" in card) == (temperature > 1)
+        assert card.count("**Probabilities**") == 1
+    tiny = Path("runs/tiny/version_0/checkpoints/epoch_01.ckpt")
+    with pytest.raises(SystemExit, match="has another network"):
+        out("onnx", "model.onnx", tiny, "--model.calibrate", "twin.ckpt")
+
+
 @pytest.mark.slow
 def test_the_card_of_a_shared_checkpoint_tells_of_its_own_epoch(
     out: Out, arrays: Path, tmp_path: Path
