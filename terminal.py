@@ -52,7 +52,8 @@ MEANT = {
     "lr": "model.optimizer.lr", "learning_rate": "model.optimizer.lr", "seed": "seed_everything",
     "epochs": "trainer.max_epochs", "gpus": "trainer.devices", "device": "trainer.accelerator",
     "optimizer": "model.optimizer", "network": "model.network", "weight_decay":
-    "model.optimizer.weight_decay",
+    "model.optimizer.weight_decay", "ckpt": "ckpt_path", "resume": "ckpt_path",
+    "images": "data.images",
 }  # fmt: skip
 
 # What jsonargparse says of a value, and what a person would.

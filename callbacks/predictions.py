@@ -104,10 +104,10 @@ class ConfusionMatrix(PredictionsKeeper):
 
 
 class PredictionTable(Callback):
-    """Writes the two most probable classes of every image to a CSV file at the end, and whether the
-    model is sure; shows those of the first pictures. `files` are the pictures' own, None for images
-    that have numbers and labels. To `explain` is to draw what in each picture speaks for its class.
-    Both go to the run's folder."""
+    """Writes the two most probable classes of every image to a CSV file at the end, whether the
+    model is sure, and all probabilities; shows the classes of the first pictures. `files` are the
+    pictures' own, None for images that have numbers and labels. To `explain` is to draw what in
+    each picture speaks for its class. Both go to the run's folder."""
 
     def __init__(self, run: Path, files: list[Path] | None, *, explain: bool = False) -> None:
         self.path, self.explained = run / "predictions.csv", run / "explained"
@@ -123,17 +123,18 @@ class PredictionTable(Callback):
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int, *_: Any
     ) -> None:
-        """Keep the best of probabilities [B, classes]; name the files that could not be read."""
+        """Keep the probabilities [B, classes]; name the files that could not be read."""
         least = pl_module.unsure_below if pl_module.temperature_used else None
         names, best, indices = pl_module.classes, outputs.topk(2), batch.indices.tolist()
-        columns = indices, best.values.tolist(), best.indices.tolist(), batch.labels.tolist()
-        for index, (p, q), (first, second), label in zip(*columns, strict=True):
-            is_sure = "" if least is None else "yes" if p >= least else "no"
-            row = [names[first], f"{p:.4f}", names[second], f"{q:.4f}", is_sure]
+        columns = indices, outputs.tolist(), best.indices.tolist(), batch.labels.tolist()
+        for index, of_classes, (first, second), label in zip(*columns, strict=True):
+            is_sure = "" if least is None else "yes" if of_classes[first] >= least else "no"
+            every = [f"{p:.6f}" for p in of_classes]
+            row = [names[first], every[first], names[second], every[second], is_sure]
             if self.files is None:
-                self.rows.append([str(index), *row, names[label]])
+                self.rows.append([str(index), *row, names[label], *every])
             else:
-                self.rows.append([_printable(self.files[index]), *row])
+                self.rows.append([_printable(self.files[index]), *row, *every])
         if self.explain and len(indices):
             self._explain(pl_module, batch, best.indices[:, 0])
         start = BATCH_SIZE * batch_idx
@@ -174,17 +175,19 @@ class PredictionTable(Callback):
             return
         if not self.explain:
             self._forget()
+        model: Any = pl_module
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         columns = ["class", "probability", "runner_up", "runner_up_probability", "sure"]
-        writer.writerow(["image", *columns, "label"] if self.files is None else ["file", *columns])
+        columns = ["image", *columns, "label"] if self.files is None else ["file", *columns]
+        writer.writerow([*columns, *(f"p_{name}" for name in model.classes)])
         writer.writerows(self.rows)
         write_whole(self.path, text.getvalue().encode())
         if self.files is not None:
             table = Table(box=box.SIMPLE, header_style="bold", pad_edge=False)
             for header in ("file", "class", "probability", "runner-up", "probability"):
                 table.add_column(header, justify="right" if header[0] == "p" else "left")
-            for file, first, p, second, q, is_sure in self.rows[:SHOWN]:
+            for file, first, p, second, q, is_sure, *_ in self.rows[:SHOWN]:
                 first = f"not sure: {first}" if is_sure == "no" else first
                 table.add_row(Text(file), first, f"{float(p):.1%}", second, f"{float(q):.1%}")
             terminal = Console(highlight=False, markup=False)
@@ -193,7 +196,6 @@ class PredictionTable(Callback):
             terminal.print(table)
             if (more := len(self.rows) - SHOWN) > 0:
                 print(f"and {more} more")
-        model: Any = pl_module
         if model.temperature_used and model.unsure_below:
             least = f"{model.unsure_below:.1%}"
             print(f"sure: at least {least}, which 95 % of the validation images reach")

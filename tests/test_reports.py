@@ -560,7 +560,11 @@ def test_pictures_are_predicted_as_the_test_images_they_are(
     for row, other in zip(found, expected, strict=False):
         for key in ("class", "runner_up"):
             assert row[key] == other[key]
-        assert float(row["probability"]) == pytest.approx(float(other["probability"]), abs=2e-4)
+        for key in ("probability", *(f"p_{name}" for name in archive.CLASSES)):
+            assert float(row[key]) == pytest.approx(float(other[key]), abs=2e-4)
+        every = {name: float(row[f"p_{name}"]) for name in archive.CLASSES}
+        assert sum(every.values()) == pytest.approx(1, abs=1e-5)
+        assert every[row["class"]] == max(every.values()) == float(row["probability"])
     assert "pictures/07.png" in out
     assert found[7]["class"] in out
     for words, count in (

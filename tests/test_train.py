@@ -575,6 +575,7 @@ def test_a_wrong_yaml_is_refused(fails: Run, tmp_path: Path, text: str, message:
         ),
         (["--epochs", "1"], "did you mean trainer.max_epochs?"),
         (["--seed", "1"], "did you mean seed_everything?"),
+        (["--resume", "last"], "did you mean ckpt_path?"),
         (["--ckpt_path", "."], "no checkpoint ."),
         (["--data.augment", "RandomFlip"], "data.augment: expected a list, not RandomFlip"),
         (
