@@ -154,8 +154,13 @@ class RecordableModule(LightningModule):
 
     def steps_into_epoch(self) -> int:
         """Return the number of optimizer steps of this epoch that are done."""
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        calls = 0 if progress.is_last_batch else progress.current.ready
+        loop = self.trainer.fit_loop
+        batches, epochs = loop.epoch_loop.batch_progress, vars(loop.epoch_progress.current)
+        if epochs["processed"] >= epochs["started"]:  # the last one is counted
+            return 0
+        if batches.is_last_batch:  # saved by the validation at its end
+            return self.steps_an_epoch()
+        calls = batches.current.ready
         return calls * max(self.steps_a_call, 1) // self.trainer.accumulate_grad_batches
 
     def steps_of_training(self) -> float:

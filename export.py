@@ -227,19 +227,17 @@ def _own_rows(checkpoint: dict[str, Any]) -> list[dict[str, float]]:
 
 
 def card_of_file(
-    path: Path, out: Path, content: bytes, precision: str, card: Card, calibrate: bool | str | None
+    path: Path, out: Path, content: bytes, precision: str, card: Card, calibrated: str
 ) -> str:
     """Return the card of a checkpoint to share: that of its run, with the result of a test of this
-    epoch, and what the file is; `calibrate` as `load` has it."""
+    epoch, whether its probabilities are calibrated, and what the file is."""
     cards = (run_of(path) / "model.md", path.with_suffix(".md"))  # of a run, of a shared one
     texts = [file.read_text(encoding="utf-8") for file in cards if file.exists()]
     text, result, _ = parts_of((texts or [f"# {out.stem}\n"])[0])
     # The run's own config.yaml is not there for others, but in the checkpoint.
-    skipped = tuple(f"- **{key}**" for key in ("Repeat", "File", "SHA-256"))
-    skipped += ("- **Probabilities**",) if calibrate is not None else ()
+    skipped = tuple(f"- **{key}**" for key in ("Repeat", "Probabilities", "File", "SHA-256"))
     text = "".join(line for line in text.splitlines(True) if not line.startswith(skipped))
-    if calibrate is not None:
-        text += f"- **Probabilities**: {said_of_probabilities(calibrate, card['temperature'])}\n"
+    text += f"- **Probabilities**: {calibrated}\n"
     accuracy = f", validation accuracy {card['val/acc']:.2%}" if "val/acc" in card else ""
     text += f"- **File**: `{out.name}`, epoch {card['epoch']}{accuracy}, {len(content):,} bytes; "
     text += f"{precision}\n{DIGEST}{hashlib.sha256(content).hexdigest()}\n"
@@ -381,7 +379,12 @@ def main(args: list[str] | None = None) -> None:
     _check(format_, out, options.overwrite)
     path = named(options.ckpt_path, Path("runs", options.name))
     checkpoint = read_checkpoint(path)
-    if (calibrate := options.model.calibrate) not in (None, "auto", True, False):
+    if (calibrate := options.model.calibrate) is not None and format_ == "checkpoint":
+        raise MisconfigurationException(
+            "a checkpoint to share keeps its run's calibration: whoever tests or exports it gives "
+            "--model.calibrate"
+        )
+    if calibrate not in (None, "auto", True, False):
         for note in calibration_notes(calibrate, settings_of(checkpoint)):
             print(f"note: {note}")
     classifier, card, images = load(path, checkpoint, options.data.root, calibrate)
@@ -391,12 +394,10 @@ def main(args: list[str] | None = None) -> None:
             "its probabilities are not calibrated: the checkpoint has no temperature that is used"
         )
     if format_ == "checkpoint":
-        if calibrate is not None:
-            checkpoint["temperature"] = classifier.model.temperature_used
-            checkpoint["unsure_below"] = classifier.model.unsure_below
-            checkpoint["hyper_parameters"]["calibrate"] = "auto"
         content, precision = export_checkpoint(classifier, checkpoint, images)
-        described = card_of_file(path, out, content, precision, card, calibrate)
+        its = settings_of(checkpoint)["model"].get("calibrate", "auto")
+        calibrated = said_of_probabilities(its, classifier.model.temperature_used)
+        described = card_of_file(path, out, content, precision, card, calibrated)
         write_whole(out, content)
         write_whole(out.with_suffix(".md"), described.encode())
         print(f"{precision}\nwritten to {out} and {out.with_suffix('.md').name}")

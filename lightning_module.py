@@ -22,7 +22,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, CyclicLR, OneCycleLR, ReduceLROnPlateau
 from torchmetrics import Metric
 
@@ -324,6 +324,13 @@ class ImageClassifier(RecordableModule):
             decays = [group.get("weight_decay") for group in optimizer.param_groups]
             if self.decay_matrices_only and not any(decays):
                 raise ValueError("model.decay_matrices_only needs an optimizer with weight_decay")
+            accumulates = self.trainer.accumulate_grad_batches > 1
+            accumulates |= self._has(GradientAccumulationScheduler)
+            if isinstance(optimizer, LBFGS) and accumulates:
+                raise ValueError(
+                    "LBFGS evaluates a batch several times, and would add up the gradients of all: "
+                    "leave out trainer.accumulate_grad_batches"
+                )
         for group in optimizer.param_groups if self.lr is not None else ():
             group["lr"] = self.lr
         self.choose_steps(optimizer)
@@ -424,6 +431,7 @@ class ImageClassifier(RecordableModule):
         if trainer.max_steps == -1 and not self._has(GradientAccumulationScheduler):
             done = self.current_epoch * self.steps_an_epoch() + self.steps_into_epoch()
             self.step_offset = done - trainer.global_step
+        self.is_at_end = self.steps_into_epoch() == self.steps_an_epoch()
         for config in trainer.lr_scheduler_configs:
             scheduler: Any = config.scheduler
             if config.reduce_on_plateau:
@@ -434,7 +442,8 @@ class ImageClassifier(RecordableModule):
                 self.lr_scheduler_step(scheduler, None)
                 continue
             is_by_epoch = config.interval == "epoch"
-            done = self.current_epoch if is_by_epoch else trainer.global_step + self.step_offset
+            epochs = self.current_epoch + self.is_at_end  # after which these were stepped
+            done = epochs if is_by_epoch else trainer.global_step + self.step_offset
             if isinstance(scheduler, OneCycleLR | CyclicLR):  # functions of the step
                 scheduler.last_epoch = done - 1
             for _ in range(done - scheduler.last_epoch):
@@ -452,6 +461,7 @@ class ImageClassifier(RecordableModule):
             return
         self.seed = self.trainer.strategy.broadcast(torch.initial_seed())
         self.step_offset = 0  # from global steps to the steps of the schedule
+        self.is_at_end = False  # of an epoch, where it was resumed
         # Else cuDNN sums the gradients of some weights in another order every time.
         torch.backends.cudnn.deterministic = True
         has_graphs = self.compile_mode in ("reduce-overhead", "max-autotune")
@@ -520,6 +530,12 @@ class ImageClassifier(RecordableModule):
         self.train_metrics.reset()
         self.counted = -1
 
+    def on_train_epoch_end(self) -> None:
+        """Step ReduceLROnPlateau in an epoch that was resumed inside, as Lightning does not."""
+        loop = self.trainer.fit_loop
+        if loop.restarting and not self.is_at_end and loop.epoch_loop._num_ready_batches_reached():
+            loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+
     def on_validation_epoch_start(self) -> None:
         """Collect predictions for the temperature, if they are of weights in training."""
         is_training = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
@@ -534,7 +550,9 @@ class ImageClassifier(RecordableModule):
                 self._log_epoch(stage, metrics)
         validated, self.validated = self.validated, []
         if self.collects and (found := gathered(validated)) is not None:
-            self.fitted_on = self.validating
+            self.fitted_on, self.temperature = self.validating, None
+            if (found.logits.argmax(dim=1) == found.labels).all():
+                return  # the best temperature would be 0, and every probability 1
             self.temperature = fit_temperature(found.logits, found.labels)
             largest = (found.logits / self.temperature).softmax(dim=1).max(dim=1).values
             self.unsure_below = float(largest.quantile(UNSURE))
@@ -699,7 +717,7 @@ def _calibration_in(file: str) -> tuple[float, float]:
     if checkpoint.get("temperature") is None:
         raise MisconfigurationException(
             f"model.calibrate {file}: it has no temperature, as it was not validated when it was "
-            "saved, or is of an earlier version"
+            "saved, was right for every validation image, or is of an earlier version"
         )
     return checkpoint["temperature"], checkpoint["unsure_below"]
 

@@ -172,7 +172,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
     """Saves checkpoints that are never seen half-written, and `last.ckpt` as a hard link where an
     epoch's own file has just been saved. Lightning's copy to their place can end halfway."""
 
-    saved: tuple[Any, Path] = (None, Path())  # the newest: its place in the training, and its path
+    # The newest: its place in the training and its parts, and its path.
+    saved: tuple[Any, Path] = (None, Path())
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
@@ -181,8 +182,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         for half_written in path.parent.glob(".*.ckpt.*"):  # by a run that was killed
             half_written.unlink(missing_ok=True)
-        place, twin = self.saved
-        if path.name == "last.ckpt" and place == checkpoint["loops"] and twin.parent == path.parent:
+        now, (place, twin) = (checkpoint["loops"], [*checkpoint]), self.saved
+        if path.name == "last.ckpt" and place == now and twin.parent == path.parent:
             scratch = path.with_name(f".{path.name}.{os.getpid()}")
             with contextlib.suppress(OSError):  # the file may be gone, or the disk has no links
                 scratch.hardlink_to(twin)
@@ -191,7 +192,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         content = io.BytesIO()
         torch.save(checkpoint, content)
         write_whole(path, content.getvalue())
-        self.saved = (checkpoint["loops"], path)
+        self.saved = (now, path)
 
 
 class EpochCheckpoint(ModelCheckpoint):
@@ -347,8 +348,9 @@ def read_weights(path: str | Path) -> dict[str, Any]:
     found = content.get("state_dict", content) if isinstance(content, dict) else None
     if not (isinstance(found, dict) and all(isinstance(v, Tensor) for v in found.values())):
         raise MisconfigurationException(f"{path} holds no weights of a network")
-    prefix = "network."
-    return {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)} or found
+    own = {k.removeprefix("network."): v for k, v in found.items() if k.startswith("network.")}
+    is_modules = "state_dict" in content or len(own) == len(found)  # not the network's alone
+    return own if own and is_modules else found
 
 
 def origin(path: Path) -> tuple[dict[str, Any], dict[str, str]]:

@@ -39,6 +39,7 @@ from lightning.pytorch.callbacks import (
     ProgressBar,
     Timer,
     TQDMProgressBar,
+    WeightAveraging,
 )
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -266,8 +267,9 @@ class CLI(LightningCLI):
                 )
             text = yaml.safe_dump(settings, sort_keys=False)
             is_named = any(arg.startswith("--ckpt_path") for arg in args)
-            front = ["--config", text] if is_named else []  # a requeued job's command has them
-            args = [args[0], *front, *args[1:], "--ckpt_path", str(self.path)]
+            # A requeued job has the same command; what it drew or found is in the checkpoint.
+            at = 1 if is_named else len(args)
+            args = [*args[:at], "--config", text, *args[at:], "--ckpt_path", str(self.path)]
         flags = [arg.partition("=")[0] for arg in self.args if arg.startswith("--")]
         last = max((i for i, flag in enumerate(flags) if flag == "--config"), default=0)
         if set(flags[:last]) - {"--config", "--ckpt_path"}:
@@ -445,6 +447,12 @@ class CLI(LightningCLI):
             callbacks += [config.checkpoint, *config.checkpoint.also_last()]
         elif saves:
             _note("the ModelCheckpoint in trainer.callbacks replaces checkpoint.*")
+        savers = (c for c in callbacks if isinstance(c, ModelCheckpoint))
+        averages = any(isinstance(c, WeightAveraging) for c in callbacks)
+        if averages and any(c.save_weights_only for c in savers):
+            raise MisconfigurationException(
+                "save_weights_only would save the weights without their average: leave it out"
+            )
         if options.max_time is not None:  # Lightning's would cut an epoch short
             callbacks.append(Timer(options.max_time, interval="epoch"))
         plugins = _listed(options.plugins)
@@ -704,8 +712,8 @@ class CLI(LightningCLI):
         if self.model.calibrate and self.model.temperature is None:
             print(
                 "probabilities are not calibrated: the checkpoint has no temperature, as it was "
-                "not validated when it was\nsaved, or is of an earlier version; --model.calibrate "
-                "CHECKPOINT takes another one's"
+                "not validated when it was\nsaved, was right for every validation image, or is of "
+                "an earlier version; --model.calibrate CHECKPOINT\ntakes another one's"
             )
 
     def before_predict(self) -> None:

@@ -155,7 +155,9 @@ class Evaluation:
             "as_trained": self.as_trained.values(),
             "classes": {
                 name: {
-                    "precision": self._share(self.precision[i], i, dim=0),
+                    "precision": self._share(self.precision[i], i, dim=0)
+                    if self.confidences[i]
+                    else None,
                     "recall": self._share(self.recall[i], i, dim=1),
                     "f1": self.f1[i],
                     "confidence": self.confidences[i],
@@ -218,11 +220,12 @@ class Evaluation:
         for i in order[:MANY]:
             name, recall = self.classes[i], self._share(self.recall[i], i, dim=1)
             interval = f"{100 * recall['low']:.1f}-{100 * recall['high']:.1f}"
-            columns = self.recall[i], self.precision[i], self.confidences[i]
-            found, precision, confidence = ("" if of is None else f"{of:.1%}" for of in columns)
+            confidence = self.confidences[i]
+            columns = self.recall[i], self.precision[i] if confidence else None, confidence
+            found, precision, confident = ("" if of is None else f"{of:.1%}" for of in columns)
             count, other = wrong[i].max(dim=0)
             taken = f"{self.classes[int(other)]} ({count / counts[i]:.1%})" if count else ""
-            table.add_row(name, found, interval, precision, confidence, taken)
+            table.add_row(name, found, interval, precision, confident, taken)
         return table
 
     def figures(

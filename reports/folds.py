@@ -47,10 +47,12 @@ def main(args: list[str] | None = None) -> None:
     for path, part in zip(given.runs, parts, strict=True):
         print(f"{path}: accuracy {part.is_right.mean():.2%} of {len(part.labels):,} images")
     right, count = int(whole.is_right.sum()), len(whole.labels)
+    if missing := int(whole.indices.max()) + 1 - count:
+        print(f"at least {missing:,} images are in none of these folds: give all of them")
     low, high = wilson(right, count)
     print(
-        f"all: accuracy {right / count:.2%} of {count:,} images of {whole.images}, 95 % interval "
-        f"{100 * low:.2f} to {100 * high:.2f} (Wilson, of these models)"
+        f"together: accuracy {right / count:.2%} of {count:,} images of {whole.images}, 95 % "
+        f"interval {100 * low:.2f} to {100 * high:.2f} (Wilson, of these models)"
     )
     write_whole(Path(given.out), whole.content())
     print(f"written to {given.out}")

@@ -34,7 +34,7 @@ KEYS = {  # of every record
     "seed", "flags", "ended", "settings", "images", "device", "machine", "parts", "code",
     "versions", "epochs",
 }  # fmt: skip
-GUESSING = math.log(10)  # the loss of a network that gives each class the same probability
+GUESSING = math.log(10)  # the loss of a network that gives ten classes the same probability
 
 
 @dataclass
@@ -116,7 +116,9 @@ def finished(
     rows = rows_of(record) or [{}]
     before, loss = (rows[i].get("train/loss", 0.0) for i in (0, -1))
     may_fall = before > loss or len(rows) == 1  # above that of guessing, from a bad start
-    if not (loss < 1.05 * GUESSING or (may_fall and loss < 3 * GUESSING)):  # NaN is neither
+    classes = record["settings"]["model"].get("classes")  # None: CIFAR-10's
+    guessing = math.log(len(classes)) if classes else GUESSING
+    if not (loss < 1.05 * guessing or (may_fall and loss < 3 * guessing)):  # NaN is neither
         ended = ended or f"diverged: train/loss {loss:.3g} in epoch {rows[-1]['epoch']:.0f}"
     elif best_of(record, choose) is None:
         ended = ended or "without a validation"

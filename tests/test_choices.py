@@ -102,6 +102,46 @@ def test_the_validation_at_the_end_of_an_epoch_is_in_its_checkpoint(run: Run) ->
             assert [row[key] for row in resumed] == [row[key] for row in unbroken]
 
 
+def rate(folder: Path, name: str = "last.ckpt") -> float:
+    (state,) = torch.load(folder / "checkpoints" / name, weights_only=True)["optimizer_states"]
+    return float(state["param_groups"][0]["lr"])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "often"),
+    [
+        (("LinearDecay",), ("check_val_every_n_epoch", "2")),
+        (("OneCycleLR", "max_lr=0.01"), ("val_check_interval", "0.5")),
+        (("ExponentialLR", "gamma=0.5"), ("val_check_interval", "0.5")),
+        (("ReduceLROnPlateau", "monitor=val/loss", "patience=0", "threshold=1e9"),
+         ("val_check_interval", "0.5")),
+    ],
+)  # fmt: skip
+def test_the_schedule_of_a_resumed_run_is_that_of_an_unbroken_one(
+    run: Run, schedule: tuple[str, ...], often: tuple[str, str]
+) -> None:
+    flags = [f"--trainer.{often[0]}", often[1], "--trainer.max_epochs", "4"]
+    flags += ["--model.lr_scheduler", schedule[0]]
+    flags += [f"--model.lr_scheduler.{argument}" for argument in schedule[1:]]
+    run(*FLAT, *flags)
+    saved = sorted((RUN_0 / "checkpoints").glob("epoch_0[01]*.ckpt"))
+    assert len(saved) == (1 if often[1] == "2" else 4)
+    for number, file in enumerate(saved, 1):
+        run("fit", "--ckpt_path", file, "--name", "resumed")
+        folder = Path(f"runs/resumed/version_{number - 1}")
+        assert rate(folder) == rate(RUN_0), file.name
+        for key in ("train/loss", "val/loss"):
+            assert rows(folder)[-1][key] == rows(RUN_0)[-1][key], file.name
+
+
+def test_a_longer_run_after_max_steps_has_the_whole_schedule(run: Run) -> None:
+    linear = ("--trainer.max_epochs", "4", "--model.lr_scheduler", "LinearDecay")
+    run(*FLAT, *linear, "--model.optimizer.lr", "4e-3", "--trainer.max_steps", "22")  # 16 an epoch
+    run("fit", "--ckpt_path", LAST, "--trainer.max_steps", "-1")
+    assert rate(RUN_0, "epoch_02.ckpt") == pytest.approx(1e-3)
+    assert rate(RUN_0) == 0
+
+
 def test_a_name_with_the_step_has_that_of_the_validation(run: Run) -> None:
     name = ("--checkpoint.filename", "{epoch}-{step:03d}")
     out = run(*FLAT, "--trainer.val_check_interval", "0.75", *name)
@@ -314,6 +354,27 @@ def test_a_schedule_is_as_long_as_the_batch_size_found_makes_it(run: Run) -> Non
     assert "8 images, found by BatchSizeFinder" in (RUN_0 / "model.md").read_text()
     steps = int(rows(RUN_0)[-1]["step"])
     assert Rates.kept == pytest.approx([0.002 * (1 - step / steps) for step in range(steps)])
+
+
+def test_a_requeued_job_keeps_what_it_drew_and_found(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    command = (*FLAT, "--seed_everything", "true", f"{CALLBACK}+=BatchSizeFinder",
+               f"{CALLBACK}.max_trials", "3")  # fmt: skip
+    run(*command)
+    unbroken = torch.load(LAST, weights_only=True)
+    shutil.copy(LAST.with_name("epoch_00.ckpt"), LAST)  # as if it had been killed then
+    for file in ("checkpoints/epoch_01.ckpt", "model.md", "model.pth"):
+        (RUN_0 / file).unlink()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    run(*command)
+    resumed = torch.load(LAST, weights_only=True)
+    assert resumed["run"]["seed_everything"] == unbroken["run"]["seed_everything"]
+    assert resumed["datamodule_hyper_parameters"]["batch_size"] == 8
+    for name, weight in unbroken["state_dict"].items():
+        assert torch.equal(weight, resumed["state_dict"][name])
+    assert "(was" not in (RUN_0 / "model.md").read_text()
 
 
 def test_parts_that_contradict_a_schedule_are_refused(run: Run, fails: Run) -> None:

@@ -286,12 +286,13 @@ def test_an_export_takes_the_temperature_of_another_run(out: Out, arrays: Path) 
         program = torch.export.load("model.pt2", extra_files=said).module()
         torch.testing.assert_close(program(images), (logits / temperature).softmax(dim=1))
         assert json.loads(said["card.json"])["unsure_below"] == (0.25 if temperature > 1 else None)
-        out("checkpoint", "model.ckpt", CHECKPOINT, *flag)
-        small = ImageClassifier.load_from_checkpoint("model.ckpt")
-        assert (small.temperature_used or 1.0) == temperature
-        card = Path("model.md").read_text()
-        assert ("by a temperature of twin.ckpt" in card) == (temperature > 1)
-        assert card.count("**Probabilities**") == 1
+    with pytest.raises(SystemExit, match="keeps its run's calibration"):
+        out("checkpoint", "model.ckpt", CHECKPOINT, "--model.calibrate", "twin.ckpt")
+    never = torch.load(CHECKPOINT, weights_only=True) | {"temperature": None}
+    torch.save(never, CHECKPOINT.with_name("last.ckpt"))  # as of an epoch without validation
+    assert "not calibrated" in out("checkpoint", "model.ckpt", CHECKPOINT.with_name("last.ckpt"))
+    (line,) = re.findall(r"\*\*Probabilities\*\*: (.*)", Path("model.md").read_text())
+    assert line == "not calibrated"
     tiny = Path("runs/tiny/version_0/checkpoints/epoch_01.ckpt")
     with pytest.raises(SystemExit, match="has another network"):
         out("onnx", "model.onnx", tiny, "--model.calibrate", "twin.ckpt")

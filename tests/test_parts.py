@@ -126,6 +126,14 @@ REFUSED = {
     "gpu": ([f"{T}accelerator", "gpu"], "gpu"),
     "no batches": ([f"{T}limit_train_batches", "0"], "trains nothing"),
     "too long": ([f"{T}val_check_interval", "1000"], "check_val_every_n_epoch null"),
+    "average, weights alone": (
+        [*one("EMAWeightAveraging"), "--checkpoint.save_weights_only", "true"],
+        "weights without their average",
+    ),
+    "LBFGS, accumulated": (
+        [f"{T}accumulate_grad_batches", "2", "--model.optimizer", "LBFGS"],
+        "would add up the gradients of all",
+    ),
     "two who size": ([*one("BatchSizeFinder"), "--model.lr_scheduler", "OneCycleLR",
                       "--model.lr_scheduler.max_lr", "0.1"], "use no finder"),
 }  # fmt: skip

@@ -82,7 +82,7 @@ def test_classes_are_counted_from_the_confusion_matrix() -> None:
     never = logits.clone()
     never[:, 9] = -100.0
     trucks = Evaluation(found.test._replace(logits=never)).values()["classes"]["truck"]
-    assert trucks["confidence"] is None
+    assert trucks["confidence"] is trucks["precision"] is None
     top2 = (logits.topk(2).indices == labels[:, None]).any(dim=1).float().mean().item()
     assert values["top2_accuracy"] == pytest.approx(top2, abs=1e-6)
 
@@ -296,6 +296,17 @@ def test_probabilities_are_calibrated_by_what_validation_says(
     assert f"a temperature of {LAST}" in (twin.parents[1] / "model.md").read_text()
 
 
+def test_a_model_that_is_right_everywhere_has_no_temperature(run: Run, fails: Run) -> None:
+    """The best would be 0, which makes every probability 1."""
+    run("fit", "--config", BASE, "--model.network", "tests.small.Flat", "--data.val_size", "10",
+        "--data.stratify", "true", "--trainer.max_epochs", "6")  # fmt: skip
+    checkpoint = torch.load(LAST, weights_only=True)
+    (row,) = (r for r in checkpoint["callbacks"]["History"]["rows"] if r["epoch"] == 5)
+    assert row["val/acc"] == 1
+    assert checkpoint["temperature"] is None
+    assert "right for every validation image" in run("predict", "--ckpt_path", LAST)
+
+
 def test_a_temperature_is_of_the_weights_that_it_is_saved_with(run: Run, arrays: Path) -> None:
     every_other = ("--trainer.max_epochs", "3", "--trainer.check_val_every_n_epoch", "2")
     run("fit", "--config", BASE, *every_other)
@@ -317,17 +328,13 @@ def test_a_temperature_is_of_the_weights_that_it_is_saved_with(run: Run, arrays:
     last.unlink()
     run("fit", "--ckpt_path", last.with_name("epoch_00.ckpt"))
     assert torch.load(last, weights_only=True)["temperature"] == temperature is not None
-    # These change the weights between validation and checkpoint.
+    # This one changes the weights between validation and checkpoint.
     pruning = "lightning.pytorch.callbacks.ModelPruning"
-    average = "lightning.pytorch.callbacks.EMAWeightAveraging"
-    for flags in (
-        (pruning, "--trainer.callbacks.pruning_fn", "l1_unstructured"),
-        (average, "--checkpoint.save_weights_only", "true"),
-    ):
-        run("fit", "--config", BASE, "--trainer.max_epochs", "1", "--name", "changed",
-            "--trainer.callbacks", *flags)  # fmt: skip
-        last = sorted(Path("runs/changed").glob("*/checkpoints/*.ckpt"))[-1]
-        assert torch.load(last, weights_only=True)["temperature"] is None
+    run("fit", "--config", BASE, "--trainer.max_epochs", "1", "--name", "changed",
+        "--trainer.callbacks", pruning,
+        "--trainer.callbacks.pruning_fn", "l1_unstructured")  # fmt: skip
+    last = sorted(Path("runs/changed").glob("*/checkpoints/*.ckpt"))[-1]
+    assert torch.load(last, weights_only=True)["temperature"] is None
 
     # One of an earlier version has none, and one to share has 16 bits.
     older = torch.load(LAST.with_name("epoch_01.ckpt"), weights_only=True)
@@ -511,6 +518,9 @@ def test_folds_predict_every_training_image_once(
     assert whole.is_right.sum() == pytest.approx(right, abs=0.2)
     low, high = proportion_confint(int(whole.is_right.sum()), 1000)
     assert f"95 % interval {100 * low:.2f} to {100 * high:.2f}" in printed
+    assert "in none" not in printed
+    folds.main(folders[:2])
+    assert "at least 332 images are in none of these folds" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="two folds have an image in common"):
         folds.main([*folders, folders[0]])
     with pytest.raises(SystemExit, match="train.py validate --ckpt_path CHECKPOINT writes it"):
