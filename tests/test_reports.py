@@ -290,7 +290,9 @@ def test_probabilities_are_calibrated_by_what_validation_says(
     assert f"model.calibrate {LAST} was trained with label_smoothing 0.0, not 0.2" in said
     LAST.rename(LAST.with_name("gone.ckpt"))
     run("fit", "--ckpt_path", twin, "--trainer.max_epochs", "2")
-    run("test", "--ckpt_path", twin)
+    assert "with model.calibrate" not in run(
+        "test", "--ckpt_path", twin, "--model.calibrate", "auto"
+    )
     result = json.loads((twin.parents[1] / "test.json").read_text())
     assert result["temperature"] == pytest.approx(temperature, rel=1e-4)
     assert f"a temperature of {LAST}" in (twin.parents[1] / "model.md").read_text()
