@@ -72,6 +72,7 @@ def trained(arrays: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     base = ["fit", "--config", str(BASE)]
     small = [*on(arrays), "--trainer.max_epochs", "2", "--trainer.accelerator", "cpu"]
+    small += ["--model.optimizer.lr", "1e-4"]  # with mistakes, so that there is a temperature
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         train.main([*base, "--config", "normalised.yaml", *small])
