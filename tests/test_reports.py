@@ -156,7 +156,16 @@ def proportion_confint(correct: int, images: int) -> tuple[float, float]:
 
 
 def test_the_report_says_what_a_plain_loop_finds(run: Run, arrays: Path) -> None:
-    run("fit", "--config", BASE, *CONVNET, "--data.test_curve", "true")
+    run(
+        "fit",
+        "--config",
+        BASE,
+        *CONVNET,
+        "--data.test_curve",
+        "true",
+        "--model.optimizer.lr",
+        "1e-4",
+    )
     out = run("test", "--ckpt_path", LAST)
     result = json.loads((RUN_0 / "test.json").read_text())
 
@@ -181,10 +190,10 @@ def test_the_report_says_what_a_plain_loop_finds(run: Run, arrays: Path) -> None
     assert f"accuracy     {right / TEST_SIZE:.2%}, 95 % interval" in out
     assert "confused with" in out
 
-    for name in ("confusion", "reliability", "coverage", "mistakes"):
+    names = ("confusion", "reliability", "coverage", "mistakes", "focus")
+    for name in names:
         assert (RUN_0 / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     events = EventAccumulator(str(RUN_0)).Reload()
-    names = ("confusion", "reliability", "coverage", "mistakes")
     images = {"train/images", *(f"test/{name}" for name in names)}
     assert images == set(events.Tags()["images"])
     assert events.Images("test/confusion")[0].step == 32
