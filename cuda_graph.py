@@ -152,15 +152,20 @@ class RecordableModule(LightningModule):
             return batches.steps
         return math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
 
+    def is_at_end(self) -> bool:
+        """Return whether an epoch has had all its batches, and is not counted yet: the validation
+        at its end saves such checkpoints."""
+        return self._is_inside() and self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+
+    def _is_inside(self) -> bool:
+        return self.trainer.fit_loop.epoch_progress.current.ready > self.current_epoch
+
     def steps_into_epoch(self) -> int:
-        """Return the number of optimizer steps of this epoch that are done."""
-        loop = self.trainer.fit_loop
-        batches, epochs = loop.epoch_loop.batch_progress, vars(loop.epoch_progress.current)
-        if epochs["processed"] >= epochs["started"]:  # the last one is counted
-            return 0
-        if batches.is_last_batch:  # saved by the validation at its end
+        """Return the number of optimizer steps that are done of an epoch not counted yet."""
+        if self.is_at_end():
             return self.steps_an_epoch()
-        calls = batches.current.ready
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        calls = progress.current.ready if self._is_inside() else 0
         return calls * max(self.steps_a_call, 1) // self.trainer.accumulate_grad_batches
 
     def steps_of_training(self) -> float:

@@ -329,7 +329,7 @@ class ImageClassifier(RecordableModule):
             if isinstance(optimizer, LBFGS) and accumulates:
                 raise ValueError(
                     "LBFGS evaluates a batch several times, and would add up the gradients of all: "
-                    "leave out trainer.accumulate_grad_batches"
+                    "leave accumulation out"
                 )
         for group in optimizer.param_groups if self.lr is not None else ():
             group["lr"] = self.lr
@@ -431,7 +431,7 @@ class ImageClassifier(RecordableModule):
         if trainer.max_steps == -1 and not self._has(GradientAccumulationScheduler):
             done = self.current_epoch * self.steps_an_epoch() + self.steps_into_epoch()
             self.step_offset = done - trainer.global_step
-        self.is_at_end = self.steps_into_epoch() == self.steps_an_epoch()
+        self.resumed_at_end = self.is_at_end()
         for config in trainer.lr_scheduler_configs:
             scheduler: Any = config.scheduler
             if config.reduce_on_plateau:
@@ -442,7 +442,7 @@ class ImageClassifier(RecordableModule):
                 self.lr_scheduler_step(scheduler, None)
                 continue
             is_by_epoch = config.interval == "epoch"
-            epochs = self.current_epoch + self.is_at_end  # after which these were stepped
+            epochs = self.current_epoch + self.resumed_at_end  # after which these were stepped
             done = epochs if is_by_epoch else trainer.global_step + self.step_offset
             if isinstance(scheduler, OneCycleLR | CyclicLR):  # functions of the step
                 scheduler.last_epoch = done - 1
@@ -461,7 +461,7 @@ class ImageClassifier(RecordableModule):
             return
         self.seed = self.trainer.strategy.broadcast(torch.initial_seed())
         self.step_offset = 0  # from global steps to the steps of the schedule
-        self.is_at_end = False  # of an epoch, where it was resumed
+        self.resumed_at_end = False  # of an epoch
         # Else cuDNN sums the gradients of some weights in another order every time.
         torch.backends.cudnn.deterministic = True
         has_graphs = self.compile_mode in ("reduce-overhead", "max-autotune")
@@ -533,7 +533,8 @@ class ImageClassifier(RecordableModule):
     def on_train_epoch_end(self) -> None:
         """Step ReduceLROnPlateau in an epoch that was resumed inside, as Lightning does not."""
         loop = self.trainer.fit_loop
-        if loop.restarting and not self.is_at_end and loop.epoch_loop._num_ready_batches_reached():
+        is_whole = loop.epoch_loop._num_ready_batches_reached()
+        if loop.restarting and is_whole and not self.resumed_at_end:
             loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
 
     def on_validation_epoch_start(self) -> None:

@@ -314,9 +314,9 @@ class CLI(LightningCLI):
                 raise MisconfigurationException("there is no validation set: data.val_size is 0")
             if str(config.checkpoint.monitor).startswith("val/"):
                 config.checkpoint.monitor = None  # there is nothing to choose by
-        its = runs.settings_of(self.checkpoint)["model"].get("calibrate") if self.checkpoint else ""
-        if isinstance(its, str) and its and config.model.calibrate in ("auto", True):
-            config.model.calibrate = its  # perhaps a file, whose temperature the checkpoint has
+        its = runs.settings_of(self.checkpoint)["model"].get("calibrate", "auto")
+        if its not in ("auto", True, False) and config.model.calibrate in ("auto", True):
+            config.model.calibrate = its  # a file, whose temperature the checkpoint has
         self._name_classes()
         self._check_origin()
         self._dump_config()
