@@ -1,11 +1,11 @@
-"""Make a folder of arrays for `--data.root` of pictures, or of a data set of torchvision.
+"""Convert image files or a torchvision data set to a folder of arrays for `--data.root`.
 
     python convert.py photos --out data/pets                   # photos/cat/1.jpg, photos/dog/2.png
     python convert.py torchvision:CIFAR100 --out data/cifar100
     python train.py fit --config configs/base.yaml --data.root data/pets --data.val_size 500
 
-A folder has a sub-folder for each class; or `train` and `test`, which have these. Without `test` a
-part of each class is held out for it. Pictures are read as `predict` reads them.
+A folder has a sub-folder for each class, or `train` and `test` with such sub-folders. Without
+`test`, a part of each class is held out for testing. Image files are read as in `predict`.
 """
 
 import inspect
@@ -29,17 +29,17 @@ from cifar10.arrays import MOST, NAMES, Arrays, save_arrays
 from cifar10.pictures import Part, bar, files_in, folders_in, read_by_class, to_pixels
 from terminal import ShortParser, short_errors
 
-# The correlation from which on two pictures are said to look alike: of the 286 test images of
-# CIFAR-10 that ciFAIR lists as such it finds 100, and 48 others.
+# The minimum correlation of two images that count as alike. On CIFAR-10 it finds 100 of the 286
+# test images that ciFAIR lists as such, and 48 others.
 NEAR = 0.95
-SHOWN = 10  # of them, and of classes
+SHOWN = 10  # near-duplicates, and classes
 FEW = 2000  # training images
 PARTS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
 
 
 def read_folders(source: Path, test_share: float, seed: int) -> tuple[list[str], list[Part], int]:
-    """Return the classes of a folder of pictures, its training and its test part, and how many
-    files were skipped."""
+    """Return the classes of a folder of image files, its training and test parts, and the number of
+    skipped files."""
     whole = {*folders_in(source)}
     is_split = whole == {"train", "test"}
     parts = [name for name in sorted(whole) if name.lower() in PARTS]
@@ -57,7 +57,7 @@ def read_folders(source: Path, test_share: float, seed: int) -> tuple[list[str],
             f"{parent}: expected a folder for each of 2 to {MOST} classes, found {found}"
         )
     least = 1 if is_split else 2
-    for name in classes:  # before a long time of reading
+    for name in classes:  # before the slow reading
         if len(files_in(parent / name)) < least:
             raise MisconfigurationException(
                 f"{parent / name} has fewer than {least} files: add pictures, or remove the folder"
@@ -90,8 +90,8 @@ def read_folders(source: Path, test_share: float, seed: int) -> tuple[list[str],
 
 
 def read_torchvision(name: str, root: Path) -> tuple[list[str], list[Part], int]:
-    """Return the classes, the training and the test part of a labelled data set of torchvision,
-    which lies in `root` or is downloaded there."""
+    """Return the classes, the training and test parts of a labelled torchvision data set in `root`,
+    downloaded if necessary, and 0 skipped files."""
     make: Callable[..., Iterator[tuple[object, int]]] | None = getattr(
         torchvision.datasets, name, None
     )
@@ -125,8 +125,8 @@ def read_torchvision(name: str, root: Path) -> tuple[list[str], list[Part], int]
 
 
 def near_duplicates(train: Tensor, test: Tensor) -> list[tuple[int, int]]:
-    """Return pairs (training image, test image) that look very much alike, for each test image the
-    most similar: 16 x 16 thumbnails, less their mean, have a correlation of `NEAR` or more."""
+    """Return index pairs (training image, test image) that look alike: each test image and the
+    training image most similar to it, if their 16 x 16 thumbnails correlate by `NEAR` or more."""
 
     def features(images: Tensor) -> Tensor:
         small = F.avg_pool2d(images.float(), 2).flatten(1)
@@ -141,9 +141,9 @@ def near_duplicates(train: Tensor, test: Tensor) -> list[tuple[int, int]]:
 
 
 def mean_and_std(images: Tensor) -> tuple[list[float], list[float]]:
-    """Return mean and standard deviation of each channel of images uint8 [N, 3, H, W], of 1."""
+    """Return mean and standard deviation per channel of uint8 images [N, 3, H, W] / 255."""
     values, found = torch.arange(256).double() / 255, []
-    for channel in range(3):  # by how often each value is there, as floats would take memory
+    for channel in range(3):  # from a histogram: a float copy would take memory
         shares = torch.bincount(images[:, channel].flatten(), minlength=256).double()
         shares /= shares.sum()
         mean = float(shares @ values)
@@ -153,7 +153,7 @@ def mean_and_std(images: Tensor) -> tuple[list[float], list[float]]:
 
 
 def write(out: Path, classes: list[str], train: Part, test: Part) -> None:
-    """Write the folder, which is never seen half-written."""
+    """Write the folder atomically."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
@@ -169,7 +169,7 @@ def write(out: Path, classes: list[str], train: Part, test: Part) -> None:
 
 @short_errors()
 def main(args: list[str] | None = None) -> None:
-    """Run the command line; a user's mistake gives one line and an exit code that is not 0."""
+    """Run the command line. A user's mistake prints one line and exits with a non-zero code."""
     parser = ShortParser(prog="convert.py", description="Make arrays of pictures.")
     parser.add_argument("source", type=str, help="a folder, or torchvision:NAME")
     parser.add_argument("--out", type=str, required=True, help="a new folder, for --data.root")
@@ -213,7 +213,7 @@ def main(args: list[str] | None = None) -> None:
     words = ["python", "train.py", "fit", "--config", "configs/base.yaml", "--data.root", str(out)]
     words += ["--name", out.name]
     words += ["--data.val_size", str(max(len(classes), sizes[0] // 5)), "--data.stratify", "true"]
-    if sizes[0] < FEW:  # else an epoch has few steps, and batch norm's statistics lag behind
+    if sizes[0] < FEW:  # with few steps an epoch, batch norm's statistics lag behind
         words += ["--data.batch_size", "16"]
     print(f"train    {shlex.join(words)}")
     if skipped:

@@ -1,4 +1,4 @@
-"""Export a checkpoint: for use without this project, or as a small one to share.
+"""Export a checkpoint, for use without this project or as a small file to share.
 
     python export.py --ckpt_path X --format onnx --out model.onnx
     python export.py --ckpt_path X --format torch --out model.pt2       # a torch.export program
@@ -6,10 +6,10 @@
     python export.py --ckpt_path X --format page --out page             # to try it in a browser
     python export.py --ckpt_path X --format checkpoint --out small.ckpt # to share
 
-X is a path, or `best --name base`: of the newest run of that name. ONNX, torch and page map pixels
-uint8 [B, 3, 32, 32] to probabilities float32 [B, classes]: normalisation, test-time augmentation,
-calibration and softmax are inside. Every export is loaded again and compared with the checkpoint on
-1,000 test images (to share: on all) before it is written; docs/export.md shows how to use each.
+X is a path, or `best --name base` for the newest run of that name. ONNX, torch and page map pixels
+uint8 [B, 3, 32, 32] to probabilities float32 [B, classes]; normalisation, test-time augmentation,
+calibration and softmax are included. Before an export is written, it is loaded and compared with
+the checkpoint on 1,000 test images (to share: on all). docs/export.md shows how to use each.
 """
 
 import contextlib
@@ -56,17 +56,17 @@ PAGE_FILES = {"index.html", "model.onnx", *RUNTIME_FILES}
 CARD_OF_PAGE = ("classes", "recipe", "epoch", "calibrated", "unsure_below")
 COMPARED = 1000  # test images
 DIGEST = "- **SHA-256**: "  # in the card of a shared checkpoint
-MAY_DIFFER = 0.0005  # the share of images whose class may change by half precision
-SHARED = (  # the parts of a checkpoint that do not only serve to resume it
+MAY_DIFFER = 0.0005  # share of images whose class half precision may change
+SHARED = (  # checkpoint keys that aren't only for resuming
     "epoch", "global_step", "pytorch-lightning_version", "hparams_name", "hyper_parameters",
     "datamodule_hparams_name", "datamodule_hyper_parameters", "temperature", "unsure_below",
 )  # fmt: skip
-EXAMPLE = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)  # of one image the batch would be fixed
+EXAMPLE = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)  # one image would fix the batch size
 SHAPES = ({0: torch.export.Dim("batch", min=1)},)
 
 
 class Classifier(nn.Module):
-    """A trained model from pixels to probabilities, as `predict` applies it."""
+    """A trained model that maps pixels to probabilities, as in `predict`."""
 
     def __init__(self, model: ImageClassifier) -> None:
         super().__init__()
@@ -81,11 +81,11 @@ def load(
     path: Path, checkpoint: dict[str, Any], root: str | None, calibrate: bool | str | None
 ) -> tuple[Classifier, Card, Tensor]:
     """Return the classifier of a checkpoint, its card, and test images uint8 [N, 3, 32, 32] from
-    the folder `root`, by default the checkpoint's; with another `model.calibrate` if it is given.
-    It is read as data, and runs no code."""
+    `root`, by default the checkpoint's `data.root`. `calibrate` overrides `model.calibrate` unless
+    it is None. The checkpoint is loaded as data: none of its code runs."""
     given = {} if calibrate is None else {"calibrate": calibrate}
     try:
-        # What builds the model is said here, whatever the file says.
+        # Override the instantiator that the file names.
         builder = "lightning.pytorch.cli.instantiate_module"
         model = ImageClassifier.load_from_checkpoint(path, _instantiator=builder, **given)
     except ArgumentError as error:
@@ -125,7 +125,7 @@ def load(
 
 
 def export_onnx(classifier: Classifier, card: Card) -> tuple[bytes, Predict]:
-    """Return an ONNX model, and its predictions by ONNX Runtime."""
+    """Return an ONNX model, and a function that predicts with ONNX Runtime."""
     import onnxruntime  # an optional dependency
 
     program = torch.onnx.export(
@@ -143,7 +143,7 @@ def export_onnx(classifier: Classifier, card: Card) -> tuple[bytes, Predict]:
 
 
 def export_torch(classifier: Classifier, card: Card) -> tuple[bytes, Predict]:
-    """Return a `torch.export` program, and its predictions after loading."""
+    """Return a `torch.export` program, and a function that predicts with it after loading."""
     program = torch.export.export(classifier, (EXAMPLE,), dynamic_shapes=SHAPES)
     inside = ("mean", "std", "temperature")
     said = {key: value for key, value in card.items() if key not in inside}
@@ -155,12 +155,12 @@ def export_torch(classifier: Classifier, card: Card) -> tuple[bytes, Predict]:
 
 
 def export_safetensors(classifier: Classifier, card: Card) -> tuple[bytes, Predict]:
-    """Return the network's weights with the card as metadata, and the predictions of a network that
-    is built from these alone."""
+    """Return the network's weights with the card as metadata, and a model that is built from these
+    alone."""
     from safetensors.torch import load, save
 
     weights = classifier.model.network.state_dict()
-    weights = {key: value.clone().contiguous() for key, value in weights.items()}  # tied ones twice
+    weights = {key: value.clone().contiguous() for key, value in weights.items()}  # unties weights
     content = save(weights, {"card": json.dumps(card)})
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     read = json.loads(header["__metadata__"]["card"])
@@ -184,9 +184,8 @@ FORMATS = {
 def export_checkpoint(
     classifier: Classifier, checkpoint: dict[str, Any], images: Tensor
 ) -> tuple[bytes, str]:
-    """Return a checkpoint of weights, settings and the metrics of its epoch, and how precise its
-    weights are: half where that changes the class of at most 0.05 % of `images`, otherwise as they
-    were."""
+    """Return a checkpoint with weights, config and its epoch's metrics, and a note on precision:
+    half if that changes the class of at most 0.05 % of `images`, otherwise unchanged."""
     weights = checkpoint["state_dict"]
     halves = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
     expected, small = predicted(classifier, images), _shared(checkpoint, halves)
@@ -202,8 +201,8 @@ def export_checkpoint(
 
 
 def _shared(checkpoint: dict[str, Any], weights: dict[str, Tensor]) -> bytes:
-    """Return what others need of a checkpoint: nothing that only resumes it, and not where its
-    images and loggers were."""
+    """Return a checkpoint with these weights, without what is only for resuming and without the
+    locations of its images and loggers."""
     run = copy.deepcopy(checkpoint.get("run", {}))
     run.pop("started_in", None)
     for key in ("logger", "default_root_dir"):
@@ -220,8 +219,7 @@ def _shared(checkpoint: dict[str, Any], weights: dict[str, Tensor]) -> bytes:
 
 
 def _own_rows(checkpoint: dict[str, Any]) -> list[dict[str, float]]:
-    """Return the metrics of a checkpoint's epoch, if it has them: one that holds weights only may
-    not."""
+    """Return the metrics of a checkpoint's epoch; a weights-only checkpoint may have none."""
     rows = checkpoint.get("callbacks", {}).get("History", {}).get("rows", [])
     return [row for row in rows if row["epoch"] == checkpoint["epoch"]]
 
@@ -229,12 +227,12 @@ def _own_rows(checkpoint: dict[str, Any]) -> list[dict[str, float]]:
 def card_of_file(
     path: Path, out: Path, content: bytes, precision: str, card: Card, calibrated: str
 ) -> str:
-    """Return the card of a checkpoint to share: that of its run, with the result of a test of this
-    epoch, whether its probabilities are calibrated, and what the file is."""
+    """Return the card of a checkpoint to share: its run's card, with the test result of this epoch,
+    whether probabilities are calibrated, and details of the file."""
     cards = (run_of(path) / "model.md", path.with_suffix(".md"))  # of a run, of a shared one
     texts = [file.read_text(encoding="utf-8") for file in cards if file.exists()]
     text, result, _ = parts_of((texts or [f"# {out.stem}\n"])[0])
-    # The run's own config.yaml is not there for others, but in the checkpoint.
+    # Others lack the run's config.yaml; the checkpoint contains it.
     skipped = tuple(f"- **{key}**" for key in ("Repeat", "Probabilities", "File", "SHA-256"))
     text = "".join(line for line in text.splitlines(True) if not line.startswith(skipped))
     text += f"- **Probabilities**: {calibrated}\n"
@@ -248,7 +246,7 @@ def card_of_file(
 
 
 def page_files(model: bytes, card: Card) -> dict[str, bytes]:
-    """Return the files of a page: HTML, an ONNX model, and from npm what runs it in a browser."""
+    """Return the files of a page: HTML, an ONNX model, and ONNX Runtime Web from npm."""
     with tempfile.TemporaryDirectory() as scratch:
         try:
             package = archive.npm_pack(RUNTIME, Path(scratch), total=RUNTIME_BYTES)
@@ -276,11 +274,11 @@ def predicted(predict: Predict, images: Tensor) -> Tensor:
 
 
 def compare(expected: Predict, found: Predict, images: Tensor) -> float:
-    """Return the largest difference between two predictions of probabilities; refuse one of 0.001
-    or more, and another class for any of the images, but for near ties."""
+    """Return the largest difference between two predictions of probabilities. Raise if it is 0.001
+    or more, or if the class of any image differs, except in near ties."""
     ours, theirs = predicted(expected, images), predicted(found, images)
     difference = float((ours - theirs).abs().max())
-    # By how much the class that theirs names is less probable.
+    # How much less probable their class is than ours.
     behind = ours.max(dim=1).values - ours.gather(1, theirs.argmax(dim=1, keepdim=True))[:, 0]
     if wrong := int((behind > 1e-4).sum()):
         raise MisconfigurationException(
@@ -294,8 +292,8 @@ def compare(expected: Predict, found: Predict, images: Tensor) -> float:
 
 
 def _check(format_: str, out: Path, overwrite: bool) -> None:
-    """Refuse a format or an output before any work; never let a file of a run be overwritten, none
-    of which has the suffix of an export, but for its checkpoints."""
+    """Raise on an unusable format or output, before any work. A run's files are never overwritten:
+    only its checkpoints and card share a suffix with exports, and those are checked."""
     if format_ not in SUFFIXES:
         raise MisconfigurationException(
             f"--format {format_}: expected onnx, torch, safetensors (for weights), page or "
@@ -330,13 +328,13 @@ def _check(format_: str, out: Path, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def _exporting(format_: str, network: nn.Module) -> Iterator[None]:
-    """Turn what an exporter can't do into one line, and keep its progress off the terminal."""
+    """Turn an exporter's failure into a one-line error, and hide its progress output."""
     logging.getLogger("torch").setLevel(logging.CRITICAL)
     noise = io.StringIO()
     try:
         with contextlib.redirect_stderr(noise), contextlib.redirect_stdout(noise):
             yield
-    except Exception as error:  # an exporter fails with exceptions of any kind
+    except Exception as error:  # exporters raise exceptions of any kind
         cause = error.__cause__ or error
         reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
         raise MisconfigurationException(
@@ -352,7 +350,7 @@ def write_folder(out: Path, files: dict[str, bytes]) -> None:
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
             for name, content in files.items():
                 write_whole(Path(scratch, "new", name), content)
-            if out.is_dir():  # a file is replaced in one go, a folder can't be
+            if out.is_dir():  # unlike a file, it can't be replaced in one step
                 out.replace(Path(scratch, "earlier"))
             Path(scratch, "new").replace(out)
     except OSError as error:
@@ -361,7 +359,7 @@ def write_folder(out: Path, files: dict[str, bytes]) -> None:
 
 @short_errors()
 def main(args: list[str] | None = None) -> None:
-    """Run the command line; a user's mistake gives one line and an exit code that is not 0."""
+    """Run the command line. A user's mistake prints one line and exits with a non-zero code."""
     warnings.filterwarnings("ignore", module="torch")
     parser = ShortParser(prog="export.py", description="Export a checkpoint.")
     parser.add_argument("--ckpt_path", type=str, required=True, help="the checkpoint")
@@ -388,7 +386,7 @@ def main(args: list[str] | None = None) -> None:
         for note in calibration_notes(calibrate, settings_of(checkpoint)):
             print(f"note: {note}")
     classifier, card, images = load(path, checkpoint, options.data.root, calibrate)
-    classifier(EXAMPLE)  # a bug in the network's code shows its traceback here
+    classifier(EXAMPLE)  # a bug in the network shows its traceback here
     if not card["calibrated"]:
         print(
             "its probabilities are not calibrated: the checkpoint has no temperature that is used"
@@ -404,7 +402,7 @@ def main(args: list[str] | None = None) -> None:
         return
     with _exporting(format_, classifier.model.network):
         exported, predict = FORMATS[format_](classifier, card)
-        predict(torch.zeros(3, 3, 32, 32, dtype=torch.uint8))  # a batch of another size
+        predict(torch.zeros(3, 3, 32, 32, dtype=torch.uint8))  # another batch size
     images = images[:COMPARED]
     difference = compare(classifier, predict, images)
     if format_ == "page":

@@ -1,18 +1,18 @@
-"""Memory that the C library keeps for the next step."""
+"""Keep freed memory in the C library for the next step."""
 
 import contextlib
 import ctypes
 
 
 def keep_freed_memory() -> None:
-    """Let a step have the memory of the step before.
+    """Reuse the previous step's memory.
 
-    glibc gives the memory of large freed tensors back to the system, which clears it page by page
-    when it is asked for again: in a step of `airbench94` 800,000 page faults, an eighth to a fifth
-    of its time; up to a tenth of an epoch of `base`. Other C libraries are left as they are.
+    glibc returns the memory of large freed tensors to the system, which clears it page by page when
+    it is requested again. This costs a step of `airbench94` 800,000 page faults and an eighth to a
+    fifth of its time, and an epoch of `base` up to a tenth. Other C libraries are left alone.
     """
-    trim_threshold, mmap_max = -1, -4  # of malloc.h
+    trim_threshold, mmap_max = -1, -4  # from malloc.h
     with contextlib.suppress(AttributeError, OSError, TypeError):
         libc = ctypes.CDLL(None)
-        libc.mallopt(trim_threshold, -1)  # never
-        libc.mallopt(mmap_max, 0)  # no tensor has pages of its own
+        libc.mallopt(trim_threshold, -1)  # never trim
+        libc.mallopt(mmap_max, 0)  # no mmap for large tensors

@@ -1,4 +1,4 @@
-"""A run's folder, its checkpoints, and the settings in them.
+"""Run folders, their checkpoints, and the config in them.
 
 A run is a folder runs/<name>/version_<n>/ with `config.yaml`, TensorBoard events, `metrics.csv`,
 figures, `model.pth` and `checkpoints/`.
@@ -31,18 +31,18 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
-WHERE = {  # where things lie, on which no result depends; the device is on record by itself
+WHERE = {  # locations: no result depends on them; the device is recorded separately
     "name", "ckpt_path", "config", "trainer.default_root_dir", "trainer.accelerator", "data.root",
     "data.sources", "data.download",
 }  # fmt: skip
 OFF = {"null", "false", "0", "0.0", '"off"', '"none"', '"auto"', '""', "[]", "{}"}  # as JSON
-LATER = {("num_classes", "10")}  # arguments of later versions, with what was so before, as JSON
-# What makes a model's temperature another one.
+LATER = {("num_classes", "10")}  # arguments added later, with the value implied before, as JSON
+# Hyperparameters that affect a model's temperature.
 CALIBRATED = (
     "network", "normalize", "label_smoothing", "class_weights", "softmax_before_loss",
 )  # fmt: skip
 RUN_SETTINGS = ("seed_everything", "name", "trainer", "checkpoint")
-LARGE = 1e9  # bytes of checkpoints that are worth a word
+LARGE = 1e9  # bytes of checkpoints above which to print a note
 
 Row = dict[str, float]  # the metrics of an epoch
 
@@ -51,7 +51,7 @@ Row = dict[str, float]  # the metrics of an epoch
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is never seen half-written; say so if that can't be done."""
+    """Write a file atomically; raise MisconfigurationException if that fails."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,12 +65,12 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def versions(parent: Path) -> dict[int, Path]:
-    """Return the folders of a recipe's runs by number."""
+    """Return a recipe's run folders by number."""
     return {int(p.name[8:]): p for p in parent.glob("version_*") if p.name[8:].isdecimal()}
 
 
 def claim(parent: Path) -> Path:
-    """Create and return the next free `version_<n>` of a folder, for this process alone."""
+    """Create and return the next free `version_<n>` in `parent`, for this process alone."""
     parent.mkdir(parents=True, exist_ok=True)
     version = max(versions(parent), default=-1) + 1
     while True:
@@ -82,8 +82,8 @@ def claim(parent: Path) -> Path:
 
 
 def forget(folder: Path) -> None:
-    """Remove the folder of a run that failed before it had anything to show, and the folders around
-    it that this leaves empty."""
+    """Remove the folder of a run that failed before it produced anything, and its parents if they
+    are then empty."""
     if not any((folder / name).exists() for name in ("checkpoints", "metrics.csv")):
         shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):
@@ -93,8 +93,8 @@ def forget(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run's folder, which the system frees if this process is killed; refuse a
-    folder in which another process trains."""
+    """Hold a run folder's lock, or raise if another process trains there. The system frees the lock
+    if this process is killed."""
     lock = FileLock(folder / ".lock")
     try:
         with lock.acquire(timeout=0):
@@ -107,13 +107,13 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def code_version() -> dict[str, str]:
-    """Return the start of the SHA-256 of every file that this process has imported from this
-    project and from the user's own folders, by the name of its module."""
+    """Return the start of the SHA-256 of every file imported from this project and the user's own
+    folders, by module name."""
     found, pythons = {}, sysconfig.get_path("stdlib")
-    for name, module in sorted(sys.modules.copy().items()):  # a thread may import
+    for name, module in sorted(sys.modules.copy().items()):  # another thread may import
         file = Path(getattr(module, "__file__", None) or "")
         is_installed = {"site-packages", "dist-packages"} & set(file.parts)
-        is_kernel = name.startswith("torch.")  # that torch.compile has written, in a folder of /tmp
+        is_kernel = name.startswith("torch.")  # written to /tmp by torch.compile
         is_pythons = file.is_relative_to(pythons)
         is_code = file.suffix == ".py" and file.is_file()
         if is_code and not (is_installed or is_kernel or is_pythons):
@@ -127,8 +127,8 @@ def file_version(file: Path) -> str:
 
 
 def package_versions(settings: dict[str, Any]) -> dict[str, str]:
-    """Return the versions of the packages that a run with these settings computes with, and of the
-    file of weights that it starts from."""
+    """Return the versions of the packages that a run with these settings uses, and of the weights
+    file that it starts from."""
     classes = [str(v) for key, v in flat(settings).items() if key.endswith("class_path")]
     names = {"torch", "torchvision", "lightning", *(c.partition(".")[0] for c in classes)}
     names = names & sys.modules.keys() | ({settings["model"].get("weights")} - {None})
@@ -137,7 +137,7 @@ def package_versions(settings: dict[str, Any]) -> dict[str, str]:
 
 
 def package_version(name: str) -> str:
-    """Return the version of an imported package, or of a file; nothing if it has none, as the
+    """Return the version of an imported package or a file; an empty string if it has none, like the
     user's own packages."""
     if Path(name).is_file():
         return file_version(Path(name))
@@ -147,7 +147,7 @@ def package_version(name: str) -> str:
     return metadata.version(names[0]) if names else ""
 
 
-_distributions = functools.cache(metadata.packages_distributions)  # by module; it reads all
+_distributions = functools.cache(metadata.packages_distributions)  # by module; reads all packages
 
 
 def machine(device: torch.device) -> str:
@@ -169,10 +169,10 @@ def processor() -> str:
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Saves checkpoints that are never seen half-written, and `last.ckpt` as a hard link where an
-    epoch's own file has just been saved. Lightning's copy to their place can end halfway."""
+    """Saves checkpoints atomically, and `last.ckpt` as a hard link to an epoch's file that has just
+    been saved. Lightning copies files into place, which can stop halfway."""
 
-    # The newest: its place in the training and its parts, and its path.
+    # Of the newest checkpoint: its loop state and keys, and its path.
     saved: tuple[Any, Path] = (None, Path())
 
     def save_checkpoint(
@@ -180,7 +180,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
     ) -> None:
         """Save the checkpoint to a local path."""
         path = Path(path)
-        for half_written in path.parent.glob(".*.ckpt.*"):  # by a run that was killed
+        for half_written in path.parent.glob(".*.ckpt.*"):  # left by a killed run
             half_written.unlink(missing_ok=True)
         now, (place, twin) = (checkpoint["loops"], [*checkpoint]), self.saved
         if path.name == "last.ckpt" and place == now and twin.parent == path.parent:
@@ -196,14 +196,14 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 
 class EpochCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, which here keeps every epoch and names the best one.
+    """Lightning's ModelCheckpoint; by default it keeps every epoch and names the best one.
 
     Args:
-        monitor: The metric that names the best epoch: `val/acc`, `val/loss`, or any that is logged.
+        monitor: The metric that decides the best epoch: `val/acc`, `val/loss`, or any logged one.
         mode: `auto`: `min` for a metric with `loss` or `error` in its name, otherwise `max`.
-        filename: Of an epoch's checkpoint.
+        filename: File name of an epoch's checkpoint.
         save_top_k: How many of the best epochs to keep; -1: all.
-        save_last: Keep `last.ckpt`, always of the last epoch.
+        save_last: Keep `last.ckpt`, the newest state.
 
     """
 
@@ -228,7 +228,7 @@ class EpochCheckpoint(ModelCheckpoint):
         self.keeps_last = save_last
 
     def also_last(self) -> list[ModelCheckpoint]:
-        """Return what keeps `last.ckpt`: ModelCheckpoint's own would be the last that it keeps."""
+        """Return the callback for `last.ckpt`, as ModelCheckpoint's own covers only its top k."""
         interval, steps = self._train_time_interval, self._every_n_train_steps
         last = ModelCheckpoint(
             filename="last",
@@ -241,7 +241,7 @@ class EpochCheckpoint(ModelCheckpoint):
         return [last] if self.keeps_last else []
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save; with the first epoch, say so if all of them will take much space."""
+        """Save; after the first epoch, print a note if all of them will take much space."""
         super().on_train_epoch_end(trainer, pl_module)
         path, epochs = Path(self._last_checkpoint_saved), trainer.max_epochs or 0
         if trainer.current_epoch == 0 and self.save_top_k == -1 and path.is_file():
@@ -254,15 +254,15 @@ class EpochCheckpoint(ModelCheckpoint):
 
 
 def natural_mode(monitor: str | None) -> Literal["min", "max"] | None:
-    """Return whether a metric is better when lower or higher; None if its name does not say."""
+    """Return whether lower or higher is better, or None if the metric's name does not say."""
     if any(word in str(monitor) for word in ("loss", "error")):
         return "min"
     return "max" if str(monitor).endswith("acc") else None
 
 
 def check_monitors(settings: dict[str, Any]) -> None:
-    """Refuse settings by which something is chosen on the test set, or the worst is taken for the
-    best: the mode of Lightning's callbacks is `min`, whatever the metric."""
+    """Raise if a monitor would choose on the test set, or choose the worst value: the default mode
+    of Lightning's callbacks is `min` for any metric."""
     values = flat(settings)
     for key, monitor in values.items():
         if not key.endswith(".monitor"):
@@ -284,8 +284,8 @@ def keeper(trainer: Trainer) -> ModelCheckpoint | None:
 
 
 def chosen(rows: list[Row], checkpoint: ModelCheckpoint) -> tuple[Row, Path] | None:
-    """Return the epoch that validation chose, and its file: the first best of the metric that is
-    monitored, among the epochs whose checkpoint is there, saved when the metric was measured."""
+    """Return the epoch that validation chose, and its checkpoint: the best by the monitored metric,
+    of equal ones the first. The checkpoint must exist and be from the step of the measurement."""
     for row in ranked(rows, str(checkpoint.monitor), checkpoint.mode):
         # Rows of versions up to 0.2.0 have no step.
         step = row.get("val/step", row.get("step"))
@@ -299,18 +299,17 @@ def chosen(rows: list[Row], checkpoint: ModelCheckpoint) -> tuple[Row, Path] | N
 
 
 def ranked(rows: list[Row], monitor: str, mode: str) -> list[Row]:
-    """Return the epochs in which a metric was measured, the best first, of equal ones the first."""
+    """Return the epochs with a finite value of a metric, best first; ties keep their order."""
     sign = -1 if mode == "max" else 1
     measured = (row for row in rows if math.isfinite(row.get(monitor, math.nan)))
     return sorted(measured, key=lambda row: sign * row[monitor])
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
-    """Return the settings that differ, by dotted name, with their values before and now, without
-    those of where things lie. An argument that another version lacks is the same only if it is
-    off."""
+    """Return the settings that differ, by dotted name, as [before, now], except locations. An
+    argument that one side lacks differs unless it is off."""
     before, now = flat(before), flat(now)
-    # As JSON, where 1 is not 1.0.
+    # In JSON, 1 is not 1.0.
     its, ours = ({k: json.dumps(v, default=str) for k, v in of.items()} for of in (before, now))
     both, every = its.keys() & ours.keys(), {**its, **ours}
     place = re.compile(rf"({'|'.join(map(re.escape, WHERE))})(\..*)?")
@@ -325,10 +324,10 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[A
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Return a Lightning checkpoint as plain data, in terms of this version; no code of it runs.
+    """Load a Lightning checkpoint as plain data, migrated to this version; none of its code runs.
 
     Raises:
-        MisconfigurationException: No such file, or not a checkpoint.
+        MisconfigurationException: The file is missing or not a checkpoint.
     """
     path, what = Path(path), "a checkpoint of this project"
     checkpoint = _load(path, what)
@@ -339,23 +338,24 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def read_weights(path: str | Path) -> dict[str, Any]:
-    """Return the weights of a network by name, of a checkpoint or of a file that has nothing else.
+    """Load a network's weights by name, from a checkpoint or a file that holds only weights.
 
     Raises:
-        MisconfigurationException: No such file, or one without weights.
+        MisconfigurationException: The file is missing or has no weights.
     """
-    content = _load(Path(path), "a file of weights", mmap=False)  # which older files don't allow
+    content = _load(Path(path), "a file of weights", mmap=False)  # older files can't be mapped
     found = content.get("state_dict", content) if isinstance(content, dict) else None
     if not (isinstance(found, dict) and all(isinstance(v, Tensor) for v in found.values())):
         raise MisconfigurationException(f"{path} holds no weights of a network")
     own = {k.removeprefix("network."): v for k, v in found.items() if k.startswith("network.")}
-    is_modules = "state_dict" in content or len(own) == len(found)  # not the network's alone
+    is_modules = "state_dict" in content or len(own) == len(found)  # not the bare network's
     return own if own and is_modules else found
 
 
 def origin(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the settings of the run that left a file of weights, and on which images it trained,
-    as the checkpoint says, or `config.yaml` and `run.json` beside `model.pth`; empty if unknown."""
+    """Return the config of the run that wrote a weights file, and the images it was trained on:
+    from the checkpoint, or from `config.yaml` and `run.json` next to `model.pth`. Empty if unknown.
+    """
     content = _load(path, "a file of weights", mmap=False)
     settings, made_by = path.with_name("config.yaml"), path.with_name("run.json")
     if isinstance(content, dict) and "val_size" in content.get("datamodule_hyper_parameters", {}):
@@ -367,16 +367,16 @@ def origin(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def images_of(checkpoint: dict[str, Any]) -> dict[str, str]:
-    """Return which training and test images the run of a checkpoint had, as far as it says: those
-    of versions up to 0.2.0 say whether they were verified."""
+    """Return the identities of a checkpoint's training and test images, if known. Versions up to
+    0.2.0 only recorded whether they were verified."""
     is_verified = checkpoint.get("datamodule_hyper_parameters", {}).get("verify")
     known = dict.fromkeys(("train", "test"), "CIFAR-10") if is_verified else {}
     return checkpoint.get("run", {}).get("images") or known
 
 
 def refuse_other_images(source: str, known: dict[str, str], now: str) -> None:
-    """Refuse to validate on the images that are there now, if what comes from a checkpoint or a
-    file of weights was trained on others, which are known."""
+    """Raise if the weights in `source` are known to be trained on images other than `now`: some of
+    those may be in the validation set."""
     if known.get("train", now) != now:
         raise MisconfigurationException(
             f"{source} was trained on other images ({known['train']}), perhaps on some of this "
@@ -385,7 +385,7 @@ def refuse_other_images(source: str, known: dict[str, str], now: str) -> None:
 
 
 def _load(path: Path, what: str, mmap: bool = True) -> Any:
-    """Return the content of a file that PyTorch saved, as plain data."""
+    """Load a file that PyTorch saved, as plain data."""
     if not path.is_file():
         folders = (path, path / "checkpoints", path.parent)
         found = sorted({str(file) for folder in folders for file in folder.glob("*.ckpt")})
@@ -393,20 +393,20 @@ def _load(path: Path, what: str, mmap: bool = True) -> Any:
         raise MisconfigurationException(f"no checkpoint {path}{there}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # a file that is no checkpoint can fail in any way
+    except Exception as error:  # a file that isn't a checkpoint can raise anything
         raise MisconfigurationException(
             f"{path} is not {what}, or it is damaged; it was not loaded ({type(error).__name__})"
         ) from error
 
 
 def migrate(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Return a checkpoint of any earlier version in terms of this one.
+    """Convert a checkpoint of any earlier version to this one.
 
-    Up to 0.2.0 images were normalised by a step of `data.augment`, schedules had `total_steps`, and
-    the mode of the monitor was said apart from it.
+    Up to 0.2.0, a step of `data.augment` normalised images, schedules had `total_steps`, and the
+    monitor's mode was set separately.
     """
     run = checkpoint.get("run", {})
-    if isinstance(run.get("code"), str):  # of all files at once, up to 0.3.0
+    if isinstance(run.get("code"), str):  # one hash of all files, up to 0.3.0
         run["code"] = {"train": run["code"]}
     model = checkpoint.get("hyper_parameters", {})
     data = checkpoint.get("datamodule_hyper_parameters", {})
@@ -415,7 +415,7 @@ def migrate(checkpoint: dict[str, Any]) -> dict[str, Any]:
     scheduler = model.get("lr_scheduler") or {}
     if str(scheduler.get("class_path")).startswith("optimization."):
         scheduler.get("init_args", {}).pop("total_steps", None)
-        if not scheduler.get("init_args"):  # as one without arguments has it now
+        if not scheduler.get("init_args"):  # now absent if there are no arguments
             scheduler.pop("init_args", None)
     run.get("checkpoint", {}).pop("mode", None)
     run["chosen_by"] = {"monitor": run.get("checkpoint", {}).get("monitor")}
@@ -424,7 +424,7 @@ def migrate(checkpoint: dict[str, Any]) -> dict[str, Any]:
         if step["class_path"] == "cifar10.augment.Normalize":
             arguments = step.get("init_args", {})
             model["normalize"] = {key: list(arguments[key]) for key in ("mean", "std")}
-        elif step["class_path"] == "cifar10.augment.Cutout":  # which filled with zeros
+        elif step["class_path"] == "cifar10.augment.Cutout":  # it filled with zeros
             fill = model["normalize"]["mean"] if model["normalize"] else [0.0, 0.0, 0.0]
             steps.append({**step, "init_args": {**step.get("init_args", {}), "fill": fill}})
         else:
@@ -435,25 +435,25 @@ def migrate(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 
 def settings_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of the run that wrote a checkpoint, as `config.yaml` has them."""
+    """Return the config of the run that wrote a checkpoint, as in `config.yaml`."""
     run = checkpoint.get("run", {})
     settings = {key: run[key] for key in RUN_SETTINGS if key in run}
     for key, part in (("hyper_parameters", "model"), ("datamodule_hyper_parameters", "data")):
         settings[part] = {k: v for k, v in checkpoint.get(key, {}).items() if k != "_instantiator"}
     root = settings["data"].get("root", "")
     there = Path(run.get("started_in", ""), root)
-    if not Path(root).is_dir() and there.is_dir():  # the command is given in another folder
+    if not Path(root).is_dir() and there.is_dir():  # run from another folder
         settings["data"]["root"] = str(there)
     return settings
 
 
 def calibration_notes(file: str, settings: dict[str, Any]) -> list[str]:
-    """Return in what the run of a checkpoint, whose temperature is to calibrate a model of these
-    settings, was trained differently; refuse one of another network."""
+    """List how the run that `file` comes from differs from `settings` in ways that affect
+    calibration. Raise if the networks differ."""
     both = settings_of(read_checkpoint(file)), settings
     its, ours = ({key: of["model"].get(key) for key in CALIBRATED} for of in both)
     found = differences(its, ours)
-    networks = {*found.get("network.class_path", ())}  # of two classes, if they differ
+    networks = {*found.get("network.class_path", ())}  # both classes, if they differ
     if networks and not networks & {None, "networks.default_network"}:
         raise MisconfigurationException(
             f"model.calibrate {file} has another network, {' and '.join(sorted(networks))}: "
@@ -466,7 +466,7 @@ def calibration_notes(file: str, settings: dict[str, Any]) -> list[str]:
 
 
 def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by dotted names, the items of lists by their number."""
+    """Flatten nested settings to dotted names; list items are named by index."""
     items = dict(enumerate(settings)) if isinstance(settings, list) else settings
     if not isinstance(items, dict) or not items:
         return {prefix: settings}
@@ -475,8 +475,8 @@ def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def run_of(checkpoint: Path) -> Path:
-    """Return the folder of the run that wrote a checkpoint; of one that lies elsewhere, the folder
-    beside it that has its name."""
+    """Return the run folder of a checkpoint; for one outside of a run, the folder next to it that
+    has its name."""
     named = checkpoint if "checkpoints" in checkpoint.parent.parts else checkpoint.absolute()
     folders = (
         folder.parent
@@ -488,8 +488,8 @@ def run_of(checkpoint: Path) -> Path:
 
 
 def newest(folder: Path) -> tuple[int, Path]:
-    """Return the step and the path of the newest checkpoint in a folder, `last.ckpt` if it is one
-    of two; -1 if there is none."""
+    """Return the step and path of the newest checkpoint in a folder, `last.ckpt` in a tie; step -1
+    if there is none."""
     steps = [(-1, folder)]
     for path in folder.glob("*.ckpt"):
         with contextlib.suppress(MisconfigurationException):  # damaged
@@ -498,8 +498,8 @@ def newest(folder: Path) -> tuple[int, Path]:
 
 
 def named(path: str, parent: Path) -> Path:
-    """Return the checkpoint that a command names: by its path, or as `last` or `best` of the newest
-    run in `parent`, the folder of a recipe's runs, that has one."""
+    """Return the checkpoint that a command names: a path, or `last` or `best` of the newest run in
+    `parent`, a recipe's folder, that has one."""
     if path not in ("last", "best"):
         return Path(path)
     for _, folder in sorted(versions(parent).items(), reverse=True):
@@ -512,7 +512,7 @@ def named(path: str, parent: Path) -> Path:
 
 
 def best(last: Path) -> Path:
-    """Return the checkpoint of the epoch that validation chose, of a run by its last one."""
+    """Return the checkpoint that validation chose in the run whose last one is `last`."""
     checkpoint = read_checkpoint(last)
     if "run" not in checkpoint:
         raise MisconfigurationException(f"--ckpt_path best: {last} does not say: name the file")
@@ -521,4 +521,4 @@ def best(last: Path) -> Path:
     found = chosen(rows, EpochCheckpoint(dirpath=last.parent, **by)) if by["monitor"] else None
     if found is None:
         raise MisconfigurationException(f"--ckpt_path best: {run_of(last)} chose no epoch")
-    return last.parent / found[1].relative_to(last.parent.resolve())  # relative, if it was named so
+    return last.parent / found[1].relative_to(last.parent.resolve())  # relative if `last` is

@@ -6,10 +6,10 @@
     python study.py configs/studies/batch_size.yaml --seeds '[6, 7]'      # other seeds
     python study.py configs/studies/epochs.yaml --from runs.jsonl         # resume another folder's
 
-Every run is one of `python train.py fit`, in runs/<study>/<setting>,seed=<seed>/version_0/. The
-same command resumes a study that was stopped, in whatever way; started again while it runs, here or
-on another machine, it takes its share. The answer lies in runs/<study>/: `answer.md`, two figures,
-and the record of its runs, `runs.jsonl`, by which another machine can resume the study.
+Every run is a `python train.py fit`, in runs/<study>/<setting>,seed=<seed>/version_0/. However a
+study was stopped, the same command resumes it; started again while the study runs, here or on
+another machine, it does a share of the runs. The answer is in runs/<study>/: `answer.md`, two
+figures, and the record of the runs, `runs.jsonl`, from which another machine can resume.
 """
 
 import argparse
@@ -32,14 +32,14 @@ from studies.record import other_code, read_records
 from studies.work import Work
 from terminal import ShortParser, innermost, refused, short_errors
 
-HOW = {"--jobs", "--storage", "--folder", "--from", "--any_code"}  # no result depends on these
+HOW = {"--jobs", "--storage", "--folder", "--from", "--any_code"}  # flags that don't affect results
 
 
 @short_errors()
 def main(args: list[str] | None = None) -> None:
-    """Run the command line; a user's mistake gives one line and an exit code that is not 0."""
+    """Run the command line. A user's mistake prints one line and exits with a non-zero code."""
     if "" not in sys.path:
-        sys.path.append("")  # the current folder, for classes of the user's own
+        sys.path.append("")  # the current folder, for the user's classes
     os.environ.pop("SLURM_NTASKS", None)  # a run is one process, however many a job has
     args = _with_file_first(sys.argv[1:] if args is None else args)
     parser = ShortParser(prog="study.py", description="Answer a question by many runs.")
@@ -52,10 +52,10 @@ def main(args: list[str] | None = None) -> None:
     add("--from", action="append", default=[], help="take the runs of a runs.jsonl as done")
     add("--any_code", type=bool, default=False, help="also those by other code")
     given = parser.parse_args(args)
-    # The flags to pass on stay words, though some of them name classes.
+    # Flags to pass on must not be instantiated, though some name classes.
     try:
         asked = parser.instantiate_classes(given).as_dict()
-    except (ValueError, TypeError) as error:  # of a sampler or a pruner
+    except (ValueError, TypeError) as error:  # from a sampler or a pruner
         raise refused(error) from error
     asked |= {key: given.as_dict()[key] for key in ("grid", "variants", "fixed")}
     question = Question(**{field.name: asked[field.name] for field in dataclasses.fields(Question)})
@@ -97,7 +97,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _with_file_first(args: list[str]) -> list[str]:
-    """Return a command line with the study's file, behind its flag, first: the others override."""
+    """Move the study's file to the front, as `--file`, so that flags override it."""
     args = [word for word in args if word != "--file"]
     if {"--help", "-h"} & {*args}:
         return args
@@ -113,7 +113,7 @@ def _with_file_first(args: list[str]) -> list[str]:
 
 
 def _that_ask(args: list[str]) -> list[str]:
-    """Return the words of a command line without those that no result depends on."""
+    """Return a command line without the flags that don't affect results."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in HOW:
         parser.add_argument(flag)

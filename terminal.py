@@ -1,5 +1,5 @@
-"""What the person at the terminal sees: a user's mistake in a few words, and no noise of the
-frameworks. LAB_DEBUG=1 shows every traceback."""
+"""Terminal output: short messages for user mistakes, and no noise from the frameworks. LAB_DEBUG=1
+shows every traceback."""
 
 import contextlib
 import difflib
@@ -28,7 +28,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-# What PyTorch and Lightning say only in the middle of a run.
+# Errors that PyTorch and Lightning raise only mid-run, and the message to print instead.
 MENDS = {
     "No working C++ compiler": "model.compile needs a C++ compiler: install g++, or leave it off",
     "Failed to find C compiler": "model.compile needs a C compiler: install gcc, or leave it off",
@@ -47,7 +47,7 @@ MENDS = {
 }
 
 
-# What people try, from other projects.
+# Flags that users know from other projects, and ours.
 MEANT = {
     "lr": "model.optimizer.lr", "learning_rate": "model.optimizer.lr", "seed": "seed_everything",
     "epochs": "trainer.max_epochs", "gpus": "trainer.devices", "device": "trainer.accelerator",
@@ -56,7 +56,7 @@ MEANT = {
     "images": "data.images",
 }  # fmt: skip
 
-# What jsonargparse says of a value, and what a person would.
+# jsonargparse's messages about values, and plainer ones.
 VALUES = (
     (r"Expected a <class '[\w.]*Sequence'>\. Got value: (.*)", r"expected a list, not \1: in the "
      r"YAML one item a line, on the command line one += for each"),
@@ -67,12 +67,12 @@ VALUES = (
     (r"(\S+) does not conform to restriction (v\S+(?: and v\S+)*)", r"expected a value \2, not \1"),
 )  # fmt: skip
 
-# The types of a union, none of which takes the value.
+# The types of a union that reject the value.
 KINDS = re.compile(
     r"- (?:Expected a|Not of type) (?:<class '(?:\w+\.)*(\w+)'>|typing\.Literal\[(.*)\]|(\w+):)"
 )
 
-# Lightning's flags that the help explains, and what it says of others.
+# Lightning's flags that the help describes, and help texts that replace the original ones.
 SHOWN = {*MEANT.values(), *(f"checkpoint.{name}" for name in ("monitor", "mode", "filename",
          "save_top_k", "save_last"))}  # fmt: skip
 COMMANDS = {
@@ -90,7 +90,7 @@ HELP = {
 
 
 def innermost(error: BaseException) -> BaseException:
-    """Return the exception at the root of a chain of them."""
+    """Return the exception at the root of a chain."""
     while True:
         cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
         if cause is None:
@@ -99,7 +99,7 @@ def innermost(error: BaseException) -> BaseException:
 
 
 def refused(error: BaseException) -> MisconfigurationException:
-    """Return what a class said about its arguments in the settings, with the class's name."""
+    """Return the error that a class raised for its arguments, prefixed with the class name."""
     root = innermost(error)
     frames = [frame for frame, _ in traceback.walk_tb(root.__traceback__)]
     builders = [f.f_locals["self"] for f in frames if f.f_code.co_name == "__init__"]
@@ -108,15 +108,15 @@ def refused(error: BaseException) -> MisconfigurationException:
 
 
 class ShortParser(LightningArgumentParser):
-    """Says what is wrong in one line, where jsonargparse prints the usage first, and helps in four
-    pages; flags have no abbreviations, which another version may read otherwise."""
+    """Prints one-line errors, without jsonargparse's usage, and four pages of help. Flags can't be
+    abbreviated, as another version may resolve abbreviations differently."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def format_help(self, *args: Any) -> str:
-        """Return the help: this project's flags with their meaning, of Lightning's the most used
-        ones and the names of the others, and no list of all classes that there are."""
+        """Return the help: descriptions of this project's flags and Lightning's most used ones, the
+        names of the others, and no lists of known subclasses."""
         for group in self._action_groups:
             others = []
             for action in group._group_actions:
@@ -138,7 +138,7 @@ class ShortParser(LightningArgumentParser):
         return re.sub(r",\s+known\s+subclasses:[^)]*\)", ")", super().format_help(*args))
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the key and the innermost cause, or the keys near an unknown one; exit with 2."""
+        """Print the key and the root cause, or the option nearest an unknown one; exit with 2."""
         key = message.partition('Parser key "')[2].partition('"')[0]
         words = message.removeprefix("unrecognized arguments: ")
         if type(ex).__name__ == "NSKeyError" and "'" in message:
@@ -155,7 +155,7 @@ class ShortParser(LightningArgumentParser):
                 if is_config
                 else ": quote patterns of files; several are a list, --data.images '[a.jpg, b.jpg]'"
             )
-        if not self.exit_on_error:  # the parser of a class's arguments: the one around it says it
+        if not self.exit_on_error:  # a class's parser: the outer one prints it
             raise ArgumentError(None, message) from None
         if os.environ.get("LAB_DEBUG") and ex is not None:
             raise ex
@@ -163,7 +163,7 @@ class ShortParser(LightningArgumentParser):
 
 
 def _unknown(name: str, parser: LightningArgumentParser) -> str:
-    """Return what to say of an unknown option: the nearest one, or all if there are few."""
+    """Return the message for an unknown option: the nearest one, or all if there are few."""
     known = [a.dest for a in parser._actions if not a.dest.endswith(("help", "config", "shtab"))]
     if (last := name.rpartition(".")[2]) in MEANT and "trainer.max_epochs" in known:
         hint = f": did you mean {MEANT[last]}?"
@@ -171,7 +171,7 @@ def _unknown(name: str, parser: LightningArgumentParser) -> str:
         hint = ": arguments of a class belong under its init_args"
     elif last in ("num_workers", "pin_memory"):
         hint = ": a batch is cut from tensors in memory, which takes no workers"
-    elif "fixed" in known and "." in name:  # of a study
+    elif "fixed" in known and "." in name:  # in a study
         hint = ": flags of fit go into fixed, grid or variants of its file"
     elif near := difflib.get_close_matches(name, known, n=1, cutoff=0.75):
         hint = f": did you mean {near[0]}?"
@@ -185,7 +185,7 @@ def _unknown(name: str, parser: LightningArgumentParser) -> str:
 
 
 def _about(key: str, root: str, whole: str) -> str:
-    """Return what to say of the value of a key, by the cause that was found in a whole message."""
+    """Return the message for a key's value, from the root cause and the whole message."""
     if name := root.partition("dot import path string: ")[2]:
         return f"{key}: {_no_class(name)}"
     if names := root.partition("arguments are required: ")[2]:
@@ -203,7 +203,7 @@ def _about(key: str, root: str, whole: str) -> str:
 
 
 def _no_class(name: str) -> str:
-    """Return what to say of a class that is not known by its name alone."""
+    """Return the message for a class name that can't be resolved."""
     for file in sorted(Path().glob("*.py")):
         if re.search(rf"^class {re.escape(name)}\b", file.read_text(errors="replace"), re.M):
             return f"did you mean {file.stem}.{name}?"
@@ -222,11 +222,11 @@ def _is_full_disk(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def short_errors() -> Iterator[None]:
-    """Turn a user's mistake into a line and an exit code that is not 0; leave all others alone.
-    The frameworks say less."""
+    """Turn a user's mistake into one line and a non-zero exit code; let other errors pass. Quieten
+    the frameworks."""
     _quieten()
     tell = threading.excepthook
-    # TensorBoard writes in a thread of its own, and tells the main thread of a full disk too.
+    # TensorBoard's writer thread reports a full disk to the main thread too.
     threading.excepthook = lambda args: None if _is_full_disk(args.exc_value) else tell(args)
     try:
         yield
@@ -255,26 +255,26 @@ def short_errors() -> Iterator[None]:
 
 
 def _quieten() -> None:
-    """Keep tips of the frameworks, and what they don't know of this project, off the terminal."""
+    """Hide the frameworks' tips, and warnings that don't apply to this project."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for name in ("profilers", "callbacks"):  # their tables, and why they end a run
+    for name in ("profilers", "callbacks"):  # their tables, and why they stop a run
         logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.INFO)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a file name that a terminal lacks letters for
+        if isinstance(stream, io.TextIOWrapper):  # for file names that it can't encode
             stream.reconfigure(errors="backslashreplace")
-    # A compilation on a machine without a GPU says that there is none.
+    # Without a GPU, compiling logs that there is none.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     if sys.warnoptions:  # python -W default train.py ... shows all
         return
     for category in (DeprecationWarning, FutureWarning, PossibleUserWarning):
         warnings.simplefilter("ignore", category)
     for message in (
-        r".*callbacks used to create the checkpoint need to be provided",  # to test without them
+        r".*callbacks used to create the checkpoint need to be provided",  # `test` needs none
         r"Checkpoint directory .* exists and is not empty",  # a resumed run's
-        r"The dirpath has changed",  # of a moved run, or one that resumes another's earlier epoch
+        r"The dirpath has changed",  # moved, or resumed from another's earlier epoch
         r"Total length of `Batches` across ranks is zero",  # val_size 0
         r"Precision bf16-mixed is not supported by the model summary",
-        r"Glyph .* missing from font",  # of the name of a class
+        r"Glyph .* missing from font",  # in a class name
     ):
         warnings.filterwarnings("ignore", message)

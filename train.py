@@ -2,12 +2,12 @@
 
     python train.py fit --config configs/base.yaml
     python train.py fit --config configs/base.yaml --data.batch_size 64 --seed_everything 1
-    python train.py fit --ckpt_path runs/base/version_0/checkpoints/last.ckpt     # resumes it
+    python train.py fit --ckpt_path runs/base/version_0/checkpoints/last.ckpt     # resume
     python train.py test --ckpt_path runs/base/version_0/checkpoints/last.ckpt
     tensorboard --logdir runs
 
-A run is a folder runs/<name>/version_<n>/. A checkpoint carries the settings of its run, so
-`--ckpt_path` alone is enough; the rest of the command line overrides them.
+A run is a folder runs/<name>/version_<n>/. A checkpoint contains its run's config, so `--ckpt_path`
+alone is enough; the rest of the command line overrides that config.
 """
 
 import argparse
@@ -57,48 +57,48 @@ from cifar10.batches import Predictions
 from datamodule import CIFAR10DataModule
 from lightning_module import FINDERS, Diverged, ImageClassifier
 from memory import keep_freed_memory
-from optimization import bf16_is_slow  # its import makes short names of the optimizers known
+from optimization import bf16_is_slow  # the import registers the optimizers' short names
 from reports.card import commit, early_stops, model_card, parts_of
 from reports.saved import Saved
 from terminal import COMMANDS, ShortParser, refused, short_errors
 
-# Types of arguments of torchvision's transforms and of Lightning's callbacks.
+# Argument types of torchvision's transforms and Lightning's callbacks.
 register_type(
     numbers.Number, deserializer=lambda value: int(value) if value == int(value) else value
 )
 register_type(torch.device, str, torch.device)
-# Of defaults such as that of Lightning's Timer.
+# Some of Lightning's defaults are StrEnums, e.g. Timer's `interval`.
 yaml.SafeDumper.add_multi_representer(StrEnum, lambda dumper, of: dumper.represent_str(of.value))
 BAREBONES = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-# Arguments of a subcommand that have one right value here; a checkpoint is data, it runs no code.
+# Subcommand arguments that are fixed here. A checkpoint is loaded as data: none of its code runs.
 FIXED = {"weights_only": True, "verbose": False, "return_predictions": False}
-# What decides on the images for validation, beside how many they are.
+# What determines the validation set, besides its size.
 SPLIT = ("split_seed", "stratify", "folds", "fold")
 CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
 
 
 def _drop_other_arguments(_parser: Any, before: Any, now: Any) -> None:
-    """Give a class its own defaults, where jsonargparse keeps arguments of the same name that the
-    class before it was given, such as the learning rate of another optimizer."""
+    """Drop the arguments of a class that is replaced, so that the new one has its own defaults.
+    jsonargparse keeps those that both classes take, e.g. another optimizer's learning rate."""
     if before and "init_args" in before and before["class_path"] != now["class_path"]:
         before["init_args"] = type(before["init_args"])()
 
 
-assert hasattr(_typehints, "discard_init_args_on_class_path_change")  # a part that may go
+assert hasattr(_typehints, "discard_init_args_on_class_path_change")  # private, so it may disappear
 _typehints.discard_init_args_on_class_path_change = _drop_other_arguments
 
-# Which class a short name means, where several have it; jsonargparse asks for the whole name.
+# Classes that ambiguous short names stand for; jsonargparse would ask for the class path.
 SHORT = {
     "ReduceLROnPlateau": "lightning.pytorch.cli.ReduceLROnPlateau",
     "RandomCrop": "cifar10.augment.RandomCrop",
 }
-_by_name = inspect.unwrap(_typehints.resolve_class_path_by_name)  # as a notebook runs this again
+_by_name = inspect.unwrap(_typehints.resolve_class_path_by_name)  # a notebook may run this twice
 
 
 @functools.wraps(_by_name)
 def _by_short_name(cls: Any, name: str) -> str:
-    """Return the class path that jsonargparse finds for a name, and if there are several, ours."""
+    """Resolve a class name as jsonargparse does, or by `SHORT` if it is ambiguous."""
     try:
         return _by_name(cls, name)
     except ValueError:
@@ -111,10 +111,10 @@ _typehints.resolve_class_path_by_name = _by_short_name
 
 
 def _find_checkpoint(args: list[str]) -> Path | None:
-    """Return the checkpoint that a command line names; of a SLURM job that was requeued, its own.
+    """Return the checkpoint that a command line names, or that a requeued SLURM job left.
 
-    `last` and `best` are of the newest run of the recipe. To resume from `last.ckpt`, the newest
-    file beside it is taken, as the run may have been killed before it saved that one as the last.
+    `last` and `best` refer to the recipe's newest run. To resume from `last.ckpt`, take the newest
+    file in its folder: the run may have been killed before it updated `last.ckpt`.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--ckpt_path", "--name", "--trainer.default_root_dir"):
@@ -145,14 +145,14 @@ def _find_checkpoint(args: list[str]) -> Path | None:
             return None
         path = str(saved[-1])
     if args[0] == "fit" and Path(path).parts[-2:] == ("checkpoints", "last.ckpt"):
-        runs.read_checkpoint(path)  # which says what is wrong with it
+        runs.read_checkpoint(path)  # raises if it is missing or damaged
         return runs.newest(Path(path).parent)[1]
     return runs.named(path, parent)
 
 
 def _check_keys(content: Any, where: str) -> None:
-    """Refuse what jsonargparse takes for something else: a dotted key, whose class is another one's
-    or the default, and an argument beside a class_path."""
+    """Raise on keys that jsonargparse misreads: a dotted key, which it applies to another class or
+    the default one, and an argument next to a class_path."""
     for key, value in content.items() if isinstance(content, dict) else ():
         if "class_path" in content and key not in CLASS_KEYS:
             raise MisconfigurationException(
@@ -170,12 +170,12 @@ def _check_keys(content: Any, where: str) -> None:
 
 
 def _job(args: list[str]) -> str:
-    """Return what tells a command of a SLURM job from all others."""
+    """Return a string that identifies a command of a SLURM job."""
     return shlex.join([os.environ.get("SLURM_JOB_ID", ""), *args])
 
 
 class CLI(LightningCLI):
-    """LightningCLI with a folder for every run, and checkpoints that carry their settings."""
+    """LightningCLI with a folder for every run, and checkpoints that contain their config."""
 
     def __init__(self, args: list[str]) -> None:
         self.args = args
@@ -206,8 +206,8 @@ class CLI(LightningCLI):
             raise
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Return Lightning's, without `FIXED`; only the one that is given, as each parser takes a
-        while to build."""
+        """Return Lightning's subcommands without `FIXED`; only the given one, as parsers are slow
+        to build."""
         every = {name: skip | {*FIXED} for name, skip in LightningCLI.subcommands().items()}
         given = self.args[0] if self.args else ""
         return {given: every[given]} if given in every else every
@@ -220,7 +220,7 @@ class CLI(LightningCLI):
     # ------------------------------------------------------------------------------- settings
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the run's name and its ModelCheckpoint; set the default network."""
+        """Add `--name`, `predict --explain` and the ModelCheckpoint; set the default network."""
         text = "The run's folder is runs/<name>/version_<n>/ (default: the config file's name)."
         parser.add_argument("--name", type=str | None, default=None, help=text)
         if self.args[:1] == ["predict"]:
@@ -235,8 +235,8 @@ class CLI(LightningCLI):
         parser.add_argument("--seed_everything", type=bool | Seed, default=0, help=text)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the command line, behind the settings of the checkpoint that it names."""
-        self.checkpoint: dict[str, Any] = {}  # that is read; empty if there is none
+        """Parse the command line, preceded by the config of the checkpoint that it names."""
+        self.checkpoint: dict[str, Any] = {}  # empty if none is read
         if args and args[0] in self.subcommands():
             self.path = _find_checkpoint(args)
         elif not {"--help", "-h"} & {*args}:
@@ -251,7 +251,7 @@ class CLI(LightningCLI):
                 precision = settings.get("trainer", {}).get("precision")
                 is_slow = bf16_is_slow() and not torch.accelerator.is_available()
                 if args[0] == "predict":
-                    precision = "32-true"  # as exports compute
+                    precision = "32-true"  # as in exports
                 elif is_slow and str(precision).startswith("bf16"):
                     precision = "32-true"
                 settings = {k: v for k, v in settings.items() if k in ("name", "model", "data")}
@@ -267,7 +267,7 @@ class CLI(LightningCLI):
                 )
             text = yaml.safe_dump(settings, sort_keys=False)
             is_named = any(arg.startswith("--ckpt_path") for arg in args)
-            # A requeued job has the same command; what it drew or found is in the checkpoint.
+            # A requeued job repeats its command; what it drew or found is in the checkpoint.
             at = 1 if is_named else len(args)
             args = [*args[:at], "--config", text, *args[at:], "--ckpt_path", str(self.path)]
         flags = [arg.partition("=")[0] for arg in self.args if arg.startswith("--")]
@@ -277,7 +277,7 @@ class CLI(LightningCLI):
         self.config = parser.parse_args(args)
 
     def _set_seed(self) -> None:
-        """Draw the seed where it is `true`, which for Lightning is 0."""
+        """Draw the seed if it is `true`; Lightning would use 0."""
         config = self.config[self.subcommand]
         if config.seed_everything is True:
             is_first_rank = getattr(rank_zero_only, "rank", 0) == 0
@@ -286,11 +286,11 @@ class CLI(LightningCLI):
         super()._set_seed()
 
     def _parse_ckpt_path(self) -> None:
-        """Do nothing: Lightning would let the model's settings in the checkpoint override the
-        command line, and leave out those of the data."""
+        """Do nothing: Lightning would let the checkpoint's model hyperparameters override the
+        command line, and ignore the data's."""
 
     def before_instantiate_classes(self) -> None:
-        """Complete the settings before they are used and saved."""
+        """Check and complete the config before it is used and saved."""
         config = self.config[self.subcommand]
         if config.ckpt_path and not self.checkpoint:
             raise MisconfigurationException("ckpt_path belongs on the command line: --ckpt_path")
@@ -305,7 +305,7 @@ class CLI(LightningCLI):
         options = config.trainer
         options.default_root_dir = options.default_root_dir or "runs"
         for flag in BAREBONES if options.barebones else ():
-            options[flag] = options[flag] or False  # as asked for, it is refused by Lightning
+            options[flag] = options[flag] or False  # Lightning rejects a truthy one
         if not config.name:
             files = [Path(str(file)) for file in config.config or [] if file]
             config.name = files[-1].stem if files else "default"
@@ -313,14 +313,14 @@ class CLI(LightningCLI):
             if self.subcommand == "validate":
                 raise MisconfigurationException("there is no validation set: data.val_size is 0")
             if str(config.checkpoint.monitor).startswith("val/"):
-                config.checkpoint.monitor = None  # there is nothing to choose by
+                config.checkpoint.monitor = None  # there is nothing to monitor
         its = runs.settings_of(self.checkpoint)["model"].get("calibrate", "auto")
         if its not in ("auto", True, False) and config.model.calibrate in ("auto", True):
-            config.model.calibrate = its  # a file, whose temperature the checkpoint has
+            config.model.calibrate = its  # a file; the checkpoint has its temperature
         self._name_classes()
         self._check_origin()
         self._dump_config()
-        # jsonargparse says so even of a text, where a function would do too.
+        # jsonargparse writes this even for a string where a function would also be accepted.
         text = yaml.safe_dump(self.config_dump, sort_keys=False)
         text = re.sub(r"Unable to serialize instance (\w+)$", r"\1", text, flags=re.M)
         self.config_dump = yaml.safe_load(text)
@@ -332,8 +332,8 @@ class CLI(LightningCLI):
                 raise MisconfigurationException(f"{key} can't be saved in config.yaml: {value}")
 
     def _name_classes(self) -> None:
-        """Give a new model the classes of the images, if they are not CIFAR-10's, and their number
-        to networks that take it."""
+        """Set a new model's classes to those of the images, unless these are CIFAR-10, and
+        `num_classes` of networks that take it."""
         model, names = self.config[self.subcommand].model, None
         if not self.checkpoint:
             names = classes_in(self.config[self.subcommand].data.root)
@@ -345,8 +345,8 @@ class CLI(LightningCLI):
                     arguments["num_classes"] = len(names)
 
     def _check_origin(self) -> None:
-        """Note on which images the weights that this begins with were `seen` in training, and in
-        which file they are; refuse a validation set that has some of them."""
+        """Record which file the initial weights come from (`source`) and which images they were
+        trained on (`seen`). Raise if the validation set includes some of those."""
         config = self.config[self.subcommand]
         weights, now = config.model.weights, config.data
         self.source, self.seen = str(self.path or weights), dict[str, str]()
@@ -375,7 +375,7 @@ class CLI(LightningCLI):
         before = its.get("data", {})
         if not now.val_size or "val_size" not in before or self.subcommand == "predict":
             return
-        before = {"stratify": False, "folds": None, "fold": 0} | before  # of earlier versions
+        before = {"stratify": False, "folds": None, "fold": 0} | before  # for earlier versions
         if now.val_size > before["val_size"] or any(now[key] != before[key] for key in SPLIT):
             kept = ", ".join(f"data.{key} {before[key]}" for key in SPLIT)
             raise MisconfigurationException(
@@ -389,9 +389,9 @@ class CLI(LightningCLI):
             )
 
     def instantiate_classes(self) -> None:
-        """Build data, model and trainer; arguments that a class refuses are the user's mistake."""
+        """Build data, model and trainer. Report arguments that a class rejects as user errors."""
         model, has_temperature = self.config[self.subcommand].model, False
-        if self.checkpoint:  # which has weights of its own, and the temperature of a file
+        if self.checkpoint:  # it has the weights, and a file's temperature
             model.weights = None
             its = runs.settings_of(self.checkpoint)["model"].get("calibrate", "auto")
             has_temperature = model.calibrate == its not in ("auto", True, False)
@@ -407,17 +407,17 @@ class CLI(LightningCLI):
             self.model.fits_temperature = False
 
     def after_instantiate_classes(self) -> None:
-        """Have Lightning put the settings of model and data into loggers and checkpoints.
+        """Save the hyperparameters of model and data to loggers and checkpoints.
 
-        Here and not in their constructors, which see live objects where a checkpoint needs names.
+        Their constructors can't: they receive live objects, and a checkpoint needs class paths.
         """
         for part, key in ((self.model, "model"), (self.datamodule, "data")):
-            # `load_from_checkpoint` builds objects from their class paths by the instantiator.
+            # `load_from_checkpoint` uses the instantiator to build objects from class paths.
             by_name = {"_instantiator": "lightning.pytorch.cli.instantiate_module"}
             part.save_hyperparameters({**self.config_dump[key], **by_name})
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Return a trainer that writes into the run's folder, with the callbacks of every run."""
+        """Return a trainer that writes to the run folder, with the callbacks of every run."""
         config = self.config_init[self.subcommand]
         options, is_fit = config.trainer, self.subcommand == "fit"
         is_real_fit = is_fit and not options.fast_dev_run
@@ -427,7 +427,7 @@ class CLI(LightningCLI):
             loggers.insert(0, TensorBoardLogger(self.run_folder, "", "", default_hp_metric=False))
         has_bar = options.enable_progress_bar is not False and sys.stdout.isatty()
         saves = is_real_fit and options.enable_checkpointing is not False
-        # Without a terminal there is no bar; a finder would start a resumed run again.
+        # Without a terminal there is no progress bar. A finder would restart a resumed run.
         skipped = (() if has_bar else (ProgressBar,)) + (FINDERS if self.checkpoint else ())
         skipped += () if saves else (Checkpoint,)
         given = _listed(options.callbacks)
@@ -487,10 +487,10 @@ class CLI(LightningCLI):
         return trainer
 
     def find_run_folder(self) -> Path:
-        """Return the folder of the checkpoint's run, or a new one for what `fit` starts."""
+        """Return the run folder of the checkpoint, or a new one if `fit` starts a run."""
         config = self.config[self.subcommand]
         parent = Path(config.trainer.default_root_dir) / config.name
-        is_first_rank = getattr(rank_zero_only, "rank", 0) == 0  # the others are told the folder
+        is_first_rank = getattr(rank_zero_only, "rank", 0) == 0  # Lightning broadcasts the folder
         if self.path is not None:
             run = self.checkpoint.get("run")
             if self.subcommand != "fit" or (
@@ -512,12 +512,12 @@ class CLI(LightningCLI):
     # ------------------------------------------------------------------------------ subcommands
 
     def fit(self, **kwargs: Any) -> None:
-        """Train; afterwards write weights and card, and say what can be done next."""
+        """Train, write weights and model card, and print what to do next."""
         max_epochs, code, done = self.config.fit.trainer.max_epochs, commit(), 0
         if self.checkpoint:
             loops = self.checkpoint["loops"]["fit_loop"]
             progress = loops["epoch_progress"]["current"]
-            done = progress["processed"]  # of one made inside an epoch, those before
+            done = progress["processed"]  # if saved inside an epoch, those before it
         if max_epochs is not None and 0 <= max_epochs < done:
             raise MisconfigurationException(
                 f"{self.path} has done {done} epochs: raise --trainer.max_epochs {max_epochs}"
@@ -549,20 +549,20 @@ class CLI(LightningCLI):
                 )
             for reason in early_stops(self.trainer):
                 self.trainer.print(f"stopped early: {reason}")
-        except SystemExit as stop:  # by which Lightning ends after Ctrl-C or SIGTERM
+        except SystemExit as stop:  # how Lightning exits after Ctrl-C or SIGTERM
             if stop.code not in (None, 1):
                 raise
             if self.trainer.is_global_zero:
                 print(f"\nstopped; {self._resume()}")
-            # of Ctrl-C with a code of 1, of SIGTERM with none
+            # Lightning's code is 1 after Ctrl-C and None after SIGTERM.
             raise SystemExit(128 + (signal.SIGINT if stop.code else signal.SIGTERM)) from None
         except Diverged as error:
             if not self.trainer.is_global_zero:
-                raise SystemExit(1) from None  # one process speaks
+                raise SystemExit(1) from None  # rank 0 reports it
             raise Diverged(f"{error}; {self._resume(' with a lower learning rate')}") from None
 
     def _resume(self, how: str = "") -> str:
-        """Return the command that resumes from the last checkpoint, or that there is none."""
+        """Return the command that resumes from the last checkpoint, or say that there is none."""
         last = self.run_folder / "checkpoints" / "last.ckpt"
         if (good := last if last.exists() else self.path) is None:
             return f"nothing is kept, as no epoch has ended; start again{how}"
@@ -587,7 +587,7 @@ class CLI(LightningCLI):
         card = model_card(self.run_folder, self.config_dump, run, self.trainer, history.rows, row)
         file = self.run_folder / "model.md"
         before = file.read_text(encoding="utf-8") if file.exists() else ""
-        results = parts_of(before)[1:]  # which name their epoch
+        results = parts_of(before)[1:]  # still valid: they name their epoch
         runs.write_whole(file, "".join((card, *results)).encode())
         print()
         if row:
@@ -605,8 +605,8 @@ class CLI(LightningCLI):
         self.trainer.callbacks.append(self.keeper)  # type: ignore[attr-defined]
 
     def after_validate(self) -> None:
-        """Print loss and accuracy, and write the predictions to the checkpoint's run, unless the
-        images may have been trained on."""
+        """Print loss and accuracy; write the predictions to the run folder. Raise if the images may
+        have been trained on."""
         now = self.datamodule.identity("train")
         runs.refuse_other_images(self.source, self.seen, now)
         self._report()
@@ -620,21 +620,21 @@ class CLI(LightningCLI):
             print("of a part of the images only: nothing is written")
 
     def _saved(self, predictions: Predictions, images: str, changed: dict[str, list[Any]]) -> bytes:
-        """Return predictions of a set of images as the content of a file."""
+        """Return the content of a file with the predictions for a set of images."""
         logits, labels, indices = (part.numpy() for part in predictions)
         model = f"{self.path}, epoch {self.checkpoint['epoch']}, views: {self.model.tta}"
         model += "".join(f", {key} {now} (not {its})" for key, (its, now) in changed.items())
         return Saved(logits, labels, indices, images, model).content()
 
     def before_test(self) -> None:
-        """Keep the predictions; read what people say, of which a damaged file is refused now."""
+        """Keep the predictions; read the human judgements, so that a damaged file fails early."""
         from reports.judges import JUDGES, read_judgements
 
         self.judgements = read_judgements(Path(self.datamodule.root, JUDGES))
         self.before_validate()
 
     def after_test(self) -> None:
-        """Write results and figures to the checkpoint's run, the figures to TensorBoard too."""
+        """Write results and figures to the run folder, and the figures to TensorBoard."""
         from reports.corruptions import Corruptions  # slow to import
         from reports.evaluation import Evaluation
         from reports.results import write_results
@@ -680,7 +680,7 @@ class CLI(LightningCLI):
         self._exit_if_skipped(data.skipped)
 
     def _changed(self) -> dict[str, list[Any]]:
-        """Return and say which settings of the model are not the run's, with both values."""
+        """Return and print where model and precision differ from the run's, as [run's, given]."""
         before, used = runs.settings_of(self.checkpoint), self.config_dump
         changed = runs.differences(
             {"model": before["model"], "precision": before.get("trainer", {}).get("precision")},
@@ -702,7 +702,7 @@ class CLI(LightningCLI):
         return grad_cam(model.network, images, classes.to(model.device))
 
     def _report(self) -> dict[str, Any]:
-        """Print the metrics of a validation or a test, and return them."""
+        """Print and return the metrics of a validation or a test."""
         assert self.path is not None
         metrics = self.trainer.callback_metrics
         values = {name: round(float(value), 6) for name, value in metrics.items()}
@@ -720,7 +720,7 @@ class CLI(LightningCLI):
             )
 
     def before_predict(self) -> None:
-        """Write a line for each picture, or test image, to `predictions.csv` in the run."""
+        """Set up `predictions.csv` in the run folder: a line per image file or test image."""
         if self.trainer.world_size > 1:
             raise MisconfigurationException("predict takes one device: --trainer.devices 1")
         data, config = self.datamodule, self.config.predict
@@ -748,7 +748,7 @@ class CLI(LightningCLI):
 
 
 def _check_trainer(options: Any) -> None:
-    """Refuse what Lightning accepts, and then fails on or ignores."""
+    """Raise on options that Lightning accepts, then fails on or ignores."""
     if options.limit_train_batches == 0:
         raise MisconfigurationException("trainer.limit_train_batches 0 trains nothing")
     if options.check_val_every_n_epoch == 0:
@@ -777,23 +777,23 @@ def _note(text: str) -> None:
 
 
 def _listed(value: Any) -> list[Any]:
-    """Return what the trainer takes as one object, a list, a switch or nothing, as a list."""
+    """Return a trainer argument as a list: it may be an object, a list, a bool or None."""
     if value is None or isinstance(value, bool):
         return []
     return list(value) if isinstance(value, list) else [value]
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line; a user's mistake gives one line and an exit code that is not 0."""
+    """Run the command line. A user's mistake prints one line and exits with a non-zero code."""
     keep_freed_memory()
     if "" not in sys.path:
-        sys.path.append("")  # the current folder, for classes of the user's own
+        sys.path.append("")  # the current folder, for the user's classes
     if "SLURM_STEP_ID" not in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1":
-        del os.environ["SLURM_NTASKS"]  # not started by srun: one process, whatever the job has
+        del os.environ["SLURM_NTASKS"]  # not started by srun, so one process
     with short_errors():
         CLI(sys.argv[1:] if args is None else args)
         if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()  # whose threads may else abort the exit
+            torch.distributed.destroy_process_group()  # or its threads may abort the exit
 
 
 if __name__ == "__main__":
