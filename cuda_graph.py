@@ -1,7 +1,7 @@
 """A whole optimizer step, recorded once as a CUDA graph and replayed for every batch.
 
-A small network's step is a hundred kernels of a few microseconds. Launched one by one they keep the
-CPU busier than the GPU; a replay launches all of them at once.
+A small network's step is a hundred kernels of a few microseconds each. Launching them one by one
+keeps the CPU busier than the GPU; a replay launches all of them at once.
 """
 
 import math
@@ -19,15 +19,15 @@ from torch.optim import Optimizer
 
 from cifar10.batches import Batch, Batches
 
-STEPS_A_CALL = 32  # of `training_step`: makes Lightning's bookkeeping small beside the steps
-WARM_UP = 3  # steps before the recording, in which libraries choose kernels and take memory
+STEPS_A_CALL = 32  # of `training_step`: amortises Lightning's bookkeeping
+WARM_UP = 3  # steps before recording, in which libraries choose kernels and allocate memory
 
-# Modules whose forward pass is the same kernels every time: no decision is made on the CPU, which a
-# recording would keep for ever.
+# Modules whose forward pass always launches the same kernels. They decide nothing on the CPU, which
+# a recording would freeze.
 PURE = ("torch.nn.", "torchvision.models.", "torchvision.ops.", "networks.", "cifar10.augment.")
 
-# Callbacks that change nothing that a recording holds, and look at nothing within a step. Others
-# say so by an attribute `takes_many_steps`: True if the batches of a call may be one to them.
+# Callbacks that change nothing a recording holds, and look at nothing within a step. Others declare
+# this with an attribute `takes_many_steps`: True if they may see the batches of a call as one.
 HARMLESS = (
     callbacks.DeviceStatsMonitor,
     callbacks.EarlyStopping,
@@ -38,7 +38,7 @@ HARMLESS = (
     callbacks.Timer,
     callbacks.WeightAveraging,
 )
-BETWEEN = (  # backward pass and update
+BETWEEN = (  # hooks around the backward pass and the update
     "on_after_backward", "on_before_zero_grad", "on_before_backward", "on_before_optimizer_step",
 )  # fmt: skip
 
@@ -46,14 +46,15 @@ BETWEEN = (  # backward pass and update
 class RecordableModule(LightningModule):
     """A module whose `training_step` may make many optimizer steps in one call, each recorded.
 
-    Lightning takes a call for one step. It makes none itself (the overridden hooks), is told of the
-    others, and steps epoch schedules, saves and validates as ever. Subclasses have `step_loss`,
-    `images_of_step`, `network`, `proxy`, `augment` and `train_metrics`.
+    Lightning counts such a call as one step. The overridden hooks keep it from making steps itself;
+    `many_steps` counts the others. Epoch schedules, checkpoints and validation work as usual.
+    Subclasses have `step_loss`, `images_of_step`, `network`, `proxy`, `augment` and
+    `train_metrics`.
 
     Args:
         cuda_graph: `auto`: record on one GPU if every part of a step is known to allow it. True:
-            with any modules too; what forbids it is an error. On a CPU the calls are the same,
-            without a recording.
+            also with unknown modules; raise if anything else prevents it. On a CPU the calls are
+            the same, without a recording.
 
     """
 
@@ -68,9 +69,9 @@ class RecordableModule(LightningModule):
     def __init__(self, cuda_graph: bool | Literal["auto"] = "auto") -> None:
         super().__init__()
         self.cuda_graph = cuda_graph
-        self.steps_a_call = 0  # none: Lightning makes the steps
-        self.steps_inside_call = 0  # done in the present call
-        self.inside_epoch_by: tuple[int, int] | None = None  # of a checkpoint made in an epoch
+        self.steps_a_call = 0  # 0: Lightning makes the steps
+        self.steps_inside_call = 0  # done in the current call
+        self.inside_epoch_by: tuple[int, int] | None = None  # from a mid-epoch checkpoint
 
     def choose_steps(self, optimizer: Optimizer) -> None:
         """Decide who makes the steps: Lightning, one by one, or `many_steps`."""
@@ -83,7 +84,7 @@ class RecordableModule(LightningModule):
                 self.steps_a_call = steps_a_call(self.trainer)
                 settings = recordable(optimizer) or {}
                 self.recorded = RecordedStep(self._optimize, optimizer, settings)
-                # Of the loss and of correct predictions, over the images of a call.
+                # Loss and correct predictions, summed over the images of a call.
                 self.sums = torch.zeros(2, device=self.device, dtype=torch.float32)
         if (datamodule := getattr(self.trainer, "datamodule", None)) is not None:
             datamodule.steps_a_call = max(1, self.steps_a_call)
@@ -94,8 +95,8 @@ class RecordableModule(LightningModule):
             )
 
     def _why_not_recorded(self, optimizer: Optimizer) -> str:
-        """Return why the steps of this training can't be recorded; nothing if they can."""
-        if "step_loss" not in vars(type(self)):  # its training step may be another
+        """Return why this training's steps can't be recorded; an empty string if they can."""
+        if "step_loss" not in vars(type(self)):  # a subclass's training step may differ
             return f"is for ImageClassifier itself, and {type(self).__name__} is another class"
         if self.compile_mode in ("reduce-overhead", "max-autotune"):
             return f"and model.compile {self.compile_mode} would both record"
@@ -107,7 +108,7 @@ class RecordableModule(LightningModule):
         return decides_on_cpu(*filter(None, (self.network, self.proxy, self.augment)))
 
     def many_steps(self, chunk: Batch) -> Tensor:
-        """Make a step of each of the batches that came as one; return their mean loss []."""
+        """Make one step for each batch in a chunk; return their mean loss []."""
         self.sums.zero_()
         loader = self.trainer.train_dataloader
         size = loader.step_size if isinstance(loader, Batches) else len(chunk.labels)
@@ -121,7 +122,7 @@ class RecordableModule(LightningModule):
             self.recorded(*batch)
         self.steps_inside_call = 0
         loop, more = self.trainer.fit_loop.epoch_loop, len(batches) - 1
-        loop._batches_that_stepped += more  # the step of loggers
+        loop._batches_that_stepped += more  # the loggers' step
         for steps in vars(loop.automatic_optimization.optim_progress.optimizer.step).values():
             steps.increment_by(more)
         loss, correct = self.sums.unbind()
@@ -131,9 +132,9 @@ class RecordableModule(LightningModule):
         return loss
 
     def _optimize(self, *batch: Tensor) -> None:
-        """Make one step on the device and add up its loss: what is recorded."""
+        """Make one step on the device and add up its loss. This is recorded."""
         optimizer, trainer = self.trainer.optimizers[0], self.trainer
-        torch.clear_autocast_cache()  # of the weights before the last step
+        torch.clear_autocast_cache()  # it holds casts of outdated weights
         optimizer.zero_grad()
         loss, correct = self.step_loss(*batch)
         with torch.autocast(self.device.type, enabled=False):
@@ -146,22 +147,22 @@ class RecordableModule(LightningModule):
             self.sums[1] += correct
 
     def steps_an_epoch(self) -> int:
-        """Return the number of optimizer steps of an epoch."""
+        """Return the number of optimizer steps per epoch."""
         trainer, batches = self.trainer, self.trainer.train_dataloader
         if self.steps_a_call > 1 and isinstance(batches, Batches):
             return batches.steps
         return math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
 
     def is_at_end(self) -> bool:
-        """Return whether an epoch has had all its batches, and is not counted yet: the validation
-        at its end saves such checkpoints."""
+        """Return whether all batches of an epoch are done but the epoch isn't counted yet, as in
+        checkpoints saved by the validation at its end."""
         return self._is_inside() and self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
 
     def _is_inside(self) -> bool:
         return self.trainer.fit_loop.epoch_progress.current.ready > self.current_epoch
 
     def steps_into_epoch(self) -> int:
-        """Return the number of optimizer steps that are done of an epoch not counted yet."""
+        """Return the number of optimizer steps done in an epoch that isn't counted yet."""
         if self.is_at_end():
             return self.steps_an_epoch()
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
@@ -169,13 +170,13 @@ class RecordableModule(LightningModule):
         return calls * max(self.steps_a_call, 1) // self.trainer.accumulate_grad_batches
 
     def steps_of_training(self) -> float:
-        """Return the number of optimizer steps of the whole training; infinity without an end."""
-        steps = self.trainer.estimated_stepping_batches  # loads the batches, if they are not yet
+        """Return the number of optimizer steps of the whole training; infinity if it has no end."""
+        steps = self.trainer.estimated_stepping_batches  # sets up the data loader if needed
         epochs = self.trainer.max_epochs or 0
         return self.steps_an_epoch() * epochs if self.steps_a_call > 1 and epochs > 0 else steps
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
-        """Clear the gradients, unless a step of `many_steps` has."""
+        """Clear the gradients, unless `many_steps` has."""
         if not self.steps_a_call:
             super().optimizer_zero_grad(epoch, batch_idx, optimizer)
 
@@ -194,13 +195,13 @@ class RecordableModule(LightningModule):
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
 
     def _counting(self) -> tuple[int, int]:
-        """Return how the batches of an epoch are counted."""
+        """Return how an epoch's batches are counted: steps per call, batch size."""
         data = getattr(self.trainer, "datamodule", None) if self._trainer else None
-        # A number of the parser's own type has no place in a checkpoint.
+        # A checkpoint can't hold the parser's number types.
         return max(1, self.steps_a_call), int(getattr(data, "batch_size", 0))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save how batches are counted; save nothing of half a call."""
+        """Save how batches are counted; raise in the middle of a call."""
         if self.steps_inside_call:
             raise MisconfigurationException(
                 "nothing is saved of some of the steps of a call: resume from an earlier checkpoint"
@@ -208,7 +209,7 @@ class RecordableModule(LightningModule):
         checkpoint["steps_a_call"], checkpoint["batch_size"] = self._counting()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep how the batches of an epoch that is resumed in its middle were counted."""
+        """Remember how batches were counted if the checkpoint is from mid-epoch."""
         loops = checkpoint.get("loops", {}).get("fit_loop", {})
         epochs = loops.get("epoch_progress", {"current": {"processed": 0, "started": 0}})["current"]
         if epochs["processed"] < epochs["started"]:
@@ -217,20 +218,20 @@ class RecordableModule(LightningModule):
 
 
 class RecordedStep:
-    """Runs an optimizer step on a batch: on a GPU as a replay, elsewhere as it is.
+    """Runs an optimizer step on a batch: replayed on a GPU, directly elsewhere.
 
-    A recording holds kernels and addresses. Learning rates are read from tensors, which are filled
-    with what the optimizer's groups say; if anything else in the groups changes, such as the
-    momentum that `OneCycleLR` cycles, the step is recorded anew. A batch of another shape than the
-    first is not replayed. Nothing else may change from step to step, as when a parameter is
-    replaced or frozen, unless `forget` is called.
+    A recording holds kernels and addresses. It reads learning rates from tensors, which are filled
+    from the optimizer's groups. If anything else in the groups changes, such as the momentum that
+    `OneCycleLR` cycles, the step is recorded again. A batch of another size than the first is not
+    replayed. If anything else changes between steps, e.g. a parameter is replaced or frozen, call
+    `forget`.
 
     Args:
-        step: Computes gradients and updates the parameters, all on the device; takes the tensors of
-            a batch.
-        optimizer: Makes the update. Its groups keep their numbers; only during a step that is not
-            replayed do they hold tensors.
-        settings: What else they hold then (`recordable`).
+        step: Computes gradients and updates the parameters, all on the device; takes a batch's
+            tensors.
+        optimizer: Makes the update. Its groups hold numbers, and tensors only during a step that is
+            not replayed.
+        settings: Further entries of the groups during such a step (`recordable`).
 
     """
 
@@ -251,7 +252,7 @@ class RecordedStep:
         """Run the step on a batch.
 
         Raises:
-            MisconfigurationException: It cannot be recorded.
+            MisconfigurationException: The step can't be recorded.
 
         """
         if not batch[0].is_cuda:
@@ -275,11 +276,11 @@ class RecordedStep:
         main.wait_stream(self.stream)
 
     def forget(self) -> None:
-        """Record anew, as the step has become another one."""
+        """Drop the recording because the step has changed; the next steps make a new one."""
         self.constants = []
 
     def _follow_groups(self, device: torch.device) -> None:
-        """Forget the recording if the groups are others; fill the learning rates."""
+        """Drop the recording if the groups have changed; update the learning rates."""
         groups = self.optimizer.param_groups
         constants = [
             {key: value for key, value in group.items() if key not in ("params", "lr")}
@@ -290,7 +291,7 @@ class RecordedStep:
             self.rates = [torch.zeros((), device=device, dtype=torch.float32) for _ in groups]
             self.lrs = [0.0] * len(groups)
             self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            for state in self.optimizer.state.values():  # restored by an optimizer on the CPU
+            for state in self.optimizer.state.values():  # on the CPU after a resume
                 if isinstance(state.get("step"), Tensor):
                     state["step"] = state["step"].to(device)
         for i, group in enumerate(groups):
@@ -324,20 +325,20 @@ class RecordedStep:
 
 
 def recordable(optimizer: Optimizer) -> dict[str, Any] | None:
-    """Return what the groups of an optimizer must hold, so that all that changes from step to step
-    is on the device; None if nothing is known to make it so."""
+    """Return the options an optimizer's groups need to keep everything that changes between steps
+    on the device; None if no such options are known."""
     if "is_recordable" in vars(type(optimizer)):
         return {}
-    is_known = type(optimizer).__module__.startswith("torch.optim.")  # not a class derived from it
+    is_known = type(optimizer).__module__.startswith("torch.optim.")  # no subclass of one
     if not is_known or any(isinstance(group["lr"], Tensor) for group in optimizer.param_groups):
         return None
     if isinstance(optimizer, torch.optim.SGD):
-        return {"fused": True, "foreach": False}  # the others read the learning rate on the CPU
+        return {"fused": True, "foreach": False}  # the others read lr on the CPU
     return {"capturable": True} if "capturable" in optimizer.defaults else None
 
 
 def why_not(trainer: Trainer) -> str:
-    """Return why the steps of a training can't be recorded; nothing if they can, on a GPU."""
+    """Return why a trainer's steps can't be recorded on a GPU; an empty string if they can."""
     scales = getattr(trainer.precision_plugin, "scaler", None) is not None
     unknown = [
         type(callback).__name__
@@ -358,8 +359,7 @@ def why_not(trainer: Trainer) -> str:
 
 
 def decides_on_cpu(*modules: nn.Module) -> str:
-    """Return the name of a module that may decide on the CPU what it computes; nothing if there is
-    none."""
+    """Return the name of a module that may make decisions on the CPU; otherwise an empty string."""
     for module in modules:
         for part in module.modules():
             name = f"{type(part).__module__}.{type(part).__qualname__}"
@@ -369,12 +369,12 @@ def decides_on_cpu(*modules: nn.Module) -> str:
 
 
 def steps_a_call(trainer: Trainer) -> int:
-    """Return how many steps `training_step` may make at once: one where anything counts batches or
-    looks at the end of each."""
+    """Return how many steps a `training_step` call may make: one if anything counts batches or acts
+    on each."""
     shares = (trainer.limit_train_batches, trainer.val_check_interval)
     counts = (
         any(share != 1.0 or isinstance(share, int) for share in shares)  # 1 is one batch, 1.0 all
-        or "SLURM_JOB_ID" in os.environ  # whose signals save at any moment, not between calls
+        or "SLURM_JOB_ID" in os.environ  # its signals may save within a call
         or trainer.max_steps != -1
         or trainer.min_steps is not None
         or not hasattr(trainer.datamodule, "steps_a_call")  # type: ignore[attr-defined]
@@ -389,7 +389,7 @@ def _callbacks(trainer: Trainer) -> list[Callback]:
 
 
 def _watches_batches(callback: Callback) -> bool:
-    """Return whether a callback does something at the start or the end of each batch."""
+    """Return whether a callback acts at the start or end of each batch."""
     if isinstance(callback, callbacks.ModelCheckpoint):
         return bool(callback._every_n_train_steps or callback._train_time_interval)
     if isinstance(callback, callbacks.LearningRateMonitor):

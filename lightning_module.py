@@ -1,4 +1,4 @@
-"""What is trained, and how one step goes: network, loss, optimizer, metrics."""
+"""The model and its training step: network, loss, optimizer, metrics."""
 
 import copy
 import math
@@ -44,8 +44,8 @@ CompileMode = Literal[
     "off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
 ]
 FINDERS = (BatchSizeFinder, LearningRateFinder)
-UNSURE = 0.05  # the share of validation images
-INIT_IMAGES = 5000  # that a network's `init_from` sees
+UNSURE = 0.05  # share of validation images below `unsure_below`
+INIT_IMAGES = 5000  # training images for a network's `init_from`
 
 
 class Diverged(MisconfigurationException):
@@ -55,53 +55,52 @@ class Diverged(MisconfigurationException):
 class ImageClassifier(RecordableModule):
     """Trains a network on images with cross entropy.
 
-    Logs `train/loss`, `train/acc`, `val/loss`, `val/acc`, `test/loss` and `test/acc`, once an
+    Logs `train/loss`, `train/acc`, `val/loss`, `val/acc`, `test/loss` and `test/acc` once per
     epoch: means over the images, accuracy as a fraction.
 
     Args:
         network: Maps normalised float images [B, 3, 32, 32] to logits [B, classes].
-        optimizer: Makes the optimizer from the parameters.
-        lr_scheduler: Makes the scheduler from the optimizer: one of `optimization`, which follows
-            training progress, or one of PyTorch's.
+        optimizer: Creates the optimizer from the parameters.
+        lr_scheduler: Creates the scheduler from the optimizer: one from `optimization`, which
+            follows training progress, or one of PyTorch's.
         lr_interval: Step the scheduler after every `step` or `epoch`. `auto`: by step for those
-            of `optimization`, `OneCycleLR` and `CyclicLR`, by epoch for others.
-        normalize: Subtract a mean from images in [0, 1] and divide by a standard deviation, before
-            the network, always: `cifar10` for those of its training images, or {mean: [r, g, b],
-            std: [r, g, b]}.
-        label_smoothing: Of the training loss, in [0, 1]: the share of the target that is spread
-            evenly over all classes.
-        classes: Their names, by label; the command line takes those of the images.
-        class_weights: A weight above 0 for each class, in the training loss: as PyTorch's
-            `CrossEntropyLoss` does, it divides the sum of a batch's weighted losses by the sum of
-            their weights.
-        weights: Start from the weights in this file: a checkpoint, or the network's alone, as in
-            `model.pth`. Those of other shapes are named and left out.
-        decay_matrices_only: Leave vectors (biases, scales of normalisation) out of the optimizer's
+            from `optimization`, `OneCycleLR` and `CyclicLR`, by epoch for others.
+        normalize: Subtract a mean from images in [0, 1] and divide by a standard deviation, in
+            training and evaluation: `cifar10` for the statistics of its training images, or
+            {mean: [r, g, b], std: [r, g, b]}.
+        label_smoothing: Share of each training target, in [0, 1], to spread evenly over all
+            classes.
+        classes: Class names, by label; the command line takes them from the images.
+        class_weights: Class weights, above 0, in the training loss: the sum of a batch's weighted
+            losses is divided by the sum of their weights, as in PyTorch's `CrossEntropyLoss`.
+        weights: Start from the weights in this file: a checkpoint, or a network's weights alone,
+            as in `model.pth`. Weights of other shapes are listed and skipped.
+        decay_matrices_only: Exclude vectors (biases, normalisation scales) from the optimizer's
             weight decay.
         softmax_before_loss: Apply softmax to the logits before the loss, which applies its own: the
-            mistake in the report's code, kept to measure what it costs.
-        compile: Compile the training step with `torch.compile` in this mode, from pixels to loss;
-            true means `default`. On a GPU `reduce-overhead` and `max-autotune` use CUDA graphs.
+            mistake in the report's code, kept to measure its cost.
+        compile: Compile the training step, from pixels to loss, with `torch.compile` in this mode;
+            true means `default`. On a GPU, `reduce-overhead` and `max-autotune` use CUDA graphs.
         cuda_graph: Record a training step, from pixels to new weights, as a CUDA graph and replay
-            it, with many steps in one call of `training_step`. `auto`: on one GPU, where every part
-            of the step is known to allow it. True: with any modules and callbacks, which must not
-            decide anything on the CPU; what can't be recorded is refused.
-        log_steps: Log `train/loss_step` too, every `trainer.log_every_n_steps` steps.
-        tta: Test-time augmentation of `validate`, `test` and `predict`: the views of an image whose
-            logits are averaged (`average_over_views`). During `fit` there is none.
-        calibrate: `auto`: probabilities are those of the logits divided by a temperature, fitted on
-            the validation set with each validation of `fit`, and saved in a checkpoint of the same
-            weights (`fit_temperature`). False: of the logits as they are. A checkpoint's file: by
-            its temperature, for a model that trains on all images. No class changes by it. With
-            the temperature goes `unsure_below`: of one validation image in twenty the largest
-            probability is below it.
-        proxy: A small network that sees each batch first and picks the images which train: those
-            of its largest losses (Jordan's `airbench96_faster.py`). It trains on them too, by the
-            same optimizer, for which its parameters have names that begin with `proxy.`; it is of
-            no use afterwards. Training loss and accuracy are of the images picked. With several
-            devices each picks from its share of the batch; gradients are clipped by the norm of
-            both networks' together.
-        hardest: The share of a batch that `proxy` picks, in (0, 1]; half of it by default.
+            it, many steps per `training_step` call. `auto`: on one GPU, if every part of the step
+            is known to allow it. True: also with unknown modules, which must decide nothing on the
+            CPU; raise if a step can't be recorded.
+        log_steps: Also log `train/loss_step`, every `trainer.log_every_n_steps` steps.
+        tta: Test-time augmentation in `validate`, `test` and `predict`, but not during `fit`: the
+            views of an image whose logits are averaged (`average_over_views`).
+        calibrate: `auto`: divide logits by a temperature to compute probabilities. Each validation
+            during `fit` fits it on the validation set (`fit_temperature`), and checkpoints of the
+            same weights save it. False: use the logits as they are. A checkpoint file: use its
+            temperature, for a model that trains on all images. Predicted classes don't change.
+            With the temperature comes `unsure_below`: one validation image in twenty has its
+            largest probability below it.
+        proxy: A small network that sees each batch first and picks the images to train on, those
+            with its largest losses (Jordan's `airbench96_faster.py`). It trains on them too, with
+            the same optimizer, where its parameter names start with `proxy.`, and is unused after
+            training. Training loss and accuracy cover only the images picked. With several devices,
+            each picks from its share of the batch. Gradients are clipped by the joint norm of both
+            networks.
+        hardest: Share of a batch that `proxy` picks, in (0, 1]; half by default.
 
     Raises:
         MisconfigurationException: The network does not map [B, 3, 32, 32] to [B, classes].
@@ -111,8 +110,8 @@ class ImageClassifier(RecordableModule):
     mean: Tensor
     std: Tensor
     class_weights: Tensor | None
-    compiled_for: int  # images
-    counted: int  # the last batch whose metrics were counted
+    compiled_for: int  # batch size
+    counted: int  # index of the last batch counted in the metrics
 
     def __init__(
         self,
@@ -137,7 +136,7 @@ class ImageClassifier(RecordableModule):
     ) -> None:
         super().__init__(cuda_graph)
         built = ["network", "proxy", "optimizer", "lr_scheduler"]
-        # For plain Python; the command line saves how to build these too.
+        # For use from Python; the command line also saves how to build the ignored ones.
         self.save_hyperparameters(ignore=built, logger=False)
         self.network = network
         self.proxy = proxy
@@ -161,19 +160,19 @@ class ImageClassifier(RecordableModule):
                 f"model.class_weights {class_weights}: expected {count} numbers above 0"
             )
         self.register_buffer("class_weights", of_classes, persistent=False)
-        self.is_new = True  # so its networks may still begin in a way of their own
+        self.is_new = True  # its networks may still run `init_from`
         self.starts_from = weights
         self.decay_matrices_only = decay_matrices_only
         self.tta = self.views = tta
         self.calibrate = calibrate
-        self.temperature: float | None = None  # none is known
+        self.temperature: float | None = None
         self.unsure_below = 0.0
         if takes_file := calibrate not in ("auto", True, False):
             self.temperature, self.unsure_below = _calibration_in(str(calibrate))
         self.fits_temperature = not takes_file
         self.collects = False
         self.validated: list[Predictions] = []
-        self.fitted_on: dict[str, Tensor] = {}  # the weights that `temperature` belongs to
+        self.fitted_on: dict[str, Tensor] = {}  # weights that `temperature` belongs to
         for name, values in _normalization(normalize).items():
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
         self.is_normalizing = normalize is not None
@@ -193,22 +192,22 @@ class ImageClassifier(RecordableModule):
         """Map float images [B, 3, 32, 32] in [0, 1] to logits [B, classes].
 
         Raises:
-            TypeError: Images of whole numbers.
+            TypeError: The images are integers.
         """
         if not images.is_floating_point():
             raise TypeError("images are floats in [0, 1]: divide pixels by 255")
         return self.network(self.normalized(images))
 
     def normalized(self, images: Tensor) -> Tensor:
-        """Return float images [B, 3, 32, 32] in [0, 1] as the network sees them."""
+        """Normalise float images [B, 3, 32, 32] in [0, 1], if `normalize` is set."""
         return (images - self.mean) / self.std if self.is_normalizing else images
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the mean loss [] of a batch; log the epoch's metrics with its last one."""
+        """Return a batch's mean loss []; log the epoch's metrics after its last batch."""
         is_repeated = self.counted == batch_idx  # LBFGS evaluates a batch several times
         self.counted = batch_idx
         if self.steps_a_call:
-            loss = self.many_steps(batch)  # which has updated the weights
+            loss = self.many_steps(batch)  # also updates the weights
         else:
             loss, correct = self.step_loss(*batch)
             if not is_repeated:
@@ -228,7 +227,7 @@ class ImageClassifier(RecordableModule):
         uint8 [B, 3, 32, 32], labels and indices int64 [B]."""
         size = len(batch[0])
         self.compiled_for = self.compiled_for or size
-        # A short last batch is not worth a compilation of its own.
+        # A short last batch isn't worth its own compilation.
         return (self.compiled_loss if size == self.compiled_for else self._loss)(*batch)
 
     def _loss(self, pixels: Tensor, labels: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,13 +242,13 @@ class ImageClassifier(RecordableModule):
             proxy_loss = self._cross_entropy(logits[hardest], targets)
         logits = self.network(images)
         loss = self._cross_entropy(logits, targets)
-        if proxy_loss is not None:  # of which only the gradient counts
+        if proxy_loss is not None:  # adds only its gradient
             loss = loss + (proxy_loss - proxy_loss.detach())
-        labels = targets.argmax(dim=1) if targets.ndim > 1 else targets  # of mixed ones the larger
+        labels = targets.argmax(dim=1) if targets.ndim > 1 else targets  # the larger if mixed
         return loss, (logits.argmax(dim=1) == labels).sum()
 
     def _cross_entropy(self, logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-        """Return the training loss, [] or [B], for labels int64 [B] or probabilities of classes
+        """Return the training loss, [] or [B], for labels int64 [B] or class probabilities
         [B, classes]."""
         weights = None if self.class_weights is None else self.class_weights.float()
         smoothing, scores = self.label_smoothing, self._scores(logits)
@@ -258,26 +257,26 @@ class ImageClassifier(RecordableModule):
         )
 
     def _scores(self, logits: Tensor) -> Tensor:
-        """Return what the loss is computed from, in 32 bits also if the weights have 16."""
+        """Return the loss's input, float32 even if the weights have 16 bits."""
         return logits.float().softmax(dim=1) if self.softmax_before_loss else logits.float()
 
     def images_of_step(self, size: int) -> int:
-        """Return how many images of a batch train."""
+        """Return how many images of a batch are trained on."""
         return size if self.proxy is None else max(1, round(size * self.hardest))
 
     def _logits(self, pixels: Tensor) -> Tensor:
         return average_over_views(self.forward, pixels / 255, self.views)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Evaluate a batch of the validation set, or of the test set for its curve; return its
-        logits [B, classes]."""
+        """Return the logits [B, classes] of a batch of the validation set, or of the test set for
+        its curve; update the metrics."""
         logits = self._evaluate(batch, self.test_metrics if dataloader_idx else self.val_metrics)
         if self.collects and not dataloader_idx:
             self.validated.append(Predictions(logits.float(), batch.labels, batch.indices))
         return logits
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Evaluate a batch of a test set; return its logits [B, classes]."""
+        """Return the logits [B, classes] of a batch of a test set; update the metrics."""
         return self._evaluate(batch, self.test_metrics)
 
     def _evaluate(self, batch: Batch, metrics: "Means") -> Tensor:
@@ -290,26 +289,26 @@ class ImageClassifier(RecordableModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return class probabilities [B, classes]."""
-        if not len(batch.images):  # none of the files of this batch is a picture
+        if not len(batch.images):  # no file in this batch could be read
             return torch.zeros(0, len(self.classes))
         return self.probabilities(batch.images)
 
     def probabilities(self, pixels: Tensor) -> Tensor:
-        """Map pixels uint8 [B, 3, 32, 32] to probabilities float32 [B, classes]: with test-time
-        augmentation, and calibrated if `calibrate` is not false and a temperature is known."""
+        """Map pixels uint8 [B, 3, 32, 32] to probabilities float32 [B, classes], with test-time
+        augmentation; calibrated if `calibrate` is not false and a temperature is known."""
         logits = self._logits(pixels).float()
         return (logits / (self.temperature_used or 1.0)).softmax(dim=1)
 
     @property
     def temperature_used(self) -> float | None:
-        """What logits are divided by; None if they are not."""
+        """The temperature that logits are divided by, or None."""
         return self.temperature if self.calibrate else None
 
     # ------------------------------------------------------------------ optimizer and schedule
 
     def configure_optimizers(self) -> Any:
-        """Return the optimizer, with a scheduler if there is one; name what refuses values."""
-        self._unfreeze()  # what a fit that failed has left
+        """Return the optimizer, and a scheduler if there is one; errors name the bad argument."""
+        self._unfreeze()  # after a fit that failed
         named = [*self.network.named_parameters()]
         named += [] if self.proxy is None else self.proxy.named_parameters("proxy")
         named = [(name, parameter) for name, parameter in named if parameter.requires_grad]
@@ -341,7 +340,7 @@ class ImageClassifier(RecordableModule):
         has_own_rates = isinstance(scheduler, OneCycleLR | CyclicLR)
         default = "step" if has_progress or has_own_rates else "epoch"
         monitor = _monitor(scheduler)
-        # With each validation, if it follows a metric of validation.
+        # A validation metric changes only when validation runs.
         waits = isinstance(scheduler, ReduceLROnPlateau) and not monitor.startswith("train/")
         return {
             "optimizer": optimizer,
@@ -359,7 +358,7 @@ class ImageClassifier(RecordableModule):
         given = make.keywords if isinstance(make, partial) else {}
         with _refused("model.lr_scheduler"):
             is_open = given.get("total_steps", 0) is None and given.get("epochs") is None
-            if is_open and total < math.inf:  # OneCycleLR's, which else says what it needs
+            if is_open and total < math.inf:  # OneCycleLR, which raises without an end
                 make = partial(make, total_steps=total)
             scheduler: Any = make(optimizer)
             if hasattr(scheduler, "set_progress") and total == math.inf:
@@ -397,7 +396,7 @@ class ImageClassifier(RecordableModule):
         return any(isinstance(c, callback) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Tell a schedule of `optimization` the progress; leave PyTorch's to Lightning."""
+        """Pass training progress to a schedule from `optimization`; leave others to Lightning."""
         if not hasattr(scheduler, "set_progress"):
             super().lr_scheduler_step(scheduler, metric)
             return
@@ -406,8 +405,8 @@ class ImageClassifier(RecordableModule):
         self._freeze(done / self.total_steps)
 
     def _freeze(self, progress: float) -> None:
-        """Stop computing gradients for groups of the optimizer whose `until` has passed, except
-        under DDP, which would wait for them, and in a compiled step, which would be recompiled."""
+        """Stop computing gradients for optimizer groups whose `until` has passed, except under DDP,
+        which would wait for them, and in a compiled step, which would be recompiled."""
         strategy = self.trainer.strategy
         if self.compile_mode != "off" or not isinstance(strategy, SingleDeviceStrategy):
             return
@@ -424,10 +423,10 @@ class ImageClassifier(RecordableModule):
             self.frozen.pop().requires_grad_(True)
 
     def _restart_schedules(self) -> None:
-        """Set the learning rates of a resumed run, whose epochs may now have another number of
-        steps, or whose optimizer may be new: schedules are where the share of epochs done is."""
+        """Set the learning rates of a resumed run by the share of epochs done: epochs may now have
+        another number of steps, or the optimizer may be new."""
         trainer = self.trainer
-        # With a number of batches a step that varies, the steps that were made are counted.
+        # With max_steps, or a varying number of batches per step, global_step itself counts.
         if trainer.max_steps == -1 and not self._has(GradientAccumulationScheduler):
             done = self.current_epoch * self.steps_an_epoch() + self.steps_into_epoch()
             self.step_offset = done - trainer.global_step
@@ -442,7 +441,7 @@ class ImageClassifier(RecordableModule):
                 self.lr_scheduler_step(scheduler, None)
                 continue
             is_by_epoch = config.interval == "epoch"
-            epochs = self.current_epoch + self.resumed_at_end  # after which these were stepped
+            epochs = self.current_epoch + self.resumed_at_end  # each stepped them once
             done = epochs if is_by_epoch else trainer.global_step + self.step_offset
             if isinstance(scheduler, OneCycleLR | CyclicLR):  # functions of the step
                 scheduler.last_epoch = done - 1
@@ -452,17 +451,17 @@ class ImageClassifier(RecordableModule):
     # ---------------------------------------------------------------------------------- hooks
 
     def setup(self, stage: str) -> None:
-        """Take the augmentation from the data module; prepare the step; show training images to a
-        new network that has `init_from`."""
+        """Take the augmentation from the data module and prepare the training step. Initialise new
+        networks that have `init_from` from training images."""
         self.views = "none" if stage == "fit" else self.tta
         data = getattr(self.trainer, "datamodule", None)
         self.augment = getattr(data, "augmentation", self.augment)
         if stage != "fit":
             return
         self.seed = self.trainer.strategy.broadcast(torch.initial_seed())
-        self.step_offset = 0  # from global steps to the steps of the schedule
+        self.step_offset = 0  # schedule step minus global step
         self.resumed_at_end = False  # of an epoch
-        # Else cuDNN sums the gradients of some weights in another order every time.
+        # Otherwise cuDNN sums some gradients in a different order on each run.
         torch.backends.cudnn.deterministic = True
         has_graphs = self.compile_mode in ("reduce-overhead", "max-autotune")
         is_cuda = self.trainer.strategy.root_device.type == "cuda"
@@ -486,7 +485,7 @@ class ImageClassifier(RecordableModule):
                 pixels = data.train_set.images[data.train_set.indices[:INIT_IMAGES]]
                 with torch.no_grad():
                     network.init_from(self.to(pixels.device).normalized(pixels / 255))  # type: ignore[union-attr, operator]
-        self.is_new = False  # for another fit in Python
+        self.is_new = False  # for a second fit from Python
         resizes = [step for step in self.augment.growing if isinstance(step, GrowingResize)]
         for size in {size for step in resizes for size in step.sizes}:
             self._check_networks(size)
@@ -503,19 +502,19 @@ class ImageClassifier(RecordableModule):
             _check("model.proxy", self.proxy, size, len(self.classes))
 
     def on_train_start(self) -> None:
-        """Start an epoch, as Lightning calls no hook when it resumes in the middle of one."""
+        """Restart schedules. Start the epoch: Lightning doesn't when it resumes mid-epoch."""
         if self.trainer.global_step > 0:
             self._restart_schedules()
         elif self.lr is not None or self._has(BatchSizeFinder):
-            # They begin at the rate found, and end after the steps that the size found makes.
+            # Schedules must start at the learning rate found, and end with the batch size found.
             self.trainer.strategy.setup_optimizers(self.trainer)
             if self.lr is not None and self.trainer.is_global_zero:
                 print(f"LearningRateFinder: learning rate {self.lr:.3g}")
         self.on_train_epoch_start()
 
     def on_train_epoch_start(self) -> None:
-        """Seed dropout and augmentation by (seed, epoch, rank), so that a resumed run draws what an
-        unbroken one draws."""
+        """Seed dropout and augmentation with (seed, epoch, rank), so that a resumed run draws the
+        same numbers as an uninterrupted one."""
         entropy = (self.seed, self.current_epoch, self.global_rank)
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
         progress = 0.0
@@ -531,21 +530,21 @@ class ImageClassifier(RecordableModule):
         self.counted = -1
 
     def on_train_epoch_end(self) -> None:
-        """Step ReduceLROnPlateau in an epoch that was resumed inside, as Lightning does not."""
+        """Step ReduceLROnPlateau if the epoch was resumed midway; Lightning doesn't."""
         loop = self.trainer.fit_loop
         is_whole = loop.epoch_loop._num_ready_batches_reached()
         if loop.restarting and is_whole and not self.resumed_at_end:
             loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
 
     def on_validation_epoch_start(self) -> None:
-        """Collect predictions for the temperature, if they are of weights in training."""
+        """During `fit`, collect predictions to fit the temperature on."""
         is_training = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
         self.collects, self.validated = is_training and self.fits_temperature, []
-        if self.collects:  # now, as callbacks may swap the weights for the validation alone
+        if self.collects:  # copy now: callbacks may swap the weights during validation
             self.validating = _of_network(self.state_dict())
 
     def on_validation_epoch_end(self) -> None:
-        """Log the metrics of the sets that were evaluated; fit the temperature."""
+        """Log the metrics of the evaluated sets; fit the temperature."""
         for stage, metrics in (("val", self.val_metrics), ("test", self.test_metrics)):
             if metrics.update_called:
                 self._log_epoch(stage, metrics)
@@ -566,7 +565,7 @@ class ImageClassifier(RecordableModule):
         values = {f"{stage}/{name}": value for name, value in metrics.compute().items()}
         if self.trainer.state.fn == "fit" and stage != "test":
             self._refuse_divergence(f"{stage}/loss", values[f"{stage}/loss"])
-        self.log_dict(values, on_step=False, on_epoch=True, batch_size=1)  # one value an epoch
+        self.log_dict(values, on_step=False, on_epoch=True, batch_size=1)  # one value per epoch
         metrics.reset()
 
     def _refuse_divergence(self, what: str, *values: Tensor) -> None:
@@ -583,20 +582,20 @@ class ImageClassifier(RecordableModule):
         )
 
     def on_train_end(self) -> None:
-        """Raise `Diverged` if the last step made a weight NaN or infinite; forget a temperature of
+        """Raise `Diverged` if a weight is NaN or infinite; drop the temperature if it belongs to
         earlier weights."""
         self._unfreeze()
         self._refuse_divergence("a weight", *self.network.parameters())
         self.temperature = self._temperature_of(self.state_dict())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the temperature of these weights, and the metric that `ReduceLROnPlateau` sees after
-        this; no weights that are NaN."""
+        """Save the temperature of these weights, and the metric that `ReduceLROnPlateau` will see
+        next. Raise `Diverged` if the training loss or a weight is NaN or infinite."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["found_lr"] = self.lr
         checkpoint["temperature"] = self._temperature_of(checkpoint["state_dict"])
         checkpoint["unsure_below"] = self.unsure_below
-        for key in self.augment.state_dict(prefix="augment."):  # which are the data's
+        for key in self.augment.state_dict(prefix="augment."):  # belongs to the data module
             checkpoint["state_dict"].pop(key, None)
         if self.train_metrics.update_called:
             self._refuse_divergence("train/loss", self.train_metrics.compute()["loss"])
@@ -611,23 +610,23 @@ class ImageClassifier(RecordableModule):
                     state["pending"] = float(metric)
 
     def _temperature_of(self, weights: dict[str, Tensor]) -> float | None:
-        """Return the temperature if it is that of these weights, or of a file."""
+        """Return the temperature if it belongs to these weights or comes from a file."""
         now, fitted_on = _of_network(weights), self.fitted_on
         is_same = now.keys() == fitted_on.keys() and all(
             torch.equal(its, fitted_on[name].to(its.dtype)) for name, its in now.items()
-        )  # in a checkpoint to share they may have 16 bits
+        )  # an exported checkpoint may have 16-bit weights
         return self.temperature if is_same or not self.fits_temperature else None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the temperature; let OneCycleLR run to what may be another end, with the rates of
-        what may be groups in another order."""
+        """Restore the temperature. Drop schedulers' lengths and learning rates: OneCycleLR may now
+        end elsewhere, and the optimizer's groups may be in another order."""
         super().on_load_checkpoint(checkpoint)
         self.lr = checkpoint.get("found_lr")
         if self.fits_temperature or self.temperature is None:
             self.temperature = checkpoint.get("temperature")
             self.fitted_on = _of_network(checkpoint["state_dict"])
             self.unsure_below = checkpoint.get("unsure_below", 0.0)
-        if self.proxy is None:  # of a run that had one
+        if self.proxy is None:  # the run may have had one
             for key in [key for key in checkpoint["state_dict"] if key.startswith("proxy.")]:
                 del checkpoint["state_dict"][key]
         checkpoint["state_dict"].update(self.augment.state_dict(prefix="augment."))
@@ -637,14 +636,14 @@ class ImageClassifier(RecordableModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, **kwargs: Any) -> "ImageClassifier":  # type: ignore[override]
-        """Return a trained model, from a checkpoint of this version or an earlier one."""
+        """Load a trained model from a checkpoint of this version or an earlier one."""
         settings = read_checkpoint(checkpoint_path).get("hyper_parameters", {})
         kwargs = {
             "map_location": "cpu",
             "weights_only": True,
             **settings,
             "weights": None,
-            "calibrate": bool(settings.get("calibrate", True)),  # a file was read in training
+            "calibrate": bool(settings.get("calibrate", True)),  # a file's temperature is saved
             **kwargs,
         }
         model = super().load_from_checkpoint(checkpoint_path, **kwargs)
@@ -653,19 +652,19 @@ class ImageClassifier(RecordableModule):
 
     @property  # type: ignore[misc]  # Lightning's can also be set
     def example_input_array(self) -> Tensor:
-        """Images [128, 3, 32, 32] for the summary's shapes, of the type of the weights."""
+        """Images [128, 3, 32, 32] for the summary's shapes, in the weights' dtype."""
         return torch.zeros(128, 3, 32, 32, dtype=next(self.network.parameters()).dtype)
 
 
 class Parameters(list[nn.Parameter]):
-    """Parameters to train, as every optimizer takes them, and for those that want names `named`."""
+    """Trainable parameters, as any optimizer takes them; `named` pairs them with their names."""
 
     named: list[tuple[str, nn.Parameter]]
 
 
 class Means(Metric):
-    """Mean loss and accuracy over images. A step costs a few additions on the device, and nothing
-    that would make the CPU wait for it."""
+    """Mean loss and accuracy over images. An update costs a few additions on the device and never
+    makes the CPU wait."""
 
     loss: Tensor
     correct: Tensor
@@ -678,8 +677,8 @@ class Means(Metric):
         self.add_state("images", torch.zeros((), dtype=torch.int64), "sum")
 
     def update(self, mean_loss: Tensor, correct: Tensor, images: int) -> None:
-        """Add a batch: its mean loss [], its correct predictions int64 [], its size."""
-        # Not in place: the initial zero has the precision of the weights, perhaps bfloat16.
+        """Add a batch: its mean loss [], number of correct predictions int64 [], and size."""
+        # Not in-place: the initial zero has the weights' dtype, perhaps bfloat16.
         self.loss = self.loss + mean_loss.float() * images
         self.correct += correct
         self.images += images
@@ -690,7 +689,7 @@ class Means(Metric):
 
 
 def _of_network(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies of the network's weights among a module's, on the CPU."""
+    """Return CPU copies of the network's weights in a module's state dict."""
     return {
         name: tensor.detach().cpu().clone()
         for name, tensor in weights.items()
@@ -699,8 +698,8 @@ def _of_network(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """Return the temperature T, from e^-3 to e^3, for which logits [N, classes] / T have the lowest
-    cross entropy with labels int64 [N].
+    """Return the temperature T, from e^-3 to e^3, that minimises the cross entropy of logits
+    [N, classes] / T with labels int64 [N].
 
     Guo et al., "On Calibration of Modern Neural Networks" (arXiv 1706.04599, section 4.2).
     """
@@ -713,7 +712,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 
 def _calibration_in(file: str) -> tuple[float, float]:
-    """Return the temperature that a checkpoint has, and below which probability it is unsure."""
+    """Return a checkpoint's temperature and `unsure_below`; raise if it has none."""
     checkpoint = read_checkpoint(file)
     if checkpoint.get("temperature") is None:
         raise MisconfigurationException(
@@ -724,13 +723,13 @@ def _calibration_in(file: str) -> tuple[float, float]:
 
 
 def _monitor(scheduler: Any) -> str:
-    """Return the metric that ReduceLROnPlateau follows: Lightning's says it, PyTorch's does not."""
+    """Return the metric that ReduceLROnPlateau follows; only Lightning's class names one."""
     return str(getattr(scheduler, "monitor", "val/loss"))
 
 
 @contextmanager
 def _refused(key: str) -> Iterator[None]:
-    """Name the setting whose class refuses its arguments."""
+    """Prefix an error from an argument's class with the argument's key."""
     try:
         yield
     except (ValueError, ArithmeticError) as error:
@@ -738,7 +737,7 @@ def _refused(key: str) -> Iterator[None]:
 
 
 def _normalization(normalize: str | dict[str, list[float]] | None) -> dict[str, Any]:
-    """Return the mean and the standard deviation of each channel."""
+    """Return the mean and standard deviation of each channel."""
     found: Any = {"mean": MEAN, "std": STD} if normalize in ("cifar10", None) else normalize
     if set(found) != {"mean", "std"} or any(len(values) != 3 for values in found.values()):
         raise MisconfigurationException(
@@ -748,8 +747,8 @@ def _normalization(normalize: str | dict[str, list[float]] | None) -> dict[str, 
 
 
 def _start_from(weights: dict[str, Tensor], network: nn.Module) -> None:
-    """Load weights; say which have other shapes, such as the last layer of a network for other
-    classes, and so remain random."""
+    """Load weights. Print which stay random because their shape differs, such as the last layer's
+    for other classes."""
     own = network.state_dict()
     others = [n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape]
     network.load_state_dict({**weights, **{name: own[name] for name in others}})
@@ -759,7 +758,7 @@ def _start_from(weights: dict[str, Tensor], network: nn.Module) -> None:
 
 
 def _check(key: str, network: nn.Module, size: int, classes: int) -> None:
-    """Refuse a network of other shapes before a run starts."""
+    """Raise before a run starts if the network's input or output shape doesn't fit."""
     name, copied = f"{key} {type(network).__name__}", copy.deepcopy(network).cpu().float().eval()
     try:
         with torch.no_grad():

@@ -14,32 +14,31 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-# Of Jordan's Muon (kellerjordan.github.io/posts/muon): an odd polynomial of degree five that, put
-# into itself a few times, brings all singular values in (0, 1] near 1, small ones fast.
+# From Jordan's Muon (kellerjordan.github.io/posts/muon): an odd polynomial of degree five. Iterated
+# a few times, it brings all singular values in (0, 1] near 1, small ones fast.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 @dataclass
 class Group:
-    """How some of the parameters are updated.
+    """How a group of parameters is updated.
 
     Args:
-        parameters: Which: a pattern for their names in the network, such as `*.conv*.weight`, and
-            in the model's proxy, if there is one, such as `proxy.head.weight`.
+        parameters: Pattern for their names in the network, such as `*.conv*.weight`, or in the
+            model's proxy, such as `proxy.head.weight`.
         lr: Learning rate, for the mean loss of a batch.
-        rule: `sgd`: a step along the gradient, with Nesterov momentum. `muon`: of the same step,
-            seen as a matrix with a row for each output channel, the singular values are brought
-            near 1 (`orthogonalized`).
-        momentum: How much of the sum of past gradients is kept, in [0, 1].
-        weight_decay: What is added to the gradient, times the parameter.
-        normalize: Of `muon`: scale each parameter before a step, so that its rows have a mean
-            square norm of 1.
-        until: The part of the training, above 0, after which `LinearDecay` has brought the learning
-            rate to zero.
+        rule: `sgd`: SGD with Nesterov momentum. `muon`: the same step, as a matrix with a row for
+            each output channel, with its singular values brought near 1 (`orthogonalized`).
+        momentum: Share of the sum of past gradients that is kept, in [0, 1].
+        weight_decay: Multiple of the parameter that is added to its gradient.
+        normalize: For `muon`: before a step, scale each parameter so that the mean squared norm of
+            its rows is 1.
+        until: Share of the training, above 0, after which a schedule from `optimization` has
+            brought the learning rate to zero.
 
     """
 
-    parameters: str = ""  # which `MuonSGD` refuses, and names the group, as the parser would not
+    parameters: str = ""  # `MuonSGD` refuses it and names the group; the parser would not
     lr: PositiveFloat = field(kw_only=True)
     rule: Literal["sgd", "muon"] = "sgd"
     momentum: ClosedUnitInterval = 0.85
@@ -49,34 +48,34 @@ class Group:
 
 
 def plain(group: Group) -> dict[str, Any]:
-    """Return a group's settings as numbers and texts that a checkpoint may hold, which the parser's
-    types for positive numbers are not."""
+    """Return a group's settings as plain numbers and strings: a checkpoint can't hold the parser's
+    types for positive numbers."""
     settings = asdict(group)
     return {key: float(v) if isinstance(v, float) else v for key, v in settings.items()}
 
 
 class MuonSGD(Optimizer):
-    """Muon for some parameters and SGD with Nesterov momentum for others, as one optimizer, as the
-    two of `airbench94_muon.py` (github.com/KellerJordan/cifar10-airbench) together.
+    """Muon for some parameters and SGD with Nesterov momentum for others: the two optimizers of
+    `airbench94_muon.py` (github.com/KellerJordan/cifar10-airbench) in one.
 
-    Every parameter belongs to the one group whose pattern fits its name.
+    Every parameter belongs to the one group whose pattern matches its name.
 
     Args:
-        params: Pairs of name and parameter, as `named_parameters()` gives them, or what has these
-            pairs as `named`.
-        groups: How they are updated, by a name for each group.
+        params: Pairs of name and parameter, as from `named_parameters()`, or an object with these
+            pairs in `named`.
+        groups: The groups, by name.
 
     Raises:
-        MisconfigurationException: A parameter that no group takes, or two; a group that takes none;
-            a vector for `muon`.
+        MisconfigurationException: A parameter matches no group or several, a group matches no
+            parameter, or a `muon` group matches a vector.
 
     """
 
-    is_recordable = True  # as a CUDA graph: nothing is decided on the CPU
+    is_recordable = True  # as a CUDA graph: it decides nothing on the CPU
 
     def __init__(self, params: Iterable[tuple[str, Tensor]], groups: dict[str, Group]) -> None:
         pairs = list(getattr(params, "named", params))
-        if not all(isinstance(pair, tuple) for pair in pairs):  # those of model.decay_matrices_only
+        if not all(isinstance(pair, tuple) for pair in pairs):  # from model.decay_matrices_only
             raise ValueError("MuonSGD has groups of its own: say their weight_decay there")
         taken: dict[str, list[Tensor]] = {name: [] for name in groups}
         for name, parameter in pairs:
@@ -102,18 +101,18 @@ class MuonSGD(Optimizer):
                 )
         super().__init__(
             [{"name": name, "params": taken[name], **plain(groups[name])} for name in groups],
-            {"momentum": Group.momentum},  # which LearningRateMonitor looks for
+            {"momentum": Group.momentum},  # LearningRateMonitor looks for it
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume from a state, whose groups of the same names may come in another order."""
+        """Load a state, whose groups are matched by name: their order may differ."""
         saved = {group["name"]: group for group in state_dict["param_groups"]}
         groups = [saved[group["name"]] for group in self.param_groups]
         super().load_state_dict({**state_dict, "param_groups": groups})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update all parameters; return what the closure, which computes the gradients, returns."""
+        """Update all parameters; return the result of `closure`, which computes the gradients."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -125,11 +124,11 @@ class MuonSGD(Optimizer):
                 if group["rule"] == "muon":
                     if group["normalize"]:
                         sizes = torch._foreach_norm(params)
-                        torch._foreach_clamp_min_(sizes, 1e-7)  # all zero, as nothing scales it
+                        torch._foreach_clamp_min_(sizes, 1e-7)  # no NaN for all-zero parameters
                         factors = [len(p) ** 0.5 / s for p, s in zip(params, sizes, strict=True)]
                         torch._foreach_mul_(params, factors)
                     updates = orthogonalized(updates)
-                torch._foreach_mul_(updates, group["lr"])  # a number, or a tensor on the device
+                torch._foreach_mul_(updates, group["lr"])  # a float, or a tensor on the device
                 torch._foreach_sub_(params, updates)
         return loss
 
@@ -150,8 +149,8 @@ def orthogonalized(updates: list[Tensor], steps: int = 3) -> list[Tensor]:
     """Return the updates [C, ...] with their larger singular values, as matrices [C, N], in
     [0.5, 1.5], and the small ones up to 41 times as large.
 
-    Newton-Schulz iteration, in bfloat16, or in float32 on a processor that is known to be faster in
-    it. Those of one shape are done at once.
+    Newton-Schulz iteration in bfloat16, or in float32 on a CPU that is known to be faster in it.
+    Updates of the same shape are batched.
     """
     a, b, c = NEWTON_SCHULZ
     on_cpu = bool(updates) and updates[0].device.type == "cpu"
@@ -175,9 +174,9 @@ def orthogonalized(updates: list[Tensor], steps: int = 3) -> list[Tensor]:
 class Schedule(LRScheduler):
     """Learning rates as a function of training progress.
 
-    It counts no steps and keeps no state: whoever trains tells it the progress, so a run that is
-    resumed for longer, or with another batch size, is where it should be. A group of the optimizer
-    that has `until` has come to the end after that share of the training.
+    It counts no steps and keeps no state: the training loop passes it the progress. A run resumed
+    for more epochs, or with another batch size, gets the right learning rate. An optimizer group
+    with `until` reaches its end after that share of the training.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:  # not LRScheduler's, which counts steps
@@ -185,11 +184,11 @@ class Schedule(LRScheduler):
         self.set_progress(0.0)
 
     def factor(self, progress: float) -> float:
-        """Return what to multiply each group's own learning rate by at a progress in [0, 1]."""
+        """Return the multiplier of each group's learning rate at a progress in [0, 1]."""
         raise NotImplementedError
 
     def set_progress(self, progress: float) -> None:
-        """Set the learning rates for the share of the training that is done, in [0, 1]."""
+        """Set the learning rates for the share of the training done, in [0, 1]."""
         for group in self.optimizer.param_groups:
             lr = group.setdefault("initial_lr", group["lr"])
             group["lr"] = lr * self.factor(min(1.0, progress / group.get("until", 1.0)))
@@ -203,7 +202,7 @@ class Schedule(LRScheduler):
 
 
 class LinearDecay(Schedule):
-    """Lowers the learning rate to zero in a straight line."""
+    """Lowers the learning rate to zero linearly."""
 
     def factor(self, progress: float) -> float:
         """Return 1 at the start and 0 at the end."""
@@ -211,12 +210,12 @@ class LinearDecay(Schedule):
 
 
 class WarmupCosine(Schedule):
-    """Raises the learning rate from a 25th to its value, then lowers it to zero, both along half a
-    cosine wave: the curve of `OneCycleLR`, for the rate that the optimizer was given.
+    """Raises the learning rate from 1/25 of the optimizer's value to that value, then lowers it to
+    zero, each along half a cosine wave: the curve of `OneCycleLR`.
 
     Args:
-        optimizer: Whose rates.
-        warmup: The share of the training in which the rate rises, in [0, 1).
+        optimizer: The optimizer to schedule.
+        warmup: Share of the training in which the learning rate rises, in [0, 1).
 
     Raises:
         ValueError: `warmup` is not in [0, 1).
@@ -242,9 +241,8 @@ def _half_wave(part: float) -> float:
 
 
 def bf16_is_slow() -> bool:
-    """Return whether this processor, of Intel's or AMD's, computes in float32 faster than in
-    bfloat16: it lacks instructions for it, or is Intel's without AMX, as in many virtual machines.
-    """
+    """Return whether this Intel or AMD CPU is faster in float32 than in bfloat16: it lacks bfloat16
+    instructions, or is Intel's without AMX, as in many virtual machines."""
     can: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older PyTorch
     has_fast_ones = can.get("avx512_bf16", True) and "Intel" not in can.get("cpu_name", "")
     return not has_fast_ones and not can.get("amx_bf16", True)

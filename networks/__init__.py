@@ -10,8 +10,8 @@ from networks.speedrun import SpeedrunNet
 
 
 def default_network(num_classes: PositiveInt = 10) -> ConvNet:
-    """Return the network of runs that name none. It has no other arguments, as a network of another
-    class would inherit what they are here, should they have the same names."""
+    """Return the network of runs that name none. It takes no other arguments: a network of another
+    class would inherit the values of any with the same name."""
     return ConvNet(num_classes=num_classes)
 
 

@@ -9,10 +9,10 @@ from networks.max_pool import MaxPool2x2
 
 
 def _stage(conv: nn.Conv2d) -> nn.Sequential:
-    """Convolve, normalise, halve, rectify: [B, in, H, W] -> [B, out, H/2, W/2].
+    """Convolve, normalise, pool, rectify: [B, in, H, W] -> [B, out, H/2, W/2].
 
-    The report rectifies first. The values are the same, as the maximum of rectified numbers is the
-    rectified maximum, but there is a quarter as many to rectify.
+    The report rectifies before pooling. The values are the same, because ReLU and maximum commute,
+    but here ReLU has a quarter as many to process.
     """
     return nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels), MaxPool2x2(), nn.ReLU())
 
@@ -30,12 +30,12 @@ class ConvNet(nn.Module):
     | dense                                     | [B, num_classes] |
 
     Args:
-        dense_units: Width of the second dense layer. The assignment asks for 84, the report's code
-            has 80 (78,134 parameters).
-        width: How many times as many channels the convolutions have.
+        dense_units: Width of the second dense layer: 84 in the assignment, 80 in the report's code
+            (78,134 parameters).
+        width: Multiplier of the convolutions' channels.
         dropout: Probability in [0, 1] that a feature is dropped before each of the first two dense
             layers.
-        num_classes: Of the images.
+        num_classes: Number of classes.
 
     """
 
@@ -58,8 +58,8 @@ class ConvNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map float images [B, 3, 32, 32] in [0, 1] to logits [B, num_classes]."""
-        # With channels last the backward pass of the second and third stage is a third faster; the
-        # first has too few channels to gain by it.
+        # Channels last makes the backward pass of the second and third stage a third faster; the
+        # first has too few channels to benefit.
         features = self.conv1(images).contiguous(memory_format=torch.channels_last)
         features = self.flatten(self.conv3(self.conv2(features)))
         features = self.dense1(F.dropout(features, self.dropout, self.training))

@@ -1,4 +1,4 @@
-"""The report's ConvNet, with more of everything: what its discussion suggests."""
+"""A larger version of the report's ConvNet, as its discussion suggests."""
 
 import torch
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
@@ -7,9 +7,9 @@ from torch.nn import functional as F
 
 
 def _convs(channels_in: int, channels: int, count: int) -> nn.Sequential:
-    """Convolve, normalise and rectify `count` times, then halve: [B, in, H, W] -> [B, C, H/2, W/2].
+    """Convolve, normalise and rectify `count` times, then pool: [B, in, H, W] -> [B, C, H/2, W/2].
 
-    As in the report's ConvNet, what is pooled is rectified afterwards.
+    As in `ConvNet`, the last ReLU comes after pooling.
     """
     layers: list[nn.Module] = []
     for i in range(count):
@@ -32,10 +32,10 @@ class DeepConvNet(nn.Module):
     | dense                                         | [B, num_classes] |
 
     Args:
-        channels: Of the three stages.
+        channels: Channels of the three stages.
         dense_units: Width of the first dense layer.
         dropout: Probability in [0, 1] that a feature is dropped before each dense layer.
-        num_classes: Of the images.
+        num_classes: Number of classes.
 
     """
 

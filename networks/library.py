@@ -1,4 +1,4 @@
-"""Networks of torchvision and timm, made for images of 32 x 32 pixels."""
+"""Networks from torchvision and timm, adapted to 32 x 32 images."""
 
 from difflib import get_close_matches
 from functools import partial
@@ -16,26 +16,26 @@ def library_network(
     arguments: dict[str, Any] | None = None,
     num_classes: PositiveInt = 10,
 ) -> nn.Module:
-    """Return a network of torchvision's or timm's: float images to logits [B, num_classes].
+    """Return a torchvision or timm network: float images to logits [B, num_classes].
 
     Args:
-        name: `resnet18` or another of torchvision's (`torchvision.models.list_models()`), or
-            `timm/resnet18` (`timm.list_models()`). It begins with random weights.
-        stem: Of the ResNet family, whose own stem makes 8 x 8 pixels of 32 x 32 before the first
-            block. `small`: a convolution of 3 x 3 with stride 1 and no pooling, as He et al., arXiv
-            1512.03385, section 4.2, have it for CIFAR-10. Others keep theirs.
+        name: `resnet18` or another torchvision model (`torchvision.models.list_models()`), or
+            `timm/resnet18` (`timm.list_models()`), with random weights.
+        stem: For ResNets, whose `own` stem reduces 32 x 32 pixels to 8 x 8 before the first block.
+            `small`: a 3 x 3 convolution with stride 1 and no pooling, as in He et al., arXiv
+            1512.03385, section 4.2, for CIFAR-10. Other networks keep theirs.
         arguments: Further arguments of the network, such as timm's {img_size: 32, patch_size: 4}.
-        num_classes: Of the images.
+        num_classes: Number of classes.
 
     Raises:
-        ValueError: There is no such network, or it refuses its arguments.
+        ValueError: There is no such network, or it rejects its arguments.
         ImportError: timm is not installed.
 
     """
     model = name.removeprefix("timm/")
     if name != model:
         try:
-            from timm import create_model, list_models  # an extra
+            from timm import create_model, list_models  # an optional dependency
         except ImportError as error:
             raise ImportError("timm is not installed: pip install timm") from error
     else:
@@ -47,9 +47,9 @@ def library_network(
         raise ValueError(f"there is no network {name}" + f": did you mean {near}?" * bool(near))
     try:
         network: Any = create_model(model, num_classes=num_classes, **(arguments or {}))
-    except TypeError as error:  # of its arguments
+    except TypeError as error:  # from its arguments
         raise ValueError(f"{name}: {error}") from error
-    if hasattr(network, "aux_logits"):  # which would be further outputs in training
+    if hasattr(network, "aux_logits"):  # further outputs in training
         network.aux_logits = False
     if stem == "small" and has_large_stem(network):
         if isinstance(network.conv1, nn.Conv2d):
@@ -62,8 +62,8 @@ def library_network(
 
 
 def has_large_stem(network: nn.Module) -> bool:
-    """Return whether a network begins as ResNets for large images do: with a convolution of stride
-    2, and pooling."""
+    """Return whether a network starts like ResNets for large images, with a stride-2 convolution
+    and max pooling."""
     first, pool = getattr(network, "conv1", None), getattr(network, "maxpool", None)
     first = first[0] if isinstance(first, nn.Sequential) else first
     halves = isinstance(first, nn.Conv2d) and first.stride == (2, 2)

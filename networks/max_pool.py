@@ -10,11 +10,10 @@ from torch.autograd.function import once_differentiable
 class MaxPool2x2(nn.MaxPool2d):
     """Halves height and width as `nn.MaxPool2d(2)` does: [B, C, H, W] -> [B, C, H/2, W/2].
 
-    PyTorch's kernel finds the maximum of each window by itself, and its place, one number after the
-    other: a fifth of a training step of the report's network. Two maxima of whole slices give the
-    same values and gradients in a third of that time. (Where several numbers of a window are its
-    maximum the gradient goes to one of them, which may be another one. Transforms of `torch.func`
-    need `nn.MaxPool2d`.)
+    PyTorch's kernel finds the maximum of each window and its position one number at a time, which
+    takes a fifth of a training step of the report's network. Two maxima of whole slices give the
+    same values and gradients in a third of that time. In a tie, however, the gradient may go to a
+    different one of the tied values. Transforms of `torch.func` need `nn.MaxPool2d`.
     """
 
     def __init__(self) -> None:
@@ -48,6 +47,6 @@ class _MaxOfSlices(torch.autograd.Function):
 
 
 def _divide(grad: Tensor, is_second: Tensor, first: Tensor, second: Tensor) -> None:
-    """Write the gradient to the second place where it belongs, elsewhere to the first."""
+    """Write the gradient to `second` where `is_second`, otherwise to `first`."""
     torch.mul(grad, is_second, out=second)
     torch.sub(grad, second, out=first)

@@ -1,7 +1,7 @@
-"""The networks of the speedruns, for 94 % of the test set and for 96 %.
+"""The networks of the speedruns to 94 % and 96 % test accuracy.
 
-Jordan, arXiv 2404.00498, as his `airbench94_muon.py` simplifies it and `airbench96_faster.py`
-deepens it (github.com/KellerJordan/cifar10-airbench).
+From Jordan, arXiv 2404.00498, as simplified in his `airbench94_muon.py` and deepened in
+`airbench96_faster.py` (github.com/KellerJordan/cifar10-airbench).
 """
 
 import torch
@@ -9,12 +9,12 @@ from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# What is added to a patch's variance along each direction, lest noise become as strong as signal.
+# Added to the patches' variance along each direction, so that noise isn't amplified like signal.
 WHITENING_EPS = 5e-4
 
 
 class Stage(nn.Module):
-    """Two convolutions, or three: [B, channels_in, H, W] -> [B, channels, H/2, W/2]."""
+    """Two or three convolutions: [B, channels_in, H, W] -> [B, channels, H/2, W/2]."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class Stage(nn.Module):
         def layer(channels_in: int, padding: int = 1) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
             conv = nn.Conv2d(channels_in, channels, 3, padding=padding, bias=False)
             norm = nn.BatchNorm2d(channels, eps=1e-12, momentum=norm_momentum)
-            if dirac:  # the first filters hand on what comes; those beyond begin at random
+            if dirac:  # the first filters copy their input; the others stay random
                 nn.init.dirac_(conv.weight.data[:channels_in])
             norm.weight.requires_grad_(learn_scale)
             return conv, norm
@@ -42,7 +42,7 @@ class Stage(nn.Module):
             self.conv3, self.norm3 = layer(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pooling comes first, as it leaves a quarter as much to normalise."""
+        """Pool before batch norm, which leaves a quarter as much to normalise."""
         # No padding on the far sides of an odd size: pooling would drop the last row and column.
         height, width = x.shape[2:]
         padded = F.pad(x, (1, 1 - width % 2, 1, 1 - height % 2))
@@ -52,7 +52,7 @@ class Stage(nn.Module):
 
 
 class SpeedrunNet(nn.Module):
-    """A convolution that whitens, six that learn, one dense layer; 1,972,792 parameters by default.
+    """A whitening convolution, six others and a dense layer, 1,972,792 parameters by default.
 
     | layer                                             | output          |
     | ------------------------------------------------- | --------------- |
@@ -61,18 +61,18 @@ class SpeedrunNet(nn.Module):
     | conv 3x3, batch norm, GELU                        | [B, 64, 15, 15] |
     | the same two with 256 channels                    | [B, 256, 7, 7]  |
     | and again                                         | [B, 256, 3, 3]  |
-    | maximum of all places, dense without bias         | [B, num_classes] |
+    | global max pool, dense without bias               | [B, num_classes] |
 
     Args:
-        widths: Channels of the three stages. With fewer than 24 in the first, `dirac` hands on
-            only some of what the first layer makes.
-        whiten: Make the first layer's filters from training images and train its bias alone.
-            Without, they begin at random and are trained.
-        dirac: Begin the other convolutions as the identity, as far as it goes.
+        widths: Channels of the three stages. With fewer than 24 in the first, `dirac` passes on
+            only some of the first layer's channels.
+        whiten: Compute the first layer's filters from training images and train only its bias.
+            Otherwise they start random and are trained.
+        dirac: Initialise the other convolutions as the identity, as far as their channels allow.
         norm_momentum: Share of the newest batch in batch norm's running statistics, in [0, 1].
         learn_scale: Train batch norm's scale as well as its bias.
-        residual: Have a third convolution in each stage, which adds to what the first one made.
-        num_classes: Of the images.
+        residual: Add a third convolution to each stage, with a skip connection from the first.
+        num_classes: Number of classes.
 
     """
 
@@ -96,27 +96,26 @@ class SpeedrunNet(nn.Module):
             )
         )
         self.head = nn.Linear(widths[-1], num_classes, bias=False)
-        # Small logits at the start: the loss begins at that of a guess.
+        # Small initial logits: the loss starts at that of a uniform guess.
         self.head.weight.data /= self.head.weight.data.std() * widths[-1]
         self.to(memory_format=torch.channels_last)
 
     @torch.no_grad()
     def init_from(self, images: Tensor) -> None:
-        """Make the first layer whiten patches of 2x2 pixels: over those of training images, float
-        [N, 3, 32, 32], its outputs do not correlate and have variance 1, less where there is hardly
-        any. Each is there with both signs, as GELU cuts one off (section 3.2 of the paper).
-        """
+        """Make the first layer whiten 2x2 patches: over those of training images, float
+        [N, 3, 32, 32], its outputs are uncorrelated, with variance 1, or less in directions with
+        hardly any. Each filter has a negated twin, as GELU cuts off one sign (section 3.2)."""
         if self.whiten.weight.requires_grad:
             return
-        patches = F.unfold(images, self.whiten.kernel_size)  # [N, 12, patches of an image]
-        # Summed over images in 64 bits, so that all devices agree on small variances too.
+        patches = F.unfold(images, self.whiten.kernel_size)  # [N, 12, patches per image]
+        # Averaged over images in 64 bits, so that all devices agree on small variances too.
         covariance = (patches @ patches.mT).double().mean(0).cpu() / patches.shape[2]
         variances, directions = torch.linalg.eigh(covariance)
         filters = (directions / (variances + WHITENING_EPS).sqrt()).T
         self.whiten.weight.copy_(torch.cat([filters, -filters]).view_as(self.whiten.weight))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map normalised images [B, 3, H, W], of 9 pixels or more, to logits [B, num_classes]."""
+        """Map normalised images [B, 3, H, W], H and W at least 9, to logits [B, num_classes]."""
         x = F.gelu(self.whiten(images.contiguous(memory_format=torch.channels_last)))
         x = self.groups(x)
         return self.head(F.max_pool2d(x, x.shape[2:]).flatten(1))
