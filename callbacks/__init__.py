@@ -1,4 +1,4 @@
-"""Callbacks, which observe a run and never change its outcome."""
+"""Callbacks that observe a run. On resume, `SaveSettings` also resets a changed optimizer."""
 
 from callbacks.history import History
 from callbacks.predictions import ConfusionMatrix, PredictionsKeeper, PredictionTable

@@ -1,4 +1,4 @@
-"""The history of a run: a line an epoch on the terminal, `metrics.csv` and `curves.png`."""
+"""The history of a run: one line per epoch on the terminal, `metrics.csv`, `curves.png`."""
 
 import csv
 import io
@@ -18,8 +18,8 @@ STAGES, NAMES = ("train", "val", "test"), ("loss", "acc")
 
 
 class History(Callback):
-    """Keeps the metrics of every epoch, in the checkpoint too: a resumed run has whole curves.
-    Writes `metrics.csv` and `curves.png` into the run's folder, if it `writes`."""
+    """Keeps every epoch's metrics, in checkpoints too, so that a resumed run has complete curves.
+    Writes `metrics.csv` and `curves.png` to the run folder if `writes` is true."""
 
     takes_many_steps = True  # as one batch: it counts images
 
@@ -29,33 +29,33 @@ class History(Callback):
         self.evaluated: Row = {}  # in this epoch
         self.header: list[str] = []
         self.has_stepped = False
-        self.is_new = False  # the last row, and not printed yet
+        self.is_new = False  # the last row is not printed yet
         self.evaluating = 0.0  # seconds of this epoch
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the rows for the checkpoint, with one for the validation of the current epoch."""
+        """Return the rows, plus one for a validation in the current epoch."""
         inside = [self.evaluated] if self.evaluated else []
         return {"rows": self.rows + inside, "is_inside": bool(inside)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the rows of the checkpoint."""
+        """Restore the rows from the checkpoint."""
         self.rows = list(state_dict["rows"])
         if state_dict.get("is_inside"):
             self.evaluated = self.rows.pop()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock; report the epoch before, which by now is saved."""
+        """Start the clock; print the previous epoch, which is saved by now."""
         self._report(trainer)
         self.started = time.perf_counter()
         self.images, self.evaluating = 0, 0.0
 
-    on_train_start = on_train_epoch_start  # as no hook is called for the rest of a resumed epoch
+    on_train_start = on_train_epoch_start  # not called when resuming inside an epoch
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, *_: Any
     ) -> None:
-        """Count images; stop the clock of training with an epoch's last batch, and say how long the
-        compilation took with a run's first."""
+        """Count images; stop the training clock at an epoch's last batch; print the compilation
+        time after a run's first."""
         self.images += len(batch.labels) * trainer.world_size
         if trainer.is_last_batch:
             self.images_per_second = self.images / (self._seconds(trainer) - self.evaluating)
@@ -67,17 +67,17 @@ class History(Callback):
                 _say(f"compiled ({mode}): {seconds:.1f} s to the end of the first steps")
 
     def _seconds(self, trainer: Trainer) -> float:
-        """Return the seconds since the epoch began, when all that a GPU was asked for is done."""
+        """Return the seconds since the epoch began, after the GPU has finished its work."""
         if trainer.strategy.root_device.type != "cpu":
             torch.accelerator.synchronize()
         return time.perf_counter() - self.started
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock of training, for a validation in the middle of an epoch."""
+        """Note the time: a validation inside an epoch does not count as training."""
         self.evaluation_started = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep what was measured until the epoch ends."""
+        """Keep the metrics until the epoch ends."""
         if trainer.sanity_checking:
             return
         self.evaluating += time.perf_counter() - self.evaluation_started
@@ -86,13 +86,13 @@ class History(Callback):
         self.evaluated = {**when, **_measured(trainer, "val", "test")}
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the epoch's metrics, and write the rows."""
-        # Lightning still has those of earlier epochs, which are not this one's.
-        # Without an image it was resumed from the validation at its end.
+        """Add the epoch's row, and write `metrics.csv`."""
+        # Otherwise Lightning's training metrics are those of an earlier epoch.
+        # With no images, the epoch was resumed from the validation at its end.
         is_trained = trainer.is_last_batch and self.images > 0
         measured = (_measured(trainer, "train") if is_trained else {}) | self.evaluated
         self.evaluated = {}
-        if measured.get("val/step") == trainer.global_step:  # else it was inside the epoch
+        if measured.get("val/step") == trainer.global_step:  # otherwise inside the epoch
             del measured["val/step"]
         if not measured:
             return
@@ -101,7 +101,7 @@ class History(Callback):
             speed["images_per_second"] = round(self.images_per_second)
             pl_module.log("train/images_per_second", self.images_per_second)
         when = {"epoch": trainer.current_epoch, "step": trainer.global_step}
-        self.rows.append({**when, **measured, **when, **speed})  # validation had a step of its own
+        self.rows.append({**when, **measured, **when, **speed})  # override validation's step
         self.is_new = True
         if folder := self._folder(trainer):
             text = io.StringIO()
@@ -112,12 +112,12 @@ class History(Callback):
             write_whole(folder / "metrics.csv", text.getvalue().encode())
 
     def _folder(self, trainer: Trainer) -> Path | None:
-        """Return where to write, if this process should."""
-        folder = trainer.log_dir  # of which all ranks are told, so all must ask
+        """Return the folder to write to, if this process should."""
+        folder = trainer.log_dir  # a broadcast, so all ranks must call it
         return Path(folder) if folder and self.writes and trainer.is_global_zero else None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report the last epoch."""
+        """Print the last epoch."""
         self._report(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -134,7 +134,7 @@ class History(Callback):
         return found[0] if found else None
 
     def _report(self, trainer: Trainer) -> None:
-        """Print the newest row once, with a star where it is the best so far."""
+        """Print the newest row once, with a star if it is the best so far."""
         if not (self.is_new and trainer.is_global_zero):
             return
         self.is_new = False
@@ -161,7 +161,7 @@ def _say(line: str) -> None:
 
 
 def _measured(trainer: Trainer, *stages: str) -> Row:
-    """Return the metrics of these stages; with those of validation, the one that is monitored."""
+    """Return the metrics of these stages, and the monitored one if it is among theirs."""
     metrics = trainer.callback_metrics
     monitor = str(getattr(keeper(trainer), "monitor", None))
     keys = [f"{stage}/{name}" for stage in stages for name in NAMES]

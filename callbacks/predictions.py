@@ -1,4 +1,4 @@
-"""What a network predicts for every image."""
+"""Callbacks that keep, draw and write predictions."""
 
 import csv
 import io
@@ -24,8 +24,8 @@ from cifar10.batches import Batch, Predictions, gathered
 from cifar10.pictures import BATCH_SIZE, why_unreadable
 from runs import write_whole
 
-SHOWN = 30  # pictures on the terminal
-AT_ONCE = 250  # pictures to explain, whose maps take memory
+SHOWN = 30  # images on the terminal
+AT_ONCE = 250  # images to explain at once, to save memory
 
 
 class PredictionsKeeper(Callback):
@@ -37,7 +37,7 @@ class PredictionsKeeper(Callback):
         self.batches: dict[int, list[Predictions]] = {}
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget the predictions of the sets before."""
+        """Discard earlier predictions."""
         self.batches = {}
 
     def on_validation_batch_end(
@@ -49,7 +49,7 @@ class PredictionsKeeper(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep a batch, but none of the test set's curve."""
+        """Keep a batch, except for the test curve."""
         if dataloader_idx == 0:
             self.on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
@@ -64,22 +64,22 @@ class PredictionsKeeper(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep a batch of one of several sets."""
+        """Keep a batch, by set."""
         predictions = Predictions(outputs.float(), batch.labels, batch.indices)
         self.batches.setdefault(dataloader_idx, []).append(predictions)
 
     def predictions(self, number: int = 0) -> Predictions | None:
-        """Return the predictions of all ranks for a set, and forget them; None if there was no
+        """Return and discard the predictions of all ranks for a set; None if there was no
         batch."""
         return gathered(self.batches.pop(number, []))
 
 
 class ConfusionMatrix(PredictionsKeeper):
-    """Draws the confusion matrix of validation in TensorBoard, every few epochs of `fit`:
+    """Draws the validation confusion matrix in TensorBoard every few epochs of `fit`:
     `--trainer.callbacks+=callbacks.ConfusionMatrix`. A drawing takes 0.3 s.
 
     Args:
-        every_n_epochs: How many epochs from one to the next.
+        every_n_epochs: Draw once in this many epochs.
 
     """
 
@@ -88,14 +88,14 @@ class ConfusionMatrix(PredictionsKeeper):
         self.every_n_epochs = every_n_epochs
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw."""
+        """Draw the matrix if it is due."""
         from reports.evaluation import confusion_of  # slow to import
         from reports.figures import confusion_figure
 
         is_due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
         if trainer.state.fn != "fit" or trainer.sanity_checking or not is_due:
             return
-        predictions = self.predictions()  # takes all ranks
+        predictions = self.predictions()  # all ranks must call it
         if predictions is not None:
             classes: Any = pl_module.classes
             for board in writers(trainer):
@@ -104,10 +104,10 @@ class ConfusionMatrix(PredictionsKeeper):
 
 
 class PredictionTable(Callback):
-    """Writes the two most probable classes of every image to a CSV file at the end, whether the
-    model is sure, and all probabilities; shows the classes of the first pictures. `files` are the
-    pictures' own, None for images that have numbers and labels. To `explain` is to draw what in
-    each picture speaks for its class. Both go to the run's folder."""
+    """Writes each image's two most probable classes, whether the model is sure, and all
+    probabilities to a CSV file at the end; prints the first rows for image files. `files` is None
+    for images that have numbers and labels instead. With `explain`, draws Grad-CAM images.
+    Both go to the run folder."""
 
     def __init__(self, run: Path, files: list[Path] | None, *, explain: bool = False) -> None:
         self.path, self.explained = run / "predictions.csv", run / "explained"
@@ -116,14 +116,14 @@ class PredictionTable(Callback):
         self.skipped, self.has_drawn = 0, False
 
     def _forget(self) -> None:
-        """Remove the pictures that an earlier prediction drew."""
+        """Remove the images drawn by an earlier prediction."""
         for picture in self.explained.glob("[0-9]*_*.png"):
             picture.unlink()
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int, *_: Any
     ) -> None:
-        """Keep the probabilities [B, classes]; name the files that could not be read."""
+        """Keep the probabilities [B, classes]; print the files that could not be read."""
         least = pl_module.unsure_below if pl_module.temperature_used else None
         names, best, indices = pl_module.classes, outputs.topk(2), batch.indices.tolist()
         columns = indices, outputs.tolist(), best.indices.tolist(), batch.labels.tolist()
@@ -144,8 +144,8 @@ class PredictionTable(Callback):
                 self.skipped += 1
 
     def _explain(self, model: Any, batch: Batch, classes: Tensor) -> None:
-        """Write each picture as the network sees it, and beside it what in it speaks for its class
-        (in the picture itself: test-time augmentation has other views too)."""
+        """Write each image as the network sees it, next to its Grad-CAM for the predicted class
+        (without the other views of test-time augmentation)."""
         from reports.figures import with_focus  # slow to import
         from reports.focus import grad_cam
 
@@ -170,7 +170,7 @@ class PredictionTable(Callback):
                 write_whole(self.explained / f"{index:04}_{name}.png", content.getvalue())
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the file, unless nothing could be read, and show the first pictures."""
+        """Write the file, unless nothing could be read, and print the first rows."""
         if not self.rows:
             return
         if not self.explain:

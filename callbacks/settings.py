@@ -1,4 +1,4 @@
-"""What a run was, in `config.yaml` and `run.json`, and in its checkpoints."""
+"""The record of a run in `config.yaml`, `run.json` and its checkpoints."""
 
 import json
 from pathlib import Path
@@ -25,11 +25,13 @@ CHOICE = ("monitor", "mode", "filename", "auto_insert_metric_name")  # of ModelC
 
 
 class SaveSettings(Callback):
-    """Saves the run's settings, nested plain data: in `config.yaml`, and in every checkpoint, with
-    what they were in earlier parts of a run, of which `resumed` is a checkpoint, or empty; and in
-    `run.json` with the `command` that started it, and the code, packages, images and machine of its
-    last part. Refuses to validate on other images than `seen`, on which the weights in the file
-    `source` were trained."""
+    """Saves the run's config, as nested plain data, to `config.yaml` and every checkpoint, with the
+    configs of earlier parts of a resumed run. `run.json` gets the `command` that started the
+    run, and the code, packages, images and machine of its last part.
+
+    `resumed` is the checkpoint to resume from, or empty. With a validation set, raises if the
+    images are not the `seen` ones that the weights in the file `source` were trained on.
+    """
 
     takes_many_steps = True
 
@@ -51,8 +53,8 @@ class SaveSettings(Callback):
         self.parts: list[dict[str, Any]] = self.earlier.get("parts", [first])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Note which images and which code these are, and refuse to validate on images that may
-        have been trained on."""
+        """Record the images and the code. Raise if validation images may have been trained
+        on."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         device = trainer.strategy.root_device
         self.made_by: dict[str, Any] = {
@@ -63,7 +65,7 @@ class SaveSettings(Callback):
             "device": device.type,
             "machine": machine(device),
         }
-        if (weights := self.settings["model"]["weights"]) and self.earlier:  # not read again
+        if (weights := self.settings["model"]["weights"]) and self.earlier:  # not read on resume
             its = self.earlier.get("versions", {}).get(weights, "")
             self.made_by["versions"][weights] = its
         before, now = _versions(self.earlier), _versions(self.made_by)
@@ -72,8 +74,8 @@ class SaveSettings(Callback):
             refuse_other_images(self.source, self.seen, self.made_by["images"]["train"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write `config.yaml`; keep the one of a part with other settings under another name. Log
-        the settings that Lightning does not: of the run and its trainer."""
+        """Write `config.yaml`; keep that of a part with another config under another name. Log the
+        arguments that Lightning doesn't: those of the run and its trainer."""
         of_run = flat({key: self.settings[key] for key in RUN_SETTINGS})
         given = {k: v for k, v in of_run.items() if v is not None and ".logger" not in k}
         for logger in others(trainer):
@@ -84,11 +86,11 @@ class SaveSettings(Callback):
             self.parts[-1] |= {"config": name, "settings": self.before}
             part = {"from_epoch": trainer.current_epoch, "changed": self.changed}
             self.parts.append({"config": "config.yaml", **part})
-        # All of them, as the folder may be another than that of the part before.
+        # All of them, as earlier parts may have another folder.
         files |= {part["config"]: part["settings"] for part in self.parts if "settings" in part}
-        folder = trainer.log_dir  # of which all ranks are told, so all must ask
+        folder = trainer.log_dir  # a broadcast, so all ranks must call it
         if trainer.is_global_zero and folder and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            if self.changed:  # the logger writes it once, and again if it is not there
+            if self.changed:  # the logger rewrites it only if missing
                 (Path(folder) / "hparams.yaml").unlink(missing_ok=True)
             texts = {n: yaml.safe_dump(of, sort_keys=False) for n, of in files.items()}
             texts["run.json"] = json.dumps({**self.made_by, "parts": self.parts}, indent=1)
@@ -98,10 +100,10 @@ class SaveSettings(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Add the settings that Lightning does not: of the run and its trainer."""
+        """Add the arguments that Lightning doesn't: those of the run and its trainer."""
         checkpoint["run"] = {
             **{key: self.settings[key] for key in RUN_SETTINGS},
-            "started_in": str(Path.cwd()),  # what relative paths start from
+            "started_in": str(Path.cwd()),  # relative paths start here
             **self.made_by,
             "parts": self.parts,
             "chosen_by": {key: getattr(keeper(trainer), key, None) for key in CHOICE},
@@ -110,20 +112,20 @@ class SaveSettings(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]
     ) -> None:
-        """Restart optimizer and schedule if the command line gives another one."""
+        """Reset optimizer and schedule if the command line has changed one of them."""
         for key in ("model.optimizer", "model.decay_matrices_only", "model.lr_scheduler"):
             if any(name.startswith(key) for name in self.changed):
                 checkpoint["optimizer_states"] = checkpoint["lr_schedulers"] = []
                 if key == "model.optimizer":
-                    pl_module.lr = None  # found for the one before
+                    pl_module.lr = None  # found for the previous one
                 if trainer.is_global_zero:
                     print(f"{key} has changed: the state of the optimizer restarts")
                 return
 
 
 def _versions(made_by: dict[str, Any]) -> dict[str, str]:
-    """Return by what code and packages, on which images and which kind of device a part was
-    trained, as far as its version noted that."""
+    """Return the code, packages, images and kind of device that a part was trained with, if its
+    version recorded them."""
     kinds = {"code": "code", "versions": "version", "images": "images"}
     found = {
         f"{n} {word}": v for kind, word in kinds.items() for n, v in made_by.get(kind, {}).items()

@@ -1,5 +1,5 @@
-"""What TensorBoard and the terminal show besides the curves: layers, graph, images as they are
-trained on, weight norms, hyperparameters."""
+"""What TensorBoard and the terminal show besides the curves: layers, graph, augmented images,
+weight norms, hyperparameters."""
 
 import copy
 import warnings
@@ -21,32 +21,31 @@ from callbacks.history import NAMES, STAGES, History
 from runs import flat
 
 SHOWN = 64  # images
-CHOSEN = ("val/acc", "val/loss", "test/acc", "epoch")  # what HParams shows of the chosen epoch
+CHOSEN = ("val/acc", "val/loss", "test/acc", "epoch")  # what HParams shows for the chosen epoch
 ELSEWHERE = {"_instantiator", "root", "download", "sources", "verify", "log_steps", "images"}
 
 
 def others(trainer: Trainer) -> list[Logger]:
-    """Return the loggers that are not TensorBoard's."""
+    """Return the loggers other than TensorBoard's."""
     return [logger for logger in trainer.loggers if not isinstance(logger, TensorBoardLogger)]
 
 
 def writers(trainer: Trainer) -> list[SummaryWriter]:
-    """Return what writes the run's TensorBoard events, in the first process."""
+    """Return the writers of the run's TensorBoard events; none except on rank 0."""
     loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
     return [logger.experiment for logger in loggers] if trainer.is_global_zero else []
 
 
 class Board(Callback):
-    """Fills TensorBoard: at the start with a chart for train and validation together, the graph and
-    a sample of augmented training images; after each epoch with the norms of the weights; at the
-    end with the hyperparameters and the chosen epoch. Logs the chosen epoch in other loggers too,
-    such as those of W&B and MLflow.
+    """Fills TensorBoard. At the start: a chart that combines training, validation and test, the
+    graph, and a sample of augmented training images. After each epoch: weight norms. At the end:
+    the hyperparameters and the chosen epoch, which other loggers, such as W&B and MLflow, get too.
     """
 
     takes_many_steps = True
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Draw the chart, and the graph and the images of a run that starts."""
+        """Draw the chart; for a new run, also the graph and the images."""
         titles = zip(NAMES, ("loss", "accuracy"), strict=True)
         charts = {t: ["Multiline", [f"^{stage}/{n}$" for stage in STAGES]] for n, t in titles}
         for board in writers(trainer):
@@ -54,18 +53,18 @@ class Board(Callback):
             if trainer.current_epoch == 0:
                 image_set = trainer.datamodule.train_set  # type: ignore[attr-defined]
                 batch = image_set.batch(image_set.indices[:SHOWN])
-                # The random numbers drawn here change no run: the module seeds every epoch.
+                # Drawing random numbers here is harmless: the module seeds every epoch.
                 grid = make_grid(pl_module.augment(*batch)[0].float().clamp(0, 1), nrow=8)
                 board.add_image("train/images", F.interpolate(grid[None], scale_factor=2.0)[0])
-                # A network that can't be traced has no graph to show, and that is all.
+                # A network that can't be traced has no graph, but trains all the same.
                 with warnings.catch_warnings(), redirect_stdout(None), suppress(Exception):
                     warnings.simplefilter("ignore")
-                    # A copy, so that every module keeps the mode its author gave it.
+                    # A copy, so that every module keeps its train or eval mode.
                     network = copy.deepcopy(pl_module.network).eval()
                     board.add_graph(network, pl_module.example_input_array.to(pl_module.device))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Log the norms of the weights after the epoch."""
+        """Log weight norms."""
         weights = [(name, p) for name, p in pl_module.network.named_parameters() if p.ndim > 1]
         for board in writers(trainer):
             for name, weight in weights:
@@ -73,7 +72,7 @@ class Board(Callback):
                 board.add_scalar(tag, weight.detach().float().norm(), trainer.global_step)
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Fill the tab HParams; log the chosen epoch."""
+        """Fill the HParams tab; log the chosen epoch."""
         history = next((c for c in trainer.callbacks if isinstance(c, History)), None)  # type: ignore[attr-defined]
         best = (history and history.best(trainer)) or {}
         chosen = {f"chosen/{key}": best[key] for key in CHOSEN if key in best}
@@ -82,15 +81,15 @@ class Board(Callback):
         for board in writers(trainer):
             for key, value in chosen.items():
                 board.add_scalar(key, value, trainer.global_step)
-            # Without torch's description of the whole table TensorBoard makes its own, which shows
-            # first the settings that differ between runs.
+            # Without torch's description of the whole table, TensorBoard makes its own, which shows
+            # the hyperparameters that differ between runs first.
             _, *run = hparams(_settings(trainer), {})  # type: ignore[no-untyped-call]
             for summary in run:
                 board._get_file_writer().add_summary(summary, trainer.global_step)  # type: ignore[no-untyped-call]
 
 
 def _settings(trainer: Trainer) -> dict[str, Any]:
-    """Return the settings that a result depends on, named as on the command line."""
+    """Return the hyperparameters that affect a result, named as on the command line."""
     module, data = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
     found = flat({"model": dict(module.hparams), "data": dict(data.hparams)}) | {
         "seed_everything": getattr(module, "seed", None),
@@ -105,8 +104,8 @@ def _settings(trainer: Trainer) -> dict[str, Any]:
 
 
 class LayerTable(ModelSummary):
-    """Prints name, type, output shape for the module's example batch, and parameters of each layer
-    of its `network`; Lightning's own summary also lists containers and metrics."""
+    """Prints each layer of `network`: name, type, output shape for the example batch, parameter
+    count. Lightning's own summary also lists containers and metrics."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table."""

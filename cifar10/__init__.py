@@ -1,1 +1,1 @@
-"""What the data module stands on: the archive as checked arrays, and batches cut from them."""
+"""What the data module builds on: verified arrays, and batches cut from them."""

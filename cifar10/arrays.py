@@ -1,11 +1,11 @@
-"""A set of images as a folder of four arrays and, unless it is CIFAR-10, the names of its classes.
+"""An image set: a folder of four arrays and, unless it is CIFAR-10, its class names.
 
     data/digits/classes.json        ["zero", "one", ...], by label
     data/digits/train_images.npy    uint8 [N, 3, 32, 32]
     data/digits/train_labels.npy    uint8 [N]
     data/digits/test_images.npy, test_labels.npy
 
-They load in a moment, as they are mapped into memory, and cannot run code.
+The arrays are memory-mapped, so they load quickly, and cannot run code.
 """
 
 import hashlib
@@ -20,11 +20,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 NAMES = "classes.json"
-MOST = 256  # classes, as labels have 8 bits
+MOST = 256  # classes: labels have 8 bits
 
 
 class CIFAR10Error(MisconfigurationException):
-    """Images cannot be found or fetched, or are not what they should be; one line, for the user."""
+    """Images can't be found or fetched, or are invalid. The message is one line, for the user."""
 
 
 class Arrays(NamedTuple):
@@ -37,11 +37,11 @@ class Arrays(NamedTuple):
 
 
 def classes_in(folder: str | Path) -> tuple[str, ...] | None:
-    """Return the names of the classes of the arrays in a folder, by label; None if it has none, as
-    one for CIFAR-10.
+    """Return the class names of the arrays in a folder, by label; None if there are none, as for
+    CIFAR-10.
 
     Raises:
-        CIFAR10Error: There are arrays without names, or the names are not a list of such.
+        CIFAR10Error: There are arrays without names, or the file is not a list of names.
     """
     file = Path(folder, NAMES)
     if not file.is_file():
@@ -62,8 +62,8 @@ def classes_in(folder: str | Path) -> tuple[str, ...] | None:
 
 
 def read_arrays(folder: Path, mend: str = "") -> Arrays:
-    """Return the arrays in a folder, mapped into memory: copy-on-write, since PyTorch has no
-    read-only tensors. `mend` is what to do if one is damaged.
+    """Return the arrays in a folder, memory-mapped: copy-on-write, since PyTorch has no read-only
+    tensors. `mend` says how to fix a damaged array.
 
     Raises:
         CIFAR10Error: One is missing or damaged.
@@ -81,7 +81,7 @@ def read_arrays(folder: Path, mend: str = "") -> Arrays:
 
 
 def check_form(data: Arrays, classes: int, origin: Path) -> None:
-    """Refuse arrays of other shapes and types, and labels above those of the classes."""
+    """Raise CIFAR10Error for other shapes or dtypes, empty sets, and labels >= `classes`."""
     for part in ("train", "test"):
         images, labels = f"{part}_images", f"{part}_labels"
         count = list(getattr(data, images).shape[:1])
@@ -99,7 +99,7 @@ def check_form(data: Arrays, classes: int, origin: Path) -> None:
 
 
 def read_folder(folder: Path, classes: Sequence[str]) -> Arrays:
-    """Return the arrays of a set with these classes, each of which has a training image."""
+    """Return the arrays of a set with these classes. Raise if one lacks training images."""
     data = read_arrays(folder)
     check_form(data, len(classes), folder)
     counts = torch.bincount(data.train_labels, minlength=len(classes))
@@ -109,12 +109,12 @@ def read_folder(folder: Path, classes: Sequence[str]) -> Arrays:
 
 
 def save_arrays(folder: Path, data: Arrays) -> None:
-    """Write the arrays into a folder that is there."""
+    """Write the arrays into an existing folder."""
     for name, tensor in data._asdict().items():
         np.save(folder / f"{name}.npy", tensor.numpy())
 
 
 def sha256(array: Tensor | np.ndarray) -> str:
-    """Return the SHA-256 of an array's values in C order, whatever its shape; of a tensor on the
-    CPU."""
+    """Return the SHA-256 of an array's values in C order, whatever its shape. Tensors must be on
+    the CPU."""
     return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()

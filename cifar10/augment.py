@@ -1,6 +1,6 @@
-"""From a batch of pixels to augmented images, on the device that trains.
+"""Data augmentation: from a batch of pixels to augmented images, on the training device.
 
-`Augment` is what every training batch passes through; the other classes are its steps, listed in
+Every training batch passes through `Augment`. The other classes are its steps, listed in
 `data.augment`:
 
     data:
@@ -9,9 +9,9 @@
           init_args: {padding: 4}
         - class_path: cifar10.augment.RandomFlip
 
-The steps run in training only, in this order, on float images in [0, 1]. Each image has a random
-choice of its own, without a loop over images. torchvision's MixUp and CutMix are steps too, which
-mix the labels as they mix the images.
+The steps run in training only, in the given order, on float images in [0, 1]. The random ones here
+choose for each image separately; only `ForEachImage` loops over images. torchvision's MixUp and
+CutMix also work as steps: they mix labels along with images.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,21 +26,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-# Of the 50,000 training images, each channel over all pixels, in [0, 1].
+# Per channel, over all pixels of the 50,000 training images in [0, 1].
 MEAN = (0.49140, 0.48216, 0.44653)
 STD = (0.24703, 0.24349, 0.26159)
 
 
 class Augment(nn.Module):
-    """Turns the pixels of training images into floats in [0, 1], as torchvision's `ToTensor` does,
-    and applies the steps to them.
+    """Converts the pixels of training images to floats in [0, 1], as torchvision's `ToTensor` does,
+    and applies the steps.
 
     Args:
-        steps: Modules that map float images [B, 3, H, W] to such. One that has `mixes_labels`, or
-            has torchvision's `MixUp` or `CutMix` in it, maps images and labels to images and
-            probabilities [B, classes]. One that has `set_progress` is told how much of the training
-            is done, in [0, 1), before each epoch; it may return False if that changes nothing.
-        seed: Decides, with an image's index, which image begins `AlternatingFlip` in which turn.
+        steps: Modules that map float images [B, 3, H, W] to float images. A step that has
+            `mixes_labels`, or contains torchvision's `MixUp` or `CutMix`, maps images and labels to
+            images and probabilities [B, classes]. Before each epoch, a step's `set_progress` gets
+            the share of training done, in [0, 1). It may return False if nothing changes.
+        seed: With an image's index, decides in which epochs `AlternatingFlip` mirrors it.
 
     """
 
@@ -51,12 +51,12 @@ class Augment(nn.Module):
         self.steps = nn.ModuleList(steps)
         self.seed = seed
         self.mixes = [_mixes_labels(step) for step in steps]
-        # A tensor, as `torch.compile` would compile a number anew every epoch.
+        # A tensor: for a Python number, `torch.compile` would recompile every epoch.
         self.register_buffer("epoch", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def forward(self, pixels: Tensor, labels: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Map a batch, pixels uint8 [B, 3, 32, 32], labels and indices int64 [B], to float images
-        and what the network should say: labels, or probabilities [B, classes]."""
+        and targets: labels, or probabilities [B, classes]."""
         images = pixels / 255
         for step, mixes in zip(self.steps, self.mixes, strict=True):
             if mixes:
@@ -69,11 +69,11 @@ class Augment(nn.Module):
 
     @property
     def growing(self) -> list[nn.Module]:
-        """The modules that follow the progress of the training."""
+        """The modules that follow training progress."""
         return [module for module in self.steps.modules() if hasattr(module, "set_progress")]
 
     def begin_epoch(self, epoch: int, progress: float) -> bool:
-        """Tell the steps the epoch and how much of the training is done, in [0, 1); return whether
+        """Pass the epoch and the share of training done, in [0, 1), to the steps. Return whether
         they may have changed."""
         self.epoch.fill_(epoch)
         changed = [m.set_progress(progress) is not False for m in self.growing]  # type: ignore[operator]
@@ -81,11 +81,11 @@ class Augment(nn.Module):
 
 
 class ForEachImage(nn.Module):
-    """Applies a transform to one image after the other. torchvision's random transforms need this:
-    on a batch they make one random choice for all of its images.
+    """Applies a transform to one image at a time. torchvision's random transforms need this: on a
+    batch they make one random choice for all images.
 
     Args:
-        transform: Maps a float image [3, 32, 32] to such.
+        transform: Maps a float image [3, 32, 32] to a float image.
 
     """
 
@@ -94,18 +94,18 @@ class ForEachImage(nn.Module):
         self.transform = transform
 
     def forward(self, images: Tensor) -> Tensor:
-        """Transform each of images [B, 3, 32, 32]."""
+        """Transform images [B, 3, 32, 32] one by one."""
         return torch.stack([self.transform(image) for image in images])
 
 
 class RandomCrop(nn.Module):
-    """Pads by reflection and cuts each image out again at a random place.
+    """Pads by reflection and crops each image at a random position.
 
-    The shift of He et al. (arXiv 1512.03385, section 4.2), which pads with zeros, with the
+    The shift of He et al. (arXiv 1512.03385, section 4.2), who pad with zeros, combined with the
     reflection of Jordan (arXiv 2404.00498).
 
     Args:
-        padding: Largest shift in pixels, to every side, in [0, 31].
+        padding: Largest shift in pixels, in every direction, in [0, 31].
 
     """
 
@@ -128,20 +128,20 @@ class RandomFlip(nn.Module):
     """Mirrors each image left to right with probability 1/2."""
 
     def forward(self, images: Tensor) -> Tensor:
-        """Mirror about half of images [B, C, H, W]."""
+        """Mirror about half of the images [B, C, H, W]."""
         return _flip(images, torch.rand(len(images), device=images.device) < 0.5)
 
 
 class GrowingResize(nn.Module):
-    """Shrinks training images to sizes that grow over the training, so that the first epochs cost
-    less. Needs a network that takes any size; evaluation always sees images of full size.
+    """Shrinks training images to sizes that grow during training, so that early epochs cost less.
+    Needs a network that takes any image size; evaluation always uses full-size images.
 
-    Progressive resizing, as the CIFAR-10 speedruns of 2026 have it
+    Progressive resizing, as in the CIFAR-10 speedruns of 2026
     (github.com/fulcrumresearch/cifar-10-speedrun). Bilinear, with anti-aliasing.
 
     Args:
-        sizes: Height and width in pixels, each for an equal share of the training; a size changes
-            between epochs only.
+        sizes: Side lengths in pixels, each for an equal share of training. The size changes only
+            between epochs.
 
     """
 
@@ -153,7 +153,7 @@ class GrowingResize(nn.Module):
         self.size = self.sizes[0]
 
     def set_progress(self, progress: float) -> bool:
-        """Choose the size for a progress in [0, 1]; return whether it is another one."""
+        """Choose the size for a progress in [0, 1]; return whether it has changed."""
         before = self.size
         self.size = self.sizes[min(int(progress * len(self.sizes) + 1e-6), len(self.sizes) - 1)]
         return self.size != before
@@ -163,7 +163,7 @@ class GrowingResize(nn.Module):
         if images.shape[2:] == (self.size, self.size):
             return images
         size = (self.size, self.size)
-        # In 32 bits: on a CPU there is nothing else.
+        # In float32: the CPU kernel doesn't support 16 bits.
         resized = F.interpolate(images.float(), size, mode="bilinear", antialias=True)
         return resized.to(images.dtype)
 
@@ -171,20 +171,20 @@ class GrowingResize(nn.Module):
 class AlternatingFlip(nn.Module):
     """Mirrors each image left to right in every other epoch, half of them in the first.
 
-    Two epochs in succession always show both sides of an image, where random flips show one side
-    twice half of the time (arXiv 2404.00498, section 3.6).
+    Two consecutive epochs always show both sides of an image. Random flips show the same side twice
+    half of the time (arXiv 2404.00498, section 3.6).
     """
 
     is_by_epoch = True  # `Augment` passes indices, epoch and seed
 
     def forward(self, images: Tensor, indices: Tensor, epoch: Tensor, seed: int) -> Tensor:
-        """Mirror those of images [B, C, H, W] whose turn it is in this epoch, int64 []."""
+        """Mirror the images [B, C, H, W] whose turn it is in `epoch`, int64 []."""
         return _flip(images, (_coins(indices, seed) + epoch) % 2 == 1)
 
 
 class Cutout(nn.Module):
-    """Fills a square around a random pixel with one colour; the part outside the image is cut off
-    (DeVries and Taylor, arXiv 1708.04552).
+    """Fills a square around a random pixel with one colour, clipped at the image border (DeVries
+    and Taylor, arXiv 1708.04552).
 
     Args:
         size: Side of the square in pixels.
@@ -200,7 +200,7 @@ class Cutout(nn.Module):
         self.register_buffer("fill", torch.tensor(fill).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Fill a square in each of images [B, 3, H, W]."""
+        """Fill a square in each of the images [B, 3, H, W]."""
         inside = []
         for length in images.shape[2:]:
             centre = torch.randint(length, (len(images), 1), device=images.device)
@@ -257,15 +257,15 @@ TestTimeAugmentation = Literal["none", "mirror", "mirror-shift"]
 def average_over_views(
     network: Callable[[Tensor], Tensor], images: Tensor, views: TestTimeAugmentation
 ) -> Tensor:
-    """Return the mean logits [B, classes] of a network over views of images [B, 3, H, W].
+    """Return a network's mean logits [B, classes] over views of images [B, 3, H, W].
 
-    `mirror`: the image and its mirror image. `mirror-shift`: those two with half of the weight, and
-    both of them shifted by a pixel up and to the left, and down and to the right, with a quarter
+    `mirror`: the image and its mirror image. `mirror-shift`: that pair with half of the weight, and
+    the pairs of the image shifted by one pixel up and left, and down and right, with a quarter
     each: six views, six times as long (arXiv 2404.00498, section 3.5).
     """
     if views == "none":
         return network(images)
-    # In 32 bits: a mean of logits in bfloat16 would be rounded to three digits.
+    # In float32: bfloat16 would round the mean to three digits.
     logits = (network(images).float() + network(images.flip(-1)).float()) / 2
     if views == "mirror":
         return logits
@@ -276,7 +276,7 @@ def average_over_views(
     return logits / 2 + (shifted[0] + shifted[1]) / 4
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # else compiled for each share
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # else recompiled for each ratio
 def _mix(step: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return step(images, labels)
 
@@ -292,21 +292,21 @@ def _factors(images: Tensor, strength: float) -> Tensor:
 
 
 def _coins(indices: Tensor, seed: int) -> Tensor:
-    """Return 0 or 1 for each index, int64 [B], by chance but the same in every epoch.
+    """Return a pseudo-random 0 or 1 for each index, int64 [B], the same in every epoch.
 
-    The highest bit of the finaliser of MurmurHash3 on 32 bits, which is as good as a coin.
+    The highest bit of MurmurHash3's 32-bit finaliser, which is as good as a coin flip.
     """
     bits = (indices + (seed * 0x9E3779B9 & 0xFFFFFFFF)) & 0xFFFFFFFF
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         bits = ((bits ^ (bits >> shift)) * factor) & 0xFFFFFFFF
-    return bits >> 31  # which the last step of the finaliser leaves as it is
+    return bits >> 31  # the finaliser's last step would not change this bit
 
 
 @rank_zero_only
 def check_choices(augmentation: Augment, classes: int = 10) -> None:
-    """Try the transforms of torchvision: refuse those that do not take float images, or that choose
-    nothing, and so would be missing in evaluation; name those that draw one random number for all
-    images of a batch."""
+    """Try torchvision's transforms. Raise if one rejects float images, or changes all images in the
+    same way, so that evaluation would lack it. Print those that make one random choice per
+    batch."""
     steps = [step for step in augmentation.steps if _is_torchvisions(step)]
     if not steps:
         return
@@ -316,7 +316,7 @@ def check_choices(augmentation: Augment, classes: int = 10) -> None:
         parts = [s for s in augmentation.steps if not isinstance(s, GrowingResize)]
         whole, mixing = Augment(parts, augmentation.seed), any(augmentation.mixes)
         try:
-            for _ in range(20):  # as some refuse floats by chance
+            for _ in range(20):  # some reject floats only in some draws
                 augmented, labels = whole(pixels, torch.arange(4), torch.arange(4) % classes)
             if labels.shape not in ((4,), (4, classes)):
                 raise ValueError(f"labels of {labels.shape[1]} classes, expected {classes}")
@@ -335,7 +335,7 @@ def check_choices(augmentation: Augment, classes: int = 10) -> None:
             if isinstance(step, ForEachImage) or _mixes_labels(step):
                 continue
             before = torch.get_rng_state()
-            with suppress(TypeError, ValueError, RuntimeError):  # it needs the steps before
+            with suppress(TypeError, ValueError, RuntimeError):  # it needs the steps before it
                 step(images)
             if not torch.equal(before, torch.get_rng_state()):
                 print(
@@ -345,7 +345,7 @@ def check_choices(augmentation: Augment, classes: int = 10) -> None:
 
 
 def _members(step: nn.Module) -> Iterator[nn.Module]:
-    """Yield a transform, or those of which it applies all."""
+    """Yield a transform, or those in it that are always applied, recursively."""
     inner = [step.transform] if isinstance(step, ForEachImage) else []
     inner += step.transforms if isinstance(step, v2.Compose) else []
     inner += step if isinstance(step, nn.Sequential) else []
@@ -356,20 +356,21 @@ def _members(step: nn.Module) -> Iterator[nn.Module]:
 
 
 def _mixes_labels(step: nn.Module) -> bool:
-    """Return whether a step, or one of which it chooses, maps images and labels."""
+    """Return whether a step, or a transform in it, maps images and labels."""
     if isinstance(step, v2.MixUp | v2.CutMix) or getattr(step, "mixes_labels", False):
         return True
     return any(map(_mixes_labels, getattr(step, "transforms", ())))
 
 
 def _is_torchvisions(step: nn.Module) -> bool:
-    """Return whether a step is a transform of torchvision, or is made of some."""
+    """Return whether a step is, or contains, a transform of torchvision."""
     return any(type(m).__module__.startswith("torchvision.transforms") for m in _members(step))
 
 
 def _is_fixed(transform: nn.Module, images: Tensor, augmented: Tensor) -> bool:
-    """Return whether a transform always changes images [B, 3, 32, 32], and in one way; one that
-    changes their shape or type only if the whole augmentation, which returns `augmented`, does."""
+    """Return whether a transform always changes images [B, 3, 32, 32] in the same way. One that
+    changes shape or dtype counts only if the whole augmentation, which returns `augmented`, does
+    too."""
     try:
         first = transform(images)
         if first.shape != images.shape or first.dtype != images.dtype:
@@ -377,7 +378,7 @@ def _is_fixed(transform: nn.Module, images: Tensor, augmented: Tensor) -> bool:
                 return False
         elif torch.equal(first, images):
             return False
-        # So many that what changes 95 of 100 images is not taken for one that changes all.
+        # 200 draws: a transform that changes 95 of 100 images must not pass for a fixed one.
         return all(torch.equal(transform(images), first) for _ in range(200))
-    except (TypeError, ValueError, RuntimeError):  # it needs the steps before
+    except (TypeError, ValueError, RuntimeError):  # it needs the steps before it
         return False

@@ -10,8 +10,8 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """Images uint8 [B, 3, 32, 32], labels int64 [B], and the images' indices int64 [B] in the
-    training or test set: what tells one image from another over the epochs."""
+    """Images uint8 [B, 3, 32, 32], labels int64 [B], and indices int64 [B] in the training or test
+    set, which identify an image across epochs."""
 
     images: Tensor
     labels: Tensor
@@ -19,7 +19,7 @@ class Batch(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """Logits float32 [N, classes], labels and indices int64 [N] of the images of a set."""
+    """Logits float32 [N, classes], labels and indices int64 [N] of the images in a set."""
 
     logits: Tensor
     labels: Tensor
@@ -27,8 +27,8 @@ class Predictions(NamedTuple):
 
 
 def gathered(batches: list[Predictions]) -> Predictions | None:
-    """Return the predictions of all batches of all ranks, on the CPU in the order of the images in
-    the data set; None if there are none."""
+    """Return the predictions of all batches on all ranks, on the CPU and in data set order; None if
+    there are none."""
     every = [mine := [torch.cat(parts).cpu() for parts in zip(*batches, strict=True)]]
     if torch.distributed.is_initialized():
         every *= torch.distributed.get_world_size()
@@ -39,8 +39,8 @@ def gathered(batches: list[Predictions]) -> Predictions | None:
 
 @dataclass
 class ImageSet:
-    """Images uint8 [N, 3, 32, 32] and labels int64 [N], on the device that trains, of which
-    `indices` int64 [M] are the set."""
+    """A subset, `indices` int64 [M], of images uint8 [N, 3, 32, 32] and labels int64 [N], all on
+    the training device."""
 
     images: Tensor
     labels: Tensor
@@ -55,29 +55,29 @@ class ImageSet:
         return ImageSet(*(t.to(device) for t in (self.images, self.labels, self.indices)))
 
     def batch(self, indices: Tensor) -> Batch:
-        """Return the images of these indices."""
+        """Return the images with these indices."""
         # on two cores five times as fast as `images[indices]`
         return Batch(self.images.index_select(0, indices), self.labels[indices], indices)
 
 
 class Batches:
-    """One pass after the other over a set of images.
+    """A data loader over a set of images; each iteration is one pass.
 
-    There is nothing to collate, to copy or to wait for, so there are no workers. Of every batch
-    each rank takes its share: all ranks together visit the images as a single process does, each
-    once, and all have the same number of batches, as their gradients wait for each other.
+    There is nothing to collate, copy or wait for, so there are no workers. Each rank takes its
+    share of every batch: together the ranks visit the images as a single process does, each once.
+    All ranks have the same number of batches, as they wait for each other's gradients.
 
     Args:
-        image_set: What to visit.
-        batch_size: Images a batch, over all ranks.
-        rank: Which share.
-        world_size: Of how many.
-        order: Of a training set: returns its rows in the order of the next pass, int64 [M]; called
-            when the pass begins. A tail of fewer images than ranks is left out, as a rank cannot
-            train on nothing. Without `order` the pass is in the order of the set and complete.
-        first: Returns the batch that the next pass begins with: of an epoch that is resumed in its
-            middle, the first that it has not had.
-        steps: How many optimizer steps a batch is for, each on `batch_size` images of it.
+        image_set: The images to visit.
+        batch_size: Images per batch, over all ranks.
+        rank: The rank of this process.
+        world_size: The number of ranks.
+        order: For training: called when a pass begins, returns the order of the set's rows, int64
+            [M]. A tail with fewer images than ranks is dropped, as a rank can't train on nothing.
+            Without `order`, a pass is complete and in the order of the set.
+        first: Returns the index of the first batch of the next pass: for an epoch resumed in the
+            middle, the first one not trained on yet.
+        steps: Optimizer steps per batch, each on `batch_size` of its images.
 
     """
 
@@ -106,12 +106,12 @@ class Batches:
 
     @property
     def steps(self) -> int:
-        """Return the number of optimizer steps of a pass, on one device."""
+        """Return the number of optimizer steps in a pass, on one device."""
         return -(-len(self.image_set) // self.step_size)
 
     def weight(self, index: int) -> float:
-        """Return what makes the mean of the ranks' mean losses the mean over the images of a batch:
-        how many of them this rank has, over the mean of all ranks."""
+        """Return the factor that turns the mean of the ranks' losses into the mean over the images
+        of a batch: the number of images on this rank, over the mean number per rank."""
         size = min(self.batch_size, len(self.image_set) - index * self.batch_size)
         share = size // self.world_size + (self.rank < size % self.world_size)
         return share * self.world_size / size
@@ -126,11 +126,11 @@ class Batches:
 
 
 def shuffled(size: int, seed: int, epoch: int) -> Tensor:
-    """Return `range(size)` in a random order that follows from (seed, epoch) alone, int64.
+    """Return `range(size)` in a random order that depends on (seed, epoch) alone, int64.
 
-    It is drawn on the CPU: the same on every device, in half a millisecond an epoch.
+    Drawn on the CPU: the same on every device, in half a millisecond per epoch.
     """
-    # Were the epoch added to the seed itself, seeds 0 and 1 would share all orders but one.
+    # With plain seed + epoch, seeds 0 and 1 would share all orders but one.
     spread_seed = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1)
     generator = torch.Generator().manual_seed(spread_seed + epoch)
     return torch.randperm(size, generator=generator)
@@ -149,14 +149,14 @@ def split(
     both sorted.
 
     Args:
-        labels: Of all images.
-        val_size: How many images are for validation.
-        seed: Which split.
-        stratify: Whether the validation set has the classes in their shares, to an image.
-        folds: Cut the images into so many parts, and validate on one, in place of `val_size`.
-        fold: Which one.
-        train_size: How many of the other images train: with the classes in their shares, and of a
-            smaller number the same again.
+        labels: The labels of all images.
+        val_size: Size of the validation set.
+        seed: Seed of the split.
+        stratify: Keep the class proportions in the validation set, to within an image.
+        folds: Cut the images into this many parts and validate on one, instead of `val_size`.
+        fold: The part to validate on.
+        train_size: Train on only this many of the other images, with class proportions kept.
+            Smaller sets are subsets of larger ones.
 
     """
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
@@ -168,8 +168,8 @@ def split(
 
 
 def _spread(order: Tensor, labels: Tensor) -> Tensor:
-    """Return an order of images int64 [M], changed so that any stretch of it has the classes in
-    their shares, to an image; those of one class stay in their order."""
+    """Rearrange an order of images int64 [M] so that any stretch of it has the class proportions,
+    to within an image. Images of one class keep their order."""
     its, places = labels[order], torch.empty(len(order), dtype=torch.float64)
     for label in torch.unique(its):
         count = int((its == label).sum())

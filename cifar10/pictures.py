@@ -1,4 +1,4 @@
-"""Pictures of the user's own, read as uint8 [3, 32, 32] to be predicted."""
+"""The user's own image files, read as uint8 [3, 32, 32]."""
 
 import functools
 import glob
@@ -21,14 +21,14 @@ from cifar10.batches import Batch
 
 BATCH_SIZE = 64
 bar = functools.partial(tqdm, leave=False, disable=None)  # on a terminal only
-MANY = 200  # files from which on reading them in worker processes pays
+MANY = 200  # files from which on worker processes pay off
 if HAS_HEIF := importlib.util.find_spec("pillow_heif") is not None:  # optional: phones write HEIC
     importlib.import_module("pillow_heif").register_heif_opener()
 
 
 def find_pictures(images: str | Sequence[str]) -> list[Path]:
-    """Return the files that are meant: files, all files in and below folders, matches of patterns;
-    each word's in the order of their names, each file once. A word without files is an error."""
+    """Return the files that `images` names: files, all files in and below folders, matches of
+    patterns. Files are sorted within an entry and listed once. Raise for an entry without files."""
     found: dict[Path, None] = {}
     for word in [images] if isinstance(images, str) else images:
         path = Path(word)
@@ -44,39 +44,39 @@ def find_pictures(images: str | Sequence[str]) -> list[Path]:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """Return all files in and below a folder, without hidden ones, such as .DS_Store, and those in
-    hidden folders; in the order of their names."""
+    """Return all files in and below a folder, sorted by name, except hidden ones (.DS_Store) and
+    those in hidden folders."""
     found = (p for p in folder.rglob("*") if p.is_file())
     return sorted(p for p in found if not any(n[0] == "." for n in p.relative_to(folder).parts))
 
 
 def folders_in(folder: Path) -> list[str]:
-    """Return the names of the folders in a folder, without hidden ones and those of archives."""
+    """Return the names of sub-folders, except hidden ones and `__*` (from archives)."""
     return sorted(
         p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__"))
     )
 
 
 def read_picture(path: Path) -> Tensor:
-    """Return a picture in a file by `to_pixels`, turned upright as its EXIF data say. For a file
-    that is not a picture, Pillow raises any exception."""
+    """Return the image in a file as `to_pixels` does, turned upright by its EXIF data. For a file
+    that is not an image, Pillow may raise any exception."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of large files and of odd metadata
+        warnings.simplefilter("ignore")  # about large files and odd metadata
         with Image.open(path) as file:
             return to_pixels(ImageOps.exif_transpose(file))
 
 
 def to_pixels(picture: Image.Image) -> Tensor:
-    """Return a picture of any size and mode as uint8 [3, 32, 32]: on white where it is transparent,
-    the largest square in its middle resized. One of 32 x 32 stays as it is."""
+    """Return an image of any size and mode as uint8 [3, 32, 32]: its largest central square,
+    resized, on white where it is transparent. A 32 x 32 image is not resampled."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of odd metadata
-        if picture.mode.startswith("I"):  # 16 bits, which Pillow would cut off
+        warnings.simplefilter("ignore")  # about odd metadata
+        if picture.mode.startswith("I"):  # 16 bits, which Pillow would clip
             picture = Image.fromarray((np.asarray(picture) // 256).clip(0, 255).astype(np.uint8))
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        # Cut first: of a tall picture some versions of Pillow resize the height before the width.
+        # Crop first: some versions of Pillow resize a tall image's height before its width.
         side, (width, height) = min(picture.size), picture.size
         left, top = (width - side) // 2, (height - side) // 2
         square = picture.convert("RGB").crop((left, top, left + side, top + side))
@@ -85,7 +85,7 @@ def to_pixels(picture: Image.Image) -> Tensor:
 
 
 def why_unreadable(path: Path) -> str:
-    """Read a file that was skipped once more, and return in plain words why that fails."""
+    """Read a skipped file once more, and return in plain words why that fails."""
     try:
         read_picture(path)
     except Image.DecompressionBombError:
@@ -100,7 +100,7 @@ def why_unreadable(path: Path) -> str:
 
 
 class Pictures(Dataset[tuple[int, Tensor | None]]):
-    """Files, each read when it is asked for."""
+    """A data set of image files, each read on access."""
 
     def __init__(self, files: list[Path]) -> None:
         self.files = files
@@ -109,14 +109,14 @@ class Pictures(Dataset[tuple[int, Tensor | None]]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[int, Tensor | None]:
-        """Return the index and its picture uint8 [3, 32, 32], or None if it cannot be read."""
+        """Return the index and its image uint8 [3, 32, 32], or None if it can't be read."""
         try:
             return index, read_picture(self.files[index])
-        except Exception:  # Pillow's decoders fail in any way: `why_unreadable` says why
+        except Exception:  # Pillow's decoders raise anything; `why_unreadable` says why
             return index, None
 
     def batches(self) -> DataLoader[tuple[int, Tensor | None]]:
-        """Return all readable pictures in batches of at most 64."""
+        """Return a loader of the readable images, in batches of at most 64."""
         workers = min(4, torch.get_num_threads()) if len(self) >= MANY else 0
         return DataLoader(self, batch_size=BATCH_SIZE, collate_fn=_collate, num_workers=workers)
 
@@ -129,7 +129,7 @@ def _collate(pictures: list[tuple[int, Tensor | None]]) -> Batch:
 
 
 class Part(NamedTuple):
-    """Images uint8 [N, 3, 32, 32], labels uint8 [N], and what each is called."""
+    """Images uint8 [N, 3, 32, 32], labels uint8 [N], and the images' names."""
 
     images: Tensor
     labels: Tensor
@@ -137,11 +137,11 @@ class Part(NamedTuple):
 
 
 def read_by_class(folder: Path, classes: Sequence[str]) -> tuple[Part, int]:
-    """Return the pictures in the sub-folders that have the names of classes, and how many files
-    could not be read, which are named.
+    """Return the images in the sub-folders named after classes, and the number of unreadable files,
+    each of which is reported.
 
     Raises:
-        CIFAR10Error: There are none.
+        CIFAR10Error: There are no readable images.
     """
     files: list[Path] = []
     labels: list[int] = []

@@ -1,4 +1,4 @@
-"""Other images to test on, for `--data.test_set`."""
+"""Other test sets, for `--data.test_set`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,29 +13,29 @@ from cifar10.pictures import folders_in, read_by_class
 
 
 class TestSet(NamedTuple):
-    """Images uint8 [N, 3, 32, 32] and labels uint8 [N], and how many files could not be read."""
+    """Images uint8 [N, 3, 32, 32], labels uint8 [N], and the number of unreadable files."""
 
     images: Tensor
     labels: Tensor
     skipped: int = 0
 
 
-SEVERITIES = 5  # of each corruption: equal parts of its file, one after the other
+SEVERITIES = 5  # per corruption: consecutive, equal parts of its file
 
 
 def read_test_sets(path: Path, classes: Sequence[str]) -> dict[str, TestSet]:
-    """Return the test images in a path: one set, whose name is empty, or of a folder of corruptions
-    one for each, by its name.
+    """Return the test sets at a path, by name: one per corruption for a folder of corruptions,
+    otherwise one with an empty name.
 
     Args:
-        path: A folder of arrays with their classes; one of pictures, with a folder for each class;
-            one with labels.npy and a file of images, or several of a corruption each, as
-            CIFAR-10-C; or what the names of two files begin with that end in _data.npy and
-            _labels.npy, as those of CIFAR-10.1.
-        classes: Of the model, by label.
+        path: A folder of arrays with class names; a folder of image files, with a sub-folder per
+            class; a folder with labels.npy and either one file of images or one per corruption, as
+            in CIFAR-10-C; or the common prefix of two files that end in _data.npy and _labels.npy,
+            as in CIFAR-10.1.
+        classes: The model's classes, by label.
 
     Raises:
-        CIFAR10Error: There is nothing of this kind, or it has other classes.
+        CIFAR10Error: The path has nothing of this kind, or other classes.
 
     """
 
@@ -81,7 +81,7 @@ def read_test_sets(path: Path, classes: Sequence[str]) -> dict[str, TestSet]:
 
 
 def other_classes(expected: Sequence[str], found: Sequence[str]) -> str:
-    """Say how the classes of images differ from those of a model; nothing if they are the same."""
+    """Say how the images' classes differ from the model's; nothing if they are the same."""
     if len(expected) != len(found):
         sizes = (
             f"{len(of)} classes ({', '.join(of[:3])}{', ...' * (len(of) > 3)})"
@@ -96,8 +96,8 @@ def other_classes(expected: Sequence[str], found: Sequence[str]) -> str:
 
 
 def _read(images: Path, labels: Path, classes: int) -> TestSet:
-    """Return images uint8 [N, 32, 32, 3] in one file, mapped into memory, and labels [N] of any
-    integer type in another."""
+    """Read images uint8 [N, 32, 32, 3] from one file, memory-mapped, and labels [N] of any integer
+    type from another."""
     try:
         pixels, values = (np.load(f, mmap_mode="c", allow_pickle=False) for f in (images, labels))
     except (OSError, ValueError, EOFError) as error:

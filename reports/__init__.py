@@ -1,1 +1,1 @@
-"""What a trained model says of itself: the test report and the model card."""
+"""Reports on a trained model: the test report and the model card."""

@@ -1,4 +1,4 @@
-"""The model card: what a run was, so that it can be repeated, and what came of it."""
+"""The model card: how to repeat a run, and what it achieved."""
 
 import copy
 import inspect
@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cifar10 import archive
 from runs import Row
 
-LIMITS = (  # settings of the trainer that the card names where they are not the defaults
+LIMITS = (  # trainer arguments that the card names unless they are the defaults
     "max_steps", "max_time", "limit_val_batches", "overfit_batches", "val_check_interval",
     "check_val_every_n_epoch", "accumulate_grad_batches", "gradient_clip_val",
 )  # fmt: skip
@@ -31,7 +31,7 @@ RESULT, OTHERS = "\n## On the test set\n", "\n## On other test sets\n"
 
 
 def commit() -> str:
-    """Return the git commit of this code, and whether it was changed since."""
+    """Return the git commit of this code, and whether it has changed since."""
     said = _git("ls-files", "train.py") and _git(
         "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty= with changes"
     )
@@ -39,8 +39,7 @@ def commit() -> str:
 
 
 def untracked(code: dict[str, str]) -> dict[str, str]:
-    """Return of the `code` that a run imported, by module, the files that no commit of this project
-    holds."""
+    """Return the entries of a run's `code`, by module, that this project's git does not track."""
     git = _git("ls-files")
     tracked = {
         f.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for f in git.splitlines()
@@ -49,7 +48,7 @@ def untracked(code: dict[str, str]) -> dict[str, str]:
 
 
 def _git(*command: str) -> str:
-    """Return what git says in this project's folder; nothing if it is no git checkout."""
+    """Return git's output in this project's folder; nothing without git or a checkout."""
     here = Path(__file__).parents[1]
     if not shutil.which("git"):
         return ""
@@ -65,9 +64,9 @@ def model_card(
     rows: list[Row],
     best: Row | None,
 ) -> str:
-    """Return the card of a run that has been trained, as Markdown, from the settings in its
-    `config.yaml`, its epochs and the one that validation chose. `run` is what `run.json` has, the
-    `commit` of the code, and the `temperature` of the checkpoint that was chosen."""
+    """Return the card of a trained run as Markdown. `settings` is its `config.yaml`, `rows` are its
+    epochs, and `best` is the one that validation chose. `run` has what `run.json` has, the `commit`
+    of the code, and the `temperature` of the chosen checkpoint."""
     model, data, weights = settings["model"], settings["data"], settings["model"]["weights"]
     parts, images = run["parts"], run["images"]
     other = "not CIFAR-10 as published"
@@ -143,8 +142,8 @@ def model_card(
 
 
 def flops(network: nn.Module) -> float:
-    """Return the floating-point operations of one image's way through a network, a multiplication
-    and an addition counted as two; only those of convolutions and matrix products count."""
+    """Return a network's floating-point operations per image. A multiply-add counts as two; only
+    convolutions and matrix products count."""
     copied = copy.deepcopy(network).cpu().float().eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         copied(torch.zeros(2, 3, 32, 32))
@@ -152,7 +151,7 @@ def flops(network: nn.Module) -> float:
 
 
 def said_of_probabilities(calibrate: bool | str, temperature: float | None) -> str:
-    """Return whether probabilities are calibrated, by the setting `model.calibrate`, and how."""
+    """Say whether probabilities are calibrated, given `model.calibrate`, and how."""
     if not calibrate or temperature is None:
         return "not calibrated"
     how = "fitted on validation" if calibrate in ("auto", True) else f"of {calibrate}"
@@ -160,9 +159,9 @@ def said_of_probabilities(calibrate: bool | str, temperature: float | None) -> s
 
 
 def early_stops(trainer: Trainer) -> list[str]:
-    """Return why EarlyStopping ended a training, if it did."""
+    """Return why EarlyStopping ended the training, if it did."""
     stoppers = trainer.early_stopping_callbacks
-    # That of a resumed run remembers why the part before ended.
+    # In a resumed run, the callback remembers why the previous part ended.
     ended = [c for c in stoppers if c.stopped_epoch + 1 == trainer.current_epoch]
     return [c.stopping_reason_message for c in ended if c.stopping_reason_message]
 
@@ -170,8 +169,8 @@ def early_stops(trainer: Trainer) -> list[str]:
 def with_result(
     card: str, epoch: str, summary: str, images: str, changed: dict[str, list[Any]]
 ) -> str:
-    """Return a card with the result of a test, in place of an earlier one: of which epoch, on which
-    images, and with which settings other than the run's."""
+    """Return a card with a test result, replacing an earlier one. It names the epoch, the images,
+    and arguments that differ from the run's."""
     lines = "\n".join(f"- {line}" for line in summary.splitlines())
     how = "".join(f", with {k} {now} (not {old})" for k, (old, now) in changed.items())
     on = f"Of {epoch} on the test images of {images}{how}:"
@@ -180,7 +179,7 @@ def with_result(
 
 
 def with_other(card: str, name: str, line: str) -> str:
-    """Return a card with a line for another test set, in place of an earlier one of that name."""
+    """Return a card with a line for another test set, replacing one of that name."""
     text, result, others = parts_of(card)
     earlier = others.removeprefix(OTHERS).splitlines(True)
     kept = [of for of in earlier if of.strip() and f"**{name}**" not in of]
@@ -188,14 +187,14 @@ def with_other(card: str, name: str, line: str) -> str:
 
 
 def parts_of(card: str) -> tuple[str, str, str]:
-    """Return what a card says of the run, of its test, and of other test sets, as they stand."""
+    """Split a card, unchanged, into the run, its test, and other test sets."""
     text, *others = card.partition(OTHERS)
     text, *result = text.partition(RESULT)
     return text, "".join(result), "".join(others)
 
 
 def _call(settings: Any) -> str:
-    """Return a class and its arguments, as in `Adam(lr=0.0005)`; those that are null left out."""
+    """Return a class and its arguments, as in `Adam(lr=0.0005)`, leaving out nulls."""
     if not isinstance(settings, dict):
         return f"`{settings}`"
     arguments = settings.get("init_args", {})

@@ -1,8 +1,8 @@
-"""Compare two models on the same test images, from what `test` has saved of each.
+"""Compare two models on the same test images, from the predictions that `test` saved.
 
     python -m reports.compare runs/base/version_0 runs/improved/version_0
 
-Each is the folder of a run that was tested, or a file such as its test.npz.
+Each argument is the folder of a tested run, or a file such as its test.npz.
 """
 
 from pathlib import Path
@@ -18,12 +18,12 @@ RESAMPLES = 9999
 
 
 def comparison(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
-    """Return how much more often the second model is right than the first, from whether each is,
-    bool [N]: the difference of the accuracies, its 95 % interval by the paired bootstrap over
-    images, how many images one alone has right, and p of McNemar's exact test."""
+    """Compare two models, given whether each is right on each image, bool [N]. Return their
+    accuracies, the second's minus the first's with its 95 % interval (paired bootstrap over
+    images), how many images only one gets right, and p of McNemar's exact test."""
     gained, lost = int((second & ~first).sum()), int((first & ~second).sum())
     gains = second.astype(float) - first
-    # Of images that are alike nothing is left to draw.
+    # If all gains are equal, there is nothing to resample.
     low = high = float(gains.mean())
     if gains.min() < gains.max():
         found = bootstrap(
@@ -46,7 +46,7 @@ def comparison(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
 
 @short_errors()
 def main(args: list[str] | None = None) -> None:
-    """Run the command line; a user's mistake gives one line and an exit code that is not 0."""
+    """Run the command line. A user error prints one line and exits with a non-zero code."""
     parser = ShortParser(prog="reports.compare", description="Compare two models.")
     parser.add_argument("first", type=str, help="a run that was tested, or its test.npz")
     parser.add_argument("second", type=str, help="another one")

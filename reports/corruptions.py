@@ -1,5 +1,5 @@
-"""Accuracy on images that were corrupted on purpose, such as CIFAR-10-C (Hendrycks and Dietterich,
-arXiv 1903.12261): several kinds, each in severities from 1 on."""
+"""Accuracy on images corrupted on purpose, such as CIFAR-10-C (Hendrycks and Dietterich, arXiv
+1903.12261): several kinds, each at severities from 1 up."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +15,7 @@ from cifar10.test_sets import SEVERITIES
 
 
 class Corruptions:
-    """Accuracy by corruption and severity, from the predictions of each corruption by its name."""
+    """Accuracy by corruption and severity, from predictions keyed by corruption."""
 
     def __init__(self, predictions: Mapping[str, Predictions]) -> None:
         self.accuracies: dict[str, np.ndarray] = {}
@@ -30,11 +30,11 @@ class Corruptions:
         return {"mean_accuracy": round(self.mean, 6), "accuracies": accuracies}
 
     def summary(self) -> str:
-        """Return the mean over corruptions and severities."""
+        """Return the mean accuracy over corruptions and severities."""
         return f"accuracy {self.mean:.2%} in the mean of {len(self.accuracies)} corruptions"
 
     def table(self) -> Table:
-        """Return a row for each corruption, with its mean and the accuracy at each severity."""
+        """Return each corruption's accuracy, in the mean and at each severity, as rows."""
         table = Table(box=box.SIMPLE, header_style="bold", pad_edge=False)
         table.add_column("accuracy, by severity")
         for header in ("mean", *(str(i + 1) for i in range(SEVERITIES))):
@@ -45,12 +45,12 @@ class Corruptions:
         return table
 
     def figures(self) -> dict[str, Figure]:
-        """Return accuracy over severity, drawn for each corruption and in the mean."""
+        """Draw accuracy over severity, for each corruption and for their mean."""
         figure = Figure(figsize=(9, 5), layout="constrained")
         axes = figure.subplots()
         places = range(1, SEVERITIES + 1)
         for i, (name, of) in enumerate(self.accuracies.items()):
-            style = ("-", "--", ":")[i // 10 % 3]  # as there are ten colours
+            style = ("-", "--", ":")[i // 10 % 3]  # there are only ten colours
             axes.plot(places, of, style, linewidth=1, label=name.replace("_", " "))
         mean = np.mean([*self.accuracies.values()], axis=0)
         axes.plot(places, mean, "o-", color="black", linewidth=2.5, label="mean")

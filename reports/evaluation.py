@@ -1,4 +1,4 @@
-"""How good a model is: accuracy, classes, confusions, mistakes, and what its probabilities say."""
+"""Evaluation of a model: accuracy, per-class metrics, confusions, mistakes, calibration."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,18 +31,18 @@ from reports.judges import Judgements, fair, summary_of
 
 BINS = 15  # of confidence, as in Guo et al.
 DRAWS = 999
-MANY = 20  # classes, of which a table does not show all
-SURE = (0.95, 0.99)  # confidences
+MANY = 20  # most classes in a table
+SURE = (0.95, 0.99)  # confidence thresholds
 
 
 def confusion_of(predictions: Predictions) -> Tensor:
-    """Return how many images of each class (rows) are taken for which (columns), int64 [C, C]."""
+    """Return the confusion matrix int64 [C, C]: true classes in rows, predicted in columns."""
     logits, labels, _ = predictions
     return multiclass_confusion_matrix(logits, labels, logits.shape[1])
 
 
 def wilson(correct: int, images: int) -> tuple[float, float]:
-    """Return the 95 % confidence interval of a share, by Wilson; (0, 1) of no image."""
+    """Return the 95 % Wilson confidence interval of a proportion; (0, 1) for no images."""
     if not images:
         return 0.0, 1.0
     interval = binomtest(correct, images).proportion_ci(method="wilson")
@@ -50,13 +50,13 @@ def wilson(correct: int, images: int) -> tuple[float, float]:
 
 
 def equal_mass_bins(confidence: np.ndarray) -> list[np.ndarray]:
-    """Return the places of confidences [N] in `BINS` bins of equally many, the lowest first."""
+    """Return the indices of confidences [N] in `BINS` equal-mass bins, the lowest first."""
     order = np.argsort(confidence, kind="stable")
     return [part for part in np.array_split(order, BINS) if len(part)]
 
 
 class Probabilities:
-    """What the probabilities of logits [N, C], for images with labels int64 [N], are worth."""
+    """Calibration of the probabilities from logits [N, C], given labels int64 [N]."""
 
     def __init__(self, logits: Tensor, labels: Tensor) -> None:
         logits = logits.double()
@@ -71,23 +71,23 @@ class Probabilities:
         self.brier = float(errors.mean())
 
     def calibration_errors(self, is_right: np.ndarray) -> np.ndarray:
-        """Return the expected calibration error [R] of each of R outcomes [R, N], had these been
-        what is right: how far confidence and accuracy are apart, in the mean over the images, by
-        bins of equally many (Roelofs et al., arXiv 2012.08668)."""
+        """Return the expected calibration error [R] for R sets of outcomes `is_right` [R, N]: the
+        gap between confidence and accuracy in equal-mass bins, averaged over images (Roelofs et
+        al., arXiv 2012.08668)."""
         gaps = [abs(self.confidence[of].sum() - is_right[:, of].sum(axis=1)) for of in self.bins]
         return np.sum(gaps, axis=0) / len(self.confidence)
 
     def by_chance(self) -> dict[str, float]:
-        """Return the ECE that a perfectly calibrated model of the same confidences has by chance,
-        as so few images tell no better: its mean, and the value that 95 % of its draws are below
-        (Vaicenavicius et al., arXiv 1902.06977, section 4)."""
+        """Return the ECE that a perfectly calibrated model with the same confidences has by chance,
+        as the sample is finite: the mean and the 95 % quantile of its draws (Vaicenavicius et al.,
+        arXiv 1902.06977, section 4)."""
         rng = np.random.default_rng(0)
         draws = (rng.random(len(self.confidence)) < self.confidence for _ in range(DRAWS))
         errors = np.concatenate([self.calibration_errors(draw[None]) for draw in draws])
         return {"mean": float(errors.mean()), "most": float(np.quantile(errors, 0.95))}
 
     def risks(self) -> np.ndarray:
-        """Return the share of mistakes among the k most confident predictions, k from 1 to N."""
+        """Return the error rate among the k most confident predictions, for k from 1 to N."""
         order = np.argsort(-self.confidence, kind="stable")
         return np.cumsum(1 - self.is_right[order]) / np.arange(1, len(order) + 1)
 
@@ -97,7 +97,7 @@ class Probabilities:
         return float(self.risks().mean())
 
     def at(self, confidence: float) -> dict[str, float | None]:
-        """Return the share of images of at least this confidence, and the accuracy on them."""
+        """Return the share of images with at least this confidence, and the accuracy on them."""
         is_sure = self.confidence >= confidence
         right = float(self.is_right[is_sure].mean()) if is_sure.any() else None
         return {"coverage": float(is_sure.mean()), "accuracy": right}
@@ -108,9 +108,9 @@ class Probabilities:
 
 
 class Evaluation:
-    """How good a model is, by its predictions of the test set, of classes with these names. Its
-    logits are divided by a temperature, if it has one; `people` is what they say of these images,
-    if that is known."""
+    """Evaluates a model from its predictions on the test set. Logits are divided by `temperature`,
+    if there is one. `people` are human judgements of these images, if known; `classes` are the
+    class names."""
 
     def __init__(
         self,
@@ -134,7 +134,7 @@ class Evaluation:
         self.probabilities = Probabilities(logits / (temperature or 1), labels)
         self.chance = self.probabilities.by_chance()
         predicted, confidence = logits.argmax(dim=1), self.probabilities.confidence
-        self.confidences = [  # of the images that are taken for each class
+        self.confidences = [  # mean, of the images predicted as each class
             float(confidence[of].mean()) if of.any() else None
             for of in (predicted.numpy() == i for i in range(count))
         ]
@@ -172,13 +172,13 @@ class Evaluation:
         return _rounded(found)
 
     def _share(self, value: float, i: int, dim: int) -> dict[str, float]:
-        """Return precision or recall of a class, which are shares of a column or a row of the
-        confusion matrix, with the interval."""
+        """Return a class's precision or recall, a share of its column (`dim` 0) or row (`dim` 1) of
+        the confusion matrix, with the interval."""
         low, high = wilson(int(self.confusion[i, i]), int(self.confusion.select(1 - dim, i).sum()))
         return {"value": value, "low": low, "high": high}
 
     def summary(self) -> str:
-        """Return what matters most, on a few lines."""
+        """Return the main results in a few lines."""
         found, chance = self.probabilities, self.chance
         how = "not calibrated"
         if self.temperature is not None:
@@ -200,9 +200,9 @@ class Evaluation:
         return "\n".join(lines if self.fair is None else [*lines, summary_of(self.fair)])
 
     def table(self) -> Table:
-        """Return a row for each class, of many classes for those found worst: how well it is found,
-        with the 95 % interval of the recall; what part of the images taken for it are right, and
-        with what confidence they were; what it is taken for."""
+        """Return a row per class, or for the `MANY` with the lowest recall: recall with its 95 %
+        interval, precision and mean confidence of the images predicted as the class, and the class
+        it is most often confused with."""
         table = Table(box=box.SIMPLE, header_style="bold", pad_edge=False)
         table.add_column("class")
         for header in ("recall", "95 %", "precision", "confidence"):
@@ -231,8 +231,8 @@ class Evaluation:
     def figures(
         self, images: Tensor, focus: Callable[[Tensor, Tensor], Tensor | None]
     ) -> dict[str, Figure]:
-        """Return all figures by name; images are those of the set, uint8 [N, 3, 32, 32], and focus
-        says of some of them what speaks for a class (`grad_cam`)."""
+        """Return all figures by name. `images` are the set's, uint8 [N, 3, 32, 32]; `focus` returns
+        Grad-CAM maps for images and classes (`grad_cam`)."""
         logits, labels = self.test.logits / (self.temperature or 1), self.test.labels
         panels = {f"as trained: ECE {self.as_trained.ece:.1%}": _bins(self.as_trained)}
         if self.temperature is not None:
@@ -253,7 +253,7 @@ class Evaluation:
 
 
 def _bins(of: Probabilities) -> np.ndarray:
-    """Return mean confidence, accuracy, and the ends of its interval in each bin, [4, bins]."""
+    """Return each bin's mean confidence, accuracy, and the ends of its interval, [4, bins]."""
     rows = []
     for places in equal_mass_bins(of.confidence):
         right = of.is_right[places]
@@ -264,7 +264,7 @@ def _bins(of: Probabilities) -> np.ndarray:
 
 
 def _rounded(value: Any) -> Any:
-    """Return plain data with six digits behind the point."""
+    """Return plain data rounded to six decimals."""
     if isinstance(value, dict):
         return {key: _rounded(inner) for key, inner in value.items()}
     return round(value, 6) if isinstance(value, float) else value

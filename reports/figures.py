@@ -15,11 +15,11 @@ from runs import Row
 COLORS = {"train": "tab:blue", "val": "tab:orange", "test": "tab:green"}
 QUANTITIES = {"loss": "loss", "acc": "accuracy"}
 SHOWN = 36  # mistakes
-LEGIBLE = 20  # classes whose counts fit into a figure
+LEGIBLE = 20  # most classes whose counts fit into a figure
 
 
 def png(figure: Figure, dpi: int = 120) -> bytes:
-    """Return a figure as the content of a PNG file."""
+    """Return a figure as the bytes of a PNG file."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=dpi)
     return content.getvalue()
@@ -47,8 +47,8 @@ def curves(rows: list[Row], best: Row | None) -> Figure:
 
 
 def confusion_figure(confusion: Tensor, classes: Sequence[str]) -> Figure:
-    """Draw a confusion matrix int64 [C, C]: how many of each class are predicted as which; of many
-    classes only the shares, as colours."""
+    """Draw a confusion matrix int64 [C, C]: shares of the true class as colours and, unless there
+    are many classes, counts."""
     share = (confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)).cpu().numpy()
     figure = Figure(figsize=(6.8, 6), layout="constrained")
     axes = figure.subplots()
@@ -70,8 +70,8 @@ def confusion_figure(confusion: Tensor, classes: Sequence[str]) -> Figure:
 
 
 def reliability_figure(panels: dict[str, np.ndarray]) -> Figure:
-    """Draw accuracy over confidence, a panel for each title and its bins of equally many images:
-    mean confidence, accuracy, and the ends of its 95 % interval, [4, bins]."""
+    """Draw accuracy over confidence, one panel per title. Its equal-mass bins are [4, bins]: mean
+    confidence, accuracy, and the ends of its 95 % interval."""
     figure = Figure(figsize=(4.2 * len(panels), 4.3), layout="constrained")
     row = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, (confidence, accuracy, low, high)) in zip(row, panels.items(), strict=True):
@@ -88,8 +88,8 @@ def reliability_figure(panels: dict[str, np.ndarray]) -> Figure:
 
 
 def coverage_figure(risks: np.ndarray, aurc: float) -> Figure:
-    """Draw the share of mistakes among the most confident predictions over how many these are, from
-    the one of highest confidence to all: `risks` [N], in [0, 1]."""
+    """Draw the risk-coverage curve: `risks` [N], in [0, 1], the error rate among the most confident
+    predictions, over their share of all images."""
     figure = Figure(figsize=(5, 4), layout="constrained")
     axes = figure.subplots()
     coverage = np.arange(1, len(risks) + 1) / len(risks)
@@ -103,21 +103,21 @@ def coverage_figure(risks: np.ndarray, aurc: float) -> Figure:
 
 
 def _short(name: str) -> str:
-    """Return a name that fits beside others."""
+    """Return a name cut to 14 characters, with `$` escaped."""
     return (name if len(name) <= 14 else f"{name[:13]}…").replace("$", r"\$")
 
 
 def most_confident_mistakes(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return which images have the most confident mistakes, the most confident first, at most 36,
-    int64 [M], by logits [N, classes] and labels int64 [N]."""
+    """Return the indices int64 [M] of the most confident mistakes, at most 36, the most confident
+    first, given logits [N, classes] and labels int64 [N]."""
     confidence, predicted = logits.softmax(dim=1).max(dim=1)
     wrong = (predicted != labels).nonzero()[:, 0]
     return wrong[confidence[wrong].argsort(descending=True)][:SHOWN]
 
 
 def with_focus(images: Tensor, focus: Tensor) -> np.ndarray:
-    """Return images uint8 [M, 3, H, W] as float [M, H, W, 3] in [0, 1], bright where focus float
-    [M, H, W], in [0, 1], is high."""
+    """Return images uint8 [M, 3, H, W] as float [M, H, W, 3] in [0, 1], bright where `focus`, float
+    [M, H, W] in [0, 1], is high."""
     colors = colormaps["inferno"](focus.cpu().numpy())[..., :3]
     found: np.ndarray = 0.4 * images.permute(0, 2, 3, 1).cpu().numpy() / 255 + 0.6 * colors
     return found
@@ -130,8 +130,8 @@ def mistakes_figure(
     classes: Sequence[str],
     focus: Tensor | None = None,
 ) -> Figure:
-    """Draw mistakes, each image uint8 [M, 3, 32, 32] with its predicted and its true class; with
-    `focus` float [M, 32, 32] in [0, 1], what in it speaks for the predicted class is bright."""
+    """Draw mistakes: images uint8 [M, 3, 32, 32] with their predicted and true classes. With
+    `focus`, float [M, 32, 32] in [0, 1], what supports the predicted class is bright."""
     confidence, predicted = logits.softmax(dim=1).max(dim=1)
     rows = max(1, -(-len(images) // 6))
     figure = Figure(figsize=(9, 0.6 + 1.8 * rows), layout="constrained")

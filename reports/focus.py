@@ -1,4 +1,4 @@
-"""Where in an image a network looks."""
+"""Grad-CAM: where in an image a network looks."""
 
 from typing import Any
 
@@ -6,23 +6,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-LEAST = 3  # pixels a side, of the maps
+LEAST = 3  # pixels per side of a feature map
 
 
-@torch.inference_mode(False)  # in which Lightning predicts
+@torch.inference_mode(False)  # Lightning predicts in inference mode
 @torch.enable_grad()
 def grad_cam(network: nn.Module, images: Tensor, classes: Tensor) -> Tensor | None:
-    """Return which parts of float images [B, 3, H, W] speak for classes int64 [B], in [0, 1], as
-    float [B, H, W]; None for a network without maps of at least 3 x 3 pixels.
+    """Return which parts of float images [B, 3, H, W] support classes int64 [B], as float [B, H, W]
+    in [0, 1]; None for a network without square feature maps of at least 3 x 3 pixels.
 
-    Grad-CAM (Selvaraju et al., arXiv 1610.02391) of the last such maps that a module returns, so
-    behind batch norm and activation: their mean, each weighted by how much the logit of the class
-    rises with it, where that is positive.
+    Grad-CAM (Selvaraju et al., arXiv 1610.02391) on the last such maps that a module returns, so
+    after batch norm and activation: their sum, weighted by the logit's mean gradients, clipped at 0
+    and scaled to a maximum of 1.
     """
     maps: list[Tensor] = []
 
     def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        # A transformer's [B, H, W, C] is not square.
+        # Not a transformer's [B, H, W, C], where W is not C.
         if isinstance(output, Tensor) and output.ndim == 4:
             height, width = output.shape[2:]
             if height == width >= LEAST:
@@ -30,7 +30,7 @@ def grad_cam(network: nn.Module, images: Tensor, classes: Tensor) -> Tensor | No
 
     hooks = [module.register_forward_hook(keep) for module in network.modules()]
     try:
-        weights = next(network.parameters())  # perhaps of 16 bits
+        weights = next(network.parameters())  # may have 16 bits
         logits = network(images.detach().to(weights.dtype, copy=True).requires_grad_())
     finally:
         for hook in hooks:

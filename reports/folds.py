@@ -1,9 +1,9 @@
-"""Put the folds of a cross-validation together, from what `validate` has saved of each.
+"""Merge the folds of a cross-validation, from the predictions that `validate` saved.
 
     python -m reports.folds runs/fold_*/version_0 --out out_of_fold.npz
 
-Each is the folder of a run that was validated, with a fold of its own (`--data.fold`). Every image
-is then predicted by a model that was not trained on it.
+Each argument is the folder of a run that was validated on its own fold (`--data.fold`). So every
+image is predicted by a model that was not trained on it.
 """
 
 from pathlib import Path
@@ -18,10 +18,10 @@ from terminal import ShortParser, short_errors
 
 
 def joined(parts: list[Saved]) -> Saved:
-    """Return the predictions of all folds, in the order of the images.
+    """Merge the predictions of all folds, in the order of the images.
 
     Raises:
-        MisconfigurationException: They are of other images, or two have an image in common.
+        MisconfigurationException: The image sets differ, or two folds share an image.
     """
     if len({part.images for part in parts}) > 1:
         raise MisconfigurationException("the folds are of different sets of images")
@@ -37,7 +37,7 @@ def joined(parts: list[Saved]) -> Saved:
 
 @short_errors()
 def main(args: list[str] | None = None) -> None:
-    """Run the command line; a user's mistake gives one line and an exit code that is not 0."""
+    """Run the command line. A user error prints one line and exits with a non-zero code."""
     parser = ShortParser(prog="reports.folds", description="Put folds together.")
     parser.add_argument("runs", nargs="+", type=str, help="runs that were validated")
     parser.add_argument("--out", type=str, default="out_of_fold.npz", help="file for all of them")

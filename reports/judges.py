@@ -1,9 +1,9 @@
-"""What people say of CIFAR-10's test images, by which `test` judges mistakes.
+"""Human judgements of CIFAR-10's test images, which `test` uses to assess mistakes.
 
     python -m reports.judges --root data      # fetches the files into data/judges (900 kB)
 
-Which images are in the training set too, whose label is wrong, and which class people see. The
-files are not part of this project, and `test` does without them. Offline, put them there by hand.
+They say which images are also in the training set, which labels are wrong, and which class people
+see. The files are not part of this project; `test` works without them. Offline, copy them there.
 """
 
 import csv
@@ -20,11 +20,11 @@ from terminal import ShortParser, short_errors
 
 JUDGES = "judges"
 GITHUB = "https://raw.githubusercontent.com"
-FEW = 0.1  # of the people who saw an image: fewer may have slipped
+FEW = 0.1  # of the people who saw an image: fewer may be slips
 
 
 class Source(NamedTuple):
-    """Where a file is from, and on which terms."""
+    """The origin, checksum and licence of a file."""
 
     url: str
     sha256: str
@@ -52,9 +52,9 @@ SOURCES = {
 
 
 class Judgements(NamedTuple):
-    """Of each test image: whether the training set has it, nearly it or one very similar, bool [N];
-    whether its label is wrong or in doubt, bool [N]; how many people took it for which class, int64
-    [N, 10]."""
+    """For each test image: whether the training set has a duplicate, near-duplicate or very similar
+    image, bool [N]; whether its label is wrong or in doubt, bool [N]; how many people chose each
+    class, int64 [N, 10]."""
 
     is_duplicate: np.ndarray
     is_wrong: np.ndarray
@@ -62,10 +62,10 @@ class Judgements(NamedTuple):
 
 
 def read_judgements(folder: Path) -> Judgements | None:
-    """Return what people say, by the files in a folder; None if one is not there.
+    """Read the judgements from the files in a folder; return None if one is missing.
 
     Raises:
-        MisconfigurationException: A file is not the one that was published.
+        MisconfigurationException: A file differs from the published one.
     """
     files = {name: folder / name for name in SOURCES}
     if not all(file.is_file() for file in files.values()):
@@ -78,14 +78,14 @@ def read_judgements(folder: Path) -> Judgements | None:
     with files[DUPLICATES].open(encoding="utf-8") as rows:
         is_duplicate[[int(row["TestID"]) for row in csv.DictReader(rows)]] = True
     for image in json.loads(files[JUDGED].read_text(encoding="utf-8")):
-        is_wrong[image["id"]] = image["mturk"]["given"] < 3  # of five people, for it alone
+        is_wrong[image["id"]] = image["mturk"]["given"] < 3  # of five people, for this label alone
     return Judgements(is_duplicate, is_wrong, seen)
 
 
 def fair(test: Predictions, judgements: Judgements) -> dict[str, Any]:
-    """Return what the accuracy on CIFAR-10's test set is worth: without the images that training
-    has too, without those whose label is wrong, without both; and how many mistakes at least a
-    tenth, or most, of the people make too. People's own accuracy is beside it."""
+    """Return the accuracy on CIFAR-10's test set without images that are also in the training set,
+    without wrong or doubtful labels, and without both; how many mistakes at least a tenth, or most,
+    of the people make too; and people's own accuracy."""
     predicted, labels = test.logits.argmax(dim=1).numpy(), test.labels.numpy()
     is_right = predicted == labels
     parts = {
@@ -109,7 +109,7 @@ def fair(test: Predictions, judgements: Judgements) -> dict[str, Any]:
 
 
 def summary_of(of: dict[str, Any]) -> str:
-    """Return what `fair` found, on two lines."""
+    """Return the result of `fair` on two lines."""
     parts = ("without_duplicates", "without_doubtful_labels", "without_both")
     accuracies = (f"{of[part]['accuracy']:.2%} {part.replace('_', ' ')}" for part in parts)
     return (
@@ -122,14 +122,14 @@ def summary_of(of: dict[str, Any]) -> str:
 
 @short_errors()
 def main(args: list[str] | None = None) -> None:
-    """Run the command line; a user's mistake gives one line and an exit code that is not 0."""
+    """Run the command line. A user error prints one line and exits with a non-zero code."""
     parser = ShortParser(prog="reports.judges", description="Fetch what people say.")
     parser.add_argument("--root", type=str, default="data", help="the images' folder")
     folder = Path(parser.parse_args(args).root, JUDGES)
     for name, source in SOURCES.items():
         try:
             pooch.retrieve(source.url, source.sha256, name, folder)
-        except (OSError, ValueError) as error:  # requests' own are OSErrors
+        except (OSError, ValueError) as error:  # requests' errors are OSErrors
             raise MisconfigurationException(
                 f"{source.url} can't be had ({type(error).__name__}): put it into {folder}"
             ) from error

@@ -1,4 +1,4 @@
-"""What a test leaves in the run's folder: numbers, predictions, figures, and a part of the card."""
+"""What a test writes to the run folder: metrics, predictions, figures, a part of the card."""
 
 import io
 import json
@@ -27,13 +27,13 @@ def write_results(
     count: str,
     step: int,
 ) -> None:
-    """Write the results of a test into the run's folder, and say where; its figures go to
-    TensorBoard too, and a line or more to the card.
+    """Write a test's results to the run folder and print where. Figures also go to TensorBoard,
+    and one or more lines to the card.
 
-    `values` has, beside the metrics, the `checkpoint`, its `epoch`, which `set` of images was
-    tested, and the settings `changed` since, with both values. `other` is the name of another test
-    set than the run's, `count` says how many images it has; `is_own` whether the images are those
-    that the run began with, whose results are in files without a suffix.
+    `values` has the metrics, the `checkpoint`, its `epoch`, the `set` of images tested, and the
+    arguments `changed` since, with both values. `other` names a test set that is not the run's, and
+    `count` says how many images it has. `is_own` is whether the images are those that the run
+    started with; only their files have no suffix.
     """
     images, changed = values["set"], values["changed"]
     suffix = f"_{other}_{images}" if other else "" if is_own else f"_{images}"

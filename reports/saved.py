@@ -1,4 +1,4 @@
-"""What a model said of every image of a set, as a file."""
+"""A model's predictions for a set of images, as a file."""
 
 import io
 from pathlib import Path
@@ -10,8 +10,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 
 class Saved(NamedTuple):
-    """Logits float32 [N, classes], labels and indices int64 [N] of images, of which set they are,
-    and the model's name."""
+    """Logits float32 [N, classes], labels and indices int64 [N], the identity of the image set, and
+    the model's name."""
 
     logits: np.ndarray
     labels: np.ndarray
@@ -21,19 +21,19 @@ class Saved(NamedTuple):
 
     @property
     def is_right(self) -> np.ndarray:
-        """Whether each image is classified right, bool [N]."""
+        """Whether each image is classified correctly, bool [N]."""
         found: np.ndarray = self.logits.argmax(axis=1) == self.labels
         return found
 
     def content(self) -> bytes:
-        """Return the content of a file for `read_saved`."""
+        """Return the content of a file that `read_saved` reads."""
         file = io.BytesIO()
         np.savez_compressed(file, **self._asdict())
         return file.getvalue()
 
 
 def read_saved(path: Path, name: str = "test.npz") -> Saved:
-    """Return the predictions in a file, or in the one of this name in a run's folder."""
+    """Return the predictions in a file, or in the file `name` of a run folder."""
     file = path / name if path.is_dir() else path
     command = f"train.py {'test' if name == 'test.npz' else 'validate'}"
     try:
