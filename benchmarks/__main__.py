@@ -1,4 +1,4 @@
-"""Times this project and its peers side by side.
+"""Time this project and its peers side by side.
 
     python -m benchmarks                # about 8 minutes on two cores
     python -m benchmarks --rounds 2     # shorter, and less certain
@@ -7,10 +7,10 @@
 Five programs train the report's network on 40,000 images, validate on 10,000, and write curves and
 a checkpoint after every epoch: (a) to (d) of benchmarks/peers.py, and (e), this project's
 `python train.py fit --config configs/base.yaml`. They take turns of an epoch or more, a b c d e,
-e d c b a, ..., each stopped (SIGSTOP) while the others run. Ratios are of two turns of one round:
-a slow minute counts for both. CPU seconds are user and system time of all processes of a program.
-An epoch lasts from one checkpoint to the next. None draws a progress bar. Then the same for a
-network that computes next to nothing: what is left of a step is what its loop costs.
+e d c b a, ..., each stopped (SIGSTOP) while the others run. Ratios compare two turns of one round,
+so a slow minute affects both. CPU seconds are user and system time of all processes of a program.
+An epoch lasts from one checkpoint to the next. None draws a progress bar. The same is then timed
+for a network that computes next to nothing, where a step costs little but its loop.
 """
 
 import argparse
@@ -46,10 +46,10 @@ NAMES = {
 def turns(
     command: list[str], folder: Path, at_least: float
 ) -> Generator[tuple[float, float], None, None]:
-    """Run a program in turns; yield the wall and CPU seconds an epoch of each.
+    """Run a program in turns; yield the wall and CPU seconds per epoch of each turn.
 
     A turn lasts until an epoch ends after `at_least` seconds; then the program is stopped until the
-    next turn is asked for. The first turn starts it and lasts one epoch: its figures mean nothing.
+    next turn is requested. The first turn starts it and lasts one epoch: ignore its figures.
     """
     log = folder.with_suffix(".log")
     times, began, cpu = list[float](), 0.0, 0.0
@@ -60,28 +60,28 @@ def turns(
                 if process.poll() is not None:
                     last_words = log.read_text(errors="replace")[-10_000:]
                     sys.exit(f"error: {' '.join(command)}:\n{last_words}")
-                time.sleep(0.05)  # seeing it late does no harm: the file knows when it was written
+                time.sleep(0.05)  # a delay is harmless: the file's mtime counts
                 times = common.checkpoint_times(folder)
             os.killpg(process.pid, signal.SIGSTOP)
             stopped, before, cpu = time.time(), cpu, cpu_seconds(process.pid)
             epochs = len(times) - done
             yield (times[-1] - began) / epochs, (cpu - before) / epochs
-            began = times[-1] + time.time() - stopped  # the pause is not counted
+            began = times[-1] + time.time() - stopped  # excludes the pause
             os.killpg(process.pid, signal.SIGCONT)
 
 
 def cpu_seconds(pid: int) -> float:
-    """Return user and system seconds of a process and its children, also of those that ended."""
+    """Return user and system seconds of a process and its children, including those that ended."""
     process = psutil.Process(pid)
     return sum(sum(one.cpu_times()[:4]) for one in (process, *process.children(recursive=True)))
 
 
 def programs(args: argparse.Namespace, scratch: Path, network: str) -> dict[str, list[str]]:
-    """Return the commands, which train in scratch/<way>; a and b have the network as it is usually
-    written."""
+    """Return the commands, which train in scratch/<way>; a and b train `PlainConvNet` instead of
+    `ConvNet`."""
     fit = f"train.py fit --config configs/base.yaml {common.DATA} --trainer.max_epochs 1000000"
     fit += " --trainer.default_root_dir {out}"
-    if network == "Tiny":  # `auto` does not know that it can be recorded
+    if network == "Tiny":  # `auto` can't tell that it can be recorded
         fit += " --model.network benchmarks.peers.Tiny --model.cuda_graph "
         fit += "true" if args.device == "cuda" else "false"
     commands = {}
@@ -95,8 +95,7 @@ def programs(args: argparse.Namespace, scratch: Path, network: str) -> dict[str,
 def measure(
     ways: dict[str, list[str]], scratch: Path, rounds: int, at_least: float, unit: float = 1.0
 ) -> dict[str, Any]:
-    """Let all take their turns; return what an epoch takes, in 1/unit seconds, and the ratios to
-    (c) and (e)."""
+    """Run all turns; return the time per epoch in 1/unit seconds, and ratios to (c) and (e)."""
     scratch.mkdir()
     taken: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
     with contextlib.ExitStack() as stack:
@@ -105,7 +104,7 @@ def measure(
             for way, command in ways.items()
         }
         for number in range(rounds + 1):
-            # Every other round goes backwards, so that a slow drift cancels out.
+            # Reverse every other round, so that a slow drift cancels out.
             for way in sorted(ways, reverse=number % 2 == 1):
                 print(f"{number}/{rounds} {way}", end="\r", file=sys.stderr, flush=True)
                 taken[way].append(next(programs[way]))
@@ -129,7 +128,7 @@ def main() -> None:
     option, has_gpu = parser.add_argument, torch.cuda.is_available()
     option("--device", choices=["cpu", "cuda"], default="cuda" if has_gpu else "cpu")
     option("--rounds", type=int, default=7, help="turns of each program (7)")
-    # A GPU finishes what it was asked for while its program is stopped: turns must be long.
+    # A GPU finishes queued work while its program is stopped, so turns must be long.
     option("--seconds", type=float, help="shortest turn (1, on a GPU 10)")
     option("--root", default="data", help="folder of the images (data)")
     option("--synthetic", type=int, metavar="N", help="train on N made-up images")

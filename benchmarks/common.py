@@ -1,4 +1,4 @@
-"""What all measurements share: programs, made-up images, and how figures are summed up."""
+"""Shared by all benchmarks: running programs, made-up images, and summaries of figures."""
 
 import contextlib
 import datetime
@@ -30,13 +30,13 @@ PEER = (
 
 
 def words(command: str, **values: Any) -> list[str]:
-    """Return the words of a command, with these values in place of {key}."""
+    """Split a command into words, replacing each {key} with its value."""
     return [word.format(**values) for word in command.split()]
 
 
 @contextlib.contextmanager
 def running(command: list[str], log: Path) -> Iterator["subprocess.Popen[bytes]"]:
-    """Run a Python program that writes into a log; in the end kill it with all its children."""
+    """Run a Python program that writes to a log; at the end, kill it with all its children."""
     with log.open("a") as output:
         process = subprocess.Popen(
             [sys.executable, *command], stdout=output, stderr=output, cwd=HERE,
@@ -51,12 +51,12 @@ def running(command: list[str], log: Path) -> Iterator["subprocess.Popen[bytes]"
 
 
 def checkpoint_times(folder: Path) -> list[float]:
-    """Return when the checkpoints of a run's epochs were written, in seconds, in order."""
+    """Return the times at which a run's epoch checkpoints were written, in seconds, sorted."""
     return sorted(file.stat().st_mtime for file in folder.rglob("checkpoints/epoch_*"))
 
 
 def make_synthetic(root: Path, size: int) -> None:
-    """Write images of noise in the form of CIFAR-10."""
+    """Write noise images in CIFAR-10's format."""
     (folder := root / "cifar-10-arrays").mkdir(parents=True)
     rng = np.random.default_rng(0)
     for part, count in (("train", size), ("test", size // 5)):
@@ -66,7 +66,7 @@ def make_synthetic(root: Path, size: int) -> None:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Return what the figures depend on."""
+    """Return the hardware and versions behind the figures."""
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "cpu": processor(),
@@ -79,13 +79,13 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def summary(turns: Sequence[float]) -> dict[str, Any]:
-    """Return median and range of a figure, with all turns."""
+    """Return the median and range of a figure, with all turns."""
     found = {"median": statistics.median(turns), "low": min(turns), "high": max(turns)}
     return {**{key: round(value, 4) for key, value in found.items()}, "turns": list(turns)}
 
 
 def shown(figure: Any) -> str:
-    """Return a figure as text: of turns the median and the range, of several figures all."""
+    """Return a figure as text: the median and range of turns, or all of several figures."""
     if not isinstance(figure, dict):
         return str(figure)
     if "turns" not in figure:

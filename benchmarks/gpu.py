@@ -1,12 +1,12 @@
-"""All that a GPU can show, in a given time, and `fast94` beside its reference on any device.
+"""Everything to measure on a GPU in a given time; `fast94` beside its reference on any device.
 
     python -m benchmarks --device cuda --minutes 12 --reference airbench94_muon.py
     python -m benchmarks --device cpu --minutes 9 --rounds 1 --synthetic 400     # a rehearsal
     python -m benchmarks --device cpu --minutes 90 --rounds 2 --only fast94 \
         --reference airbench94_muon.py
 
-Each step is a process with a time limit, the most telling first: one that fails or takes too long
-takes no other along, and steps for which no time is left are left out.
+Each step is a process with a time limit, the most informative first. A step that fails or times out
+doesn't affect the others, and steps are skipped when no time is left.
 """
 
 import argparse
@@ -43,7 +43,7 @@ TEST = "train.py test --ckpt_path {out}/version_0/checkpoints/last.ckpt"
 STUDY = "study.py configs/studies/batch_size.yaml --folder {out} --fixed {fixed} --grid {grid}"
 
 
-# What the reference has that a CPU has not, and what stands for it.
+# Code of the reference that a CPU can't run, and its replacement.
 ON_CPU = {
     "@torch.compile": "", 'device("cuda")': 'device("cpu")', 'device="cuda"': 'device="cpu"',
     ".half()": ".bfloat16()", "torch.half": "torch.bfloat16", "torch.cuda.synchronize()": "",
@@ -52,8 +52,8 @@ ON_CPU = {
 
 
 def steps(is_real: bool, on_gpu: bool) -> list[tuple[str, float, str]]:
-    """Return name, also of the folder, seconds that it may take on a GPU, and command of each step.
-    In a rehearsal all is small."""
+    """Return each step's name (also its folder's), time limit on a GPU in seconds, and command.
+    Unless `is_real`, it is a small rehearsal."""
     compiled = "--model.compile default" * on_gpu
     fast = "--trainer.benchmark true"
     if not on_gpu and optimization.bf16_is_slow():
@@ -88,7 +88,7 @@ def steps(is_real: bool, on_gpu: bool) -> list[tuple[str, float, str]]:
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Run the steps until the time is over; return what they found."""
+    """Run the steps until time runs out; return their figures."""
     found: dict[str, Any] = {}
     runs, end = (folder / "runs").absolute(), time.monotonic() + 60 * args.minutes
     runs.mkdir(parents=True)
@@ -116,7 +116,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         seconds, said = time.monotonic() - began, log.read_text(errors="replace")
         figures.setdefault("process s", round(seconds, 1))
         try:
-            figures |= read(name, runs / name, said, seconds)  # if it failed, perhaps a part
+            figures |= read(name, runs / name, said, seconds)  # perhaps partial, if it failed
         except (OSError, LookupError, ValueError):
             why = why or "no figures"
         if why:
@@ -126,7 +126,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def read(name: str, out: Path, log: str, seconds: float) -> dict[str, Any]:
-    """Return the figures of a step that has written into a folder and a log for so many seconds."""
+    """Return a step's figures from its folder, its log and its duration in seconds."""
     if name.startswith("study"):
         return {"runs a minute": round(60 * len(list(out.rglob("model.pth"))) / seconds, 1)}
     if name in ("again", "resumed"):
@@ -143,7 +143,7 @@ def read(name: str, out: Path, log: str, seconds: float) -> dict[str, Any]:
     return found
 
 
-# ------------------------------------------------------------------ programs of which steps consist
+# -------------------------------------------------------------------------- programs run by steps
 
 
 class Trace(Callback):
@@ -181,14 +181,14 @@ class Trace(Callback):
 
 
 def _now() -> float:
-    """Return the time in seconds, once a GPU has done what was asked of it."""
+    """Return the time in seconds, once a GPU has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def fast94(runs: str, turns: str, path: str, *flags: str) -> None:
-    """Train the reference and `fast94` on all images in turn, and test; print each turn as JSON."""
+    """Train and test the reference and `fast94` in turn, on all images; print each turn as JSON."""
     data = archive.load(flags[flags.index("--data.root") + 1], verify=False)
     theirs = reference(path, data, runs) if path != "None" else repeat(dict[str, float]())
     for seed, row in zip(range(int(turns)), theirs, strict=False):
@@ -208,10 +208,10 @@ def fast94(runs: str, turns: str, path: str, *flags: str) -> None:
 
 def reference(path: str, data: archive.Arrays, folder: str) -> Iterator[dict[str, float]]:
     """Train the reference, a file of KellerJordan/cifar10-airbench, which times itself; yield the
-    figures of each run, on a GPU but of the first, in which it is compiled. On a CPU it computes in
-    bfloat16, or 32 bits where `fast94` does, without compilation."""
+    figures of each run. A GPU's first run, which compiles it, is left out. On a CPU it isn't
+    compiled, and computes in bfloat16, or in 32 bits where `fast94` does."""
     Path(folder, "cifar10").mkdir()
-    os.chdir(folder)  # where it looks for its images
+    os.chdir(folder)  # where the reference looks for its images
     for part in ("train", "test"):
         images = getattr(data, f"{part}_images").permute(0, 2, 3, 1).contiguous()
         content = {"images": images, "labels": getattr(data, f"{part}_labels").long()}
@@ -232,18 +232,18 @@ def reference(path: str, data: archive.Arrays, folder: str) -> Iterator[dict[str
     for seed in count():
         result = module.main(seed, network)
         accuracy = result[1] if isinstance(result, tuple) else result
-        yield {"reference s": times[-2], "reference test/acc": accuracy}  # times[-1]: with test
+        yield {"reference s": times[-2], "reference test/acc": accuracy}  # [-1]: with test
 
 
 class Clock:
-    """Does on a CPU what `torch.cuda.Event` does on a GPU."""
+    """Replaces `torch.cuda.Event` on a CPU."""
 
     def record(self) -> None:
-        """Note the time."""
+        """Record the time."""
         self.time = time.perf_counter()
 
     def elapsed_time(self, later: "Clock") -> float:
-        """Return the milliseconds between two notes."""
+        """Return the milliseconds until `later`."""
         return 1000 * (later.time - self.time)
 
 

@@ -1,11 +1,11 @@
-"""Measures what "not sure" is worth for images of classes that a model has never seen.
+"""Measure what "not sure" is worth for images of classes that a model has never seen.
 
     python -m benchmarks.open_set --config configs/base.yaml --splits 5
 
-Trains on six of the classes, a fifth of their images for validation, and tests on all test images:
-how well the largest probability, and the energy (Liu et al., arXiv 2010.03759), tell the 6,000
-images of known classes from the 4,000 of the others. Each split has other classes. Words behind the
-flags go to `train.py fit`, such as --trainer.max_epochs 8. What is done is not done again.
+Train on six of the classes, with a fifth of their images for validation, and test on all test
+images: how well do the largest probability and the energy (Liu et al., arXiv 2010.03759) tell the
+6,000 images of known classes from the 4,000 of the others? Each split draws other classes. Other
+flags, such as --trainer.max_epochs 8, go to `train.py fit`. Finished splits are not repeated.
 """
 
 import argparse
@@ -36,8 +36,8 @@ TITLES = {
 
 
 def write_split(root: Path, data: archive.Arrays, known: list[int]) -> int:
-    """Write CIFAR-10 with the training images of `known` classes only, which become 0 to 5, and all
-    test images, those of other classes with labels above; return how many training images it has.
+    """Write CIFAR-10 with only the training images of the `known` classes, relabelled 0 to 5, and
+    all test images, where other classes get higher labels; return the number of training images.
     """
     others = [label for label in range(10) if label not in known]
     new = torch.tensor([[*known, *others].index(label) for label in range(10)], dtype=torch.uint8)
@@ -55,15 +55,15 @@ def write_split(root: Path, data: archive.Arrays, known: list[int]) -> int:
 
 def measured(logits: Tensor, labels: Tensor, temperature: float, least: float) -> dict[str, float]:
     """Return how well a model tells known classes from others, by its logits [N, 10] and labels
-    int64 [N], which are below 6 for known classes; it is sure from the probability `least` on."""
+    int64 [N], below 6 for known classes. It is sure if its probability is at least `least`."""
     is_known = labels < KNOWN
     probability = (logits / temperature).softmax(dim=1).max(dim=1).values
     is_right = (logits.argmax(dim=1) == labels)[is_known]
     found = {"accuracy": is_right.double().mean()}
     for name, score in (("probability", probability), ("energy", logits.logsumexp(dim=1))):
-        wins = mannwhitneyu(score[is_known], score[~is_known]).statistic  # ties count a half
+        wins = mannwhitneyu(score[is_known], score[~is_known]).statistic  # ties count half
         found[f"{name}_auroc"] = wins / (is_known.sum() * (~is_known).sum())
-        kept = score[is_known].quantile(0.05)  # by 95 % of the known
+        kept = score[is_known].quantile(0.05)  # by 95 % of the known images
         found[f"{name}_fpr95"] = (score[~is_known] >= kept).double().mean()
     for name, of in (("known", is_known), ("unknown", ~is_known)):
         found[f"sure_of_{name}"] = (probability[of] >= least).double().mean()
@@ -71,7 +71,7 @@ def measured(logits: Tensor, labels: Tensor, temperature: float, least: float) -
 
 
 def run(configs: list[Path], split: int, data: archive.Arrays, more: list[str]) -> dict[str, float]:
-    """Train and test on a split, unless that is done; return what was measured."""
+    """Train and test on a split, unless that was done before; return the measurements."""
     known = sorted(np.random.default_rng(split).permutation(10)[:KNOWN].tolist())
     texts = [config.read_text(encoding="utf-8") for config in configs]
     what = hashlib.sha256("\0".join([*texts, *more]).encode()).hexdigest()[:6]

@@ -1,11 +1,11 @@
-"""Usual ways of training, which `python -m benchmarks` compares with this project.
+"""Common training loops that `python -m benchmarks` compares with this project.
 
     python -m benchmarks.peers FOLDER --way c --epochs 3
 
 a  the report's loop, as courses teach it: PIL images, ToTensor, DataLoader, `.item()`
 b  the usual Lightning way: the same loader, `self.log` and a metric in each step
 c  a bare eager loop on tensors in memory
-d  the same with freed memory kept; on a GPU each step is compiled and one CUDA graph
+d  the same, keeping freed memory; on a GPU each step is compiled and recorded as one CUDA graph
 """
 
 import argparse
@@ -38,7 +38,7 @@ Loader = Iterable[Any]
 
 
 class PlainConvNet(ConvNet):
-    """The report's network as it is usually written, with ReLU before PyTorch's max pooling."""
+    """The report's network as usually written, with ReLU before PyTorch's max pooling."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class PlainConvNet(ConvNet):
 
 
 class Tiny(nn.Linear):
-    """Maps ten pixels to logits, so that nearly all of a step's time is the loop around it."""
+    """Maps ten pixels to logits, so that nearly all of a step's time is loop overhead."""
 
     def __init__(self) -> None:
         super().__init__(10, 10)
@@ -63,7 +63,7 @@ NETWORKS = {"ConvNet": ConvNet, "PlainConvNet": PlainConvNet, "Tiny": Tiny}
 
 
 class Pictures(CIFAR10):  # type: ignore[misc]
-    """torchvision's data set, on images that are in memory already."""
+    """torchvision's data set, on images already in memory."""
 
     def __init__(self, image_set: ImageSet) -> None:
         images, labels, _ = image_set.batch(image_set.indices)
@@ -74,13 +74,12 @@ class Pictures(CIFAR10):  # type: ignore[misc]
 
 
 def floats(images: Tensor) -> Tensor:
-    """Return images in [0, 1], as `ToTensor` gives them already."""
+    """Return images in [0, 1], where `ToTensor`'s already are."""
     return images / 255 if images.dtype == torch.uint8 else images
 
 
 def loop(args: argparse.Namespace, network: nn.Module, train: Loader, val: Loader) -> None:
-    """Train as (a), (c) or (d); after each epoch leave what any run does: checkpoint, curves, a
-    line."""
+    """Train as (a), (c) or (d); after each epoch, write a checkpoint and curves, print a line."""
     device, waits = args.device, args.way == "a"
     has_graph = args.way == "d" and device == "cuda"
     network.to(device)
@@ -98,7 +97,7 @@ def loop(args: argparse.Namespace, network: nn.Module, train: Loader, val: Loade
         sums[1] += correct.item() if waits else correct
 
     def step(images: Tensor, labels: Tensor) -> None:
-        is_whole = len(labels) == BATCH_SIZE  # the tail is not worth a compilation
+        is_whole = len(labels) == BATCH_SIZE  # compiling for the tail doesn't pay
         loss, correct = (best_loss if is_whole else loss_of)(images, labels)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -177,7 +176,7 @@ def lightning(args: argparse.Namespace, network: nn.Module, train: Loader, val: 
 
 
 def main() -> None:
-    """Train until the epochs are done, or the process is ended."""
+    """Train until the epochs are done or the process is killed."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path, help="receives checkpoints and curves")
     parser.add_argument("--way", choices="abcd", required=True)
@@ -190,18 +189,18 @@ def main() -> None:
     torch.manual_seed(0)
     if args.way == "d":
         keep_freed_memory()
-    # Made-up images will do: it is (e) that refuses any but CIFAR-10's, unless told otherwise.
+    # Made-up images are fine here; only (e) refuses all but CIFAR-10's, unless told otherwise.
     data = CIFAR10DataModule(args.root, verify=False, val_size=args.val_size)
     data.setup()
     train_set, val_set = data.train_set, data.val_set
     loaders: list[Loader]
-    if args.way in "cd" or args.network == "Tiny":  # then no loader is to be measured
+    if args.way in "cd" or args.network == "Tiny":  # no DataLoader to measure
         train_set, val_set = train_set.to(args.device), val_set.to(args.device)
         loaders = [Batches(train_set, BATCH_SIZE, order=lambda: torch.randperm(len(train_set)))]
         loaders += [Batches(val_set, EVAL_BATCH_SIZES[args.device])]
     else:
         options: dict[str, Any] = {"batch_size": BATCH_SIZE}
-        if args.way == "b" and (os.cpu_count() or 1) >= 12:  # with two cores workers slow it down
+        if args.way == "b" and (os.cpu_count() or 1) >= 12:  # workers slow it down on two cores
             options |= {"num_workers": 8, "persistent_workers": True}
         loaders = [DataLoader(Pictures(train_set), shuffle=True, **options)]
         loaders += [DataLoader(Pictures(val_set), **options)]

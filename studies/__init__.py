@@ -1,1 +1,1 @@
-"""What `study.py` stands on: a question, the record of its runs, the answer."""
+"""The parts of `study.py`: a question, the record of its runs, the answer."""

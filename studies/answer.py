@@ -1,4 +1,4 @@
-"""What the runs of a study say: a verdict, a table with intervals, comparisons."""
+"""The answer of a study: a verdict, a table with intervals, comparisons."""
 
 import hashlib
 import inspect
@@ -23,19 +23,19 @@ from studies.question import Question
 from studies.record import Record, best_of, rows_of
 from studies.statistics import ALPHA, Floats, corrected_p, detectable, smallest_p
 
-ENDINGS = ("diverged", "pruned", "without a validation")  # of runs that are in no mean
-SHOWN = 20  # comparisons in a table, settings in a figure; of more only the best
+ENDINGS = ("diverged", "pruned", "without a validation")  # of runs excluded from the means
+SHOWN = 20  # most comparisons in a table and settings in a figure; keeps the best
 VERDICTS = {
     "better": "significantly better", "worse": "significantly worse",
     "no": "no significant difference",
 }  # fmt: skip
 
-Columns = dict[str, list[str]]  # of a table: header and cells
+Columns = dict[str, list[str]]  # a table: cells by header
 
 
 @dataclass
 class Mean:
-    """A mean over seeds, half its 95 % interval by Student's t, NaN for one seed, and how many."""
+    """A mean over seeds, half its 95 % interval (Student's t; NaN for one seed), and the count."""
 
     value: float
     half: float = math.nan
@@ -43,7 +43,7 @@ class Mean:
 
     @classmethod
     def of(cls, values: ArrayLike) -> "Mean":
-        """Return the mean of those values that are not NaN; NaN if there are none."""
+        """Return the mean of the values that are not NaN, or NaN if there are none."""
         array = np.asarray(values, dtype=float)
         known, half = array[~np.isnan(array)], math.nan
         if len(known) > 1:
@@ -55,14 +55,15 @@ class Mean:
         if math.isnan(self.value):
             return "-"
         half = "" if math.isnan(self.half) else f" ± {scale * self.half:{format_.lstrip('+')}}"
-        rounded = float(f"{scale * self.value:{format_}}") + 0.0  # of -0.0 makes 0.0
+        rounded = float(f"{scale * self.value:{format_}}") + 0.0  # turns -0.0 into 0.0
         return f"{rounded:{format_}}{half}"
 
 
 class Run:
-    """A finished run: the name of its setting, its record, its epochs, what tells its code from
-    others, by those of its modules and packages that count, and its numbers: the metrics of its
-    best epoch, the epoch with the lowest val/loss, and the seconds of all epochs."""
+    """A finished run: its setting's name, record, epochs, a hash of its code, and its numbers.
+
+    `code` hashes the versions of its modules and packages in `modules`. `numbers` has the metrics
+    of its best epoch, the epoch with the lowest val/loss, and its total seconds."""
 
     def __init__(self, setting: str, record: Record, choose: str, modules: set[str]) -> None:
         self.setting, self.record, self.rows = setting, record, rows_of(record)
@@ -78,8 +79,8 @@ class Run:
 
 @dataclass
 class Difference:
-    """A comparison of two levels of a factor: `other` minus `one` in the metric that chooses, and
-    in test/acc in the same epochs, both float64 [seeds], NaN where a seed lacks a run. `p` is
+    """A comparison of two levels of a factor: `other` minus `one`, in the `choose` metric and in
+    test/acc at the same epochs. Both are float64 [seeds], NaN where a seed lacks a run. `p` is
     corrected for all comparisons."""
 
     factor: str
@@ -90,7 +91,7 @@ class Difference:
     p: float = math.nan
 
     def against(self, level: str) -> "Difference":
-        """Return the same comparison, as difference of the other level to this one."""
+        """Return the same comparison with `level` as `one`."""
         if level == self.one:
             return self
         return replace(self, one=level, other=self.one, gains=-self.gains, tested=-self.tested)
@@ -103,8 +104,8 @@ class Difference:
 
 @dataclass
 class Answer:
-    """The answer to a question that a command asked: `settings` has for each setting by name the
-    level of each factor by name, `records` the finished runs by setting and seed."""
+    """The answer to a question that a command asked. `settings` maps the name of a setting to its
+    levels by factor, and `records` maps setting and seed to the finished run."""
 
     question: Question
     command: str
@@ -115,12 +116,12 @@ class Answer:
         settings, records = self.settings, self.records
         self.choose = self.question.choose
         self.is_percent = self.choose.endswith("acc")
-        self.sign = 1 if self.is_percent else -1  # of better
+        self.sign = 1 if self.is_percent else -1  # of an improvement
         self.seeds = sorted({seed for _, seed in records})
         parts = [record["code"] | record["versions"] for record in records.values()]
         versions = {name: {p[name] for p in parts if name in p} for part in parts for name in part}
         self.other = sorted(name for name, its in versions.items() if len(its) > 1)
-        # Not what some settings import and others don't, such as a network of one's own.
+        # Excludes modules that only some settings import, such as a custom network.
         modules = {*self.other, *(name for name in versions if all(name in p for p in parts))}
         self.runs = [Run(name, r, self.choose, modules) for (name, _), r in records.items()]
         self.whole = {name: [run for run in self.runs if run.setting == name
@@ -130,14 +131,14 @@ class Answer:
         self.differences = self._compared()
 
     def ended(self, setting: str) -> str:
-        """Say how many runs of a setting are in no mean, and why; nothing if there are none."""
+        """Say how many runs of a setting are excluded from the means, and why; "" if none."""
         why = [run.record["ended"] for run in self.runs if run.setting == setting]
         counts = {word: sum(ended.startswith(word) for ended in why) for word in ENDINGS}
         return ", ".join(f"{count} {word}" for word, count in counts.items() if count)
 
     def ranked(self) -> list[str]:
-        """Return the settings in the order of the question; if they are very many or picked by a
-        search, those with most whole runs first, of these the best."""
+        """Return the settings in the question's order. If there are more than `SHOWN`, or a search
+        picked them, sort by the number of completed runs, then by the mean, best first."""
         if len(self.settings) <= SHOWN and not self.question.search:
             return list(self.settings)
         means = {name: Mean.of(self.values(name, self.choose)) for name in self.settings}
@@ -145,12 +146,12 @@ class Answer:
         return sorted(ranks, key=lambda name: ranks[name], reverse=True)
 
     def values(self, setting: str, key: str) -> Floats:
-        """Return a number of each whole run of a setting, float64 [seeds], NaN where it lacks."""
+        """Return a number of a setting's completed runs, float64 [seeds]; NaN if missing."""
         found = {r.record["seed"]: r.numbers.get(key, math.nan) for r in self.whole[setting]}
         return np.array([found.get(seed, math.nan) for seed in self.seeds])
 
     def _by_level(self, factor: str, key: str) -> dict[str, Floats]:
-        """Return a number for each level of a factor, float64 [seeds], as means over the levels of
+        """Return a number for each level of a factor, float64 [seeds], averaged over the levels of
         the other factors; NaN for a seed that lacks one of these settings."""
         found: dict[str, list[Floats]] = {}
         for setting, levels in self.settings.items():
@@ -158,7 +159,7 @@ class Answer:
         return {level: np.mean(values, axis=0) for level, values in found.items()}
 
     def _compared(self) -> list[Difference]:
-        """Compare the levels of each factor, each with each or all with the baseline."""
+        """Compare the levels of each factor, in pairs or all with the baseline."""
         found, baseline = [], self.question.baseline
         for factor in self.factors:
             chosen, test = self._by_level(factor, self.choose), self._by_level(factor, "test/acc")
@@ -173,8 +174,8 @@ class Answer:
         return found
 
     def _best(self, factor: str) -> str:
-        """Return the level that no other beats in the seeds of both; nothing if none is compared.
-        A level that has lost more runs than others can't be the best, as it did not lose them by
+        """Return the level that the fewest others beat on shared seeds; "" if none is compared. A
+        level that lost more runs than another can't be the best, because runs aren't lost by
         chance; one whose runs are still to come can."""
         ours = [d for d in self.differences if d.factor == factor]
         lost = Counter(self.settings[r.setting][factor] for r in self.runs if r.record["ended"])
@@ -192,7 +193,7 @@ class Answer:
         return "better" if self.sign * difference.mean.value > 0 else "worse"
 
     def conclusion(self) -> list[str]:
-        """Say what the runs show: a line for each factor, then what else to mind."""
+        """Summarize the runs: a line for each factor, then caveats."""
         lines = [] if self.factors else ["There is one setting only, so nothing to compare."]
         for factor in self.factors:
             level = self.question.baseline or self._best(factor)
@@ -226,8 +227,8 @@ class Answer:
         return lines + [f"{name}: {why}." for name, why in ended.items() if why]
 
     def _detectable(self) -> dict[tuple[str, int], float]:
-        """Return for comparisons of a factor with so many pairs the true difference that such a
-        study finds with a power of 80 %, in standard deviations of a pair's difference."""
+        """Return, by factor and number of pairs, the true difference that is found with a power of
+        80 %, in standard deviations of a pair's difference."""
         ends = [((d.factor, d.one), (d.factor, d.other)) for d in self.differences]
         names = list(dict.fromkeys(itertools.chain(*ends)))
         pairs = [(names.index(one), names.index(other)) for one, other in ends]
@@ -238,7 +239,7 @@ class Answer:
         return found
 
     def _text(self, mean: Mean, sign: str = "") -> str:
-        """Return a mean of the metric that chooses, or of differences in it, with their sign."""
+        """Format a mean of the `choose` metric or, with `sign`, of differences in it."""
         if not self.is_percent:
             return mean.text(f"{sign}.4f")
         return mean.text(f"{sign}.2f", 100) + ("" if sign else " %")
@@ -267,11 +268,11 @@ class Answer:
         }  # fmt: skip
 
     def compared_columns(self) -> Columns:
-        """Return the table of comparisons; of very many those that come closest."""
+        """Return the table of comparisons; if more than `SHOWN`, those with the lowest p."""
         is_long = len(self.differences) > SHOWN
         shown = sorted(self.differences, key=lambda d: d.p if is_long else 0)[:SHOWN]
         stds, sizes = self._detectable(), list[Mean]()
-        for d in shown:  # a dash if none is found, or there is no spread
+        for d in shown:  # a dash with too few seeds or no spread
             size = stds[d.factor, d.mean.count] * float(np.nanstd(d.gains, ddof=1))
             sizes.append(Mean(size or math.nan))
         unit, format_, scale = (", points", ".1f", 100) if self.is_percent else ("", ".3f", 1)
@@ -296,7 +297,7 @@ class Answer:
         return table | {"ended": [run.record["ended"] for run in self.runs]}
 
     def _what_was_run(self) -> str:
-        """Say what is not in the tables: recipe, flags, limits, split, machines, code."""
+        """Describe what the tables lack: recipe, flags, limits, split, machines, code."""
         question, settings = self.question, self.runs[0].record["settings"]
         given, defaults = settings["trainer"], inspect.signature(Trainer.__init__).parameters
         recipe = [f"`{file}`" for file in question.files()]
@@ -366,7 +367,7 @@ class Answer:
         text = self.markdown()
         write_whole(folder / "answer.md", text.encode())
         console = Console(width=None if sys.stdout.isatty() else 120)
-        console.print(Markdown(text.partition("\n![")[0]))  # without figures and single runs
+        console.print(Markdown(text.partition("\n![")[0]))  # without figures and the table of runs
         print(f"\nanswer  {folder / 'answer.md'}")
         if any(folder.glob("*/version_*")):
             print(f"view    tensorboard --logdir {folder}")
@@ -378,7 +379,7 @@ def _joined(text: str, note: str) -> str:
 
 def _markdown(columns: Columns) -> str:
     """Return a table in Markdown."""
-    line = ["---", *["---:"] * (len(columns) - 1)]  # numbers to the right
+    line = ["---", *["---:"] * (len(columns) - 1)]  # numbers are right-aligned
     rows = [list(columns), line, *zip(*columns.values(), strict=True)]
     cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)

@@ -1,4 +1,4 @@
-"""Two figures of a study: each run with mean and interval of its setting, and the curves."""
+"""A study's two figures: all runs with each setting's mean and interval, and the curves."""
 
 import itertools
 from pathlib import Path
@@ -14,7 +14,7 @@ from studies.record import GUESSING
 
 def write_figures(answer: Answer, folder: Path) -> None:
     """Write `summary.png` and `curves.png` to a folder."""
-    labels = {}  # of the settings that are drawn, a line for each factor
+    labels = {}  # of the settings to draw, one line per factor
     for setting in answer.ranked()[:SHOWN]:
         levels = [
             f"{factor} {level}".strip().replace(",", "\n")
@@ -27,7 +27,7 @@ def write_figures(answer: Answer, folder: Path) -> None:
 
 
 def summary(answer: Answer, labels: dict[str, str]) -> Figure:
-    """Draw every run, and mean and interval of each setting that has a label."""
+    """Draw the runs of each setting in `labels`, with mean and interval."""
     figure = Figure(figsize=(8, 1.6 + 0.45 * len(labels)), layout="constrained")
     axes, every = figure.subplots(), list[float]()
     for stage, use, shift in (("val", "chooses", -0.12), ("test", "not used", 0.12)):
@@ -42,7 +42,7 @@ def summary(answer: Answer, labels: dict[str, str]) -> Figure:
                           capsize=4, label=label)  # fmt: skip
     axes.set_yticks(range(len(labels)), list(labels.values()))
     axes.set_ylim(len(labels) - 0.5, -0.5)
-    if every:  # and not by the interval of two seeds, which may be as wide as can be
+    if every:  # ignores the intervals, which can be huge with two seeds
         margin = 0.3 * (max(every) - min(every)) or 1.0
         axes.set_xlim(min(every) - margin, max(every) + margin)
     quantity = "accuracy, %" if answer.is_percent else "loss"
@@ -53,8 +53,8 @@ def summary(answer: Answer, labels: dict[str, str]) -> Figure:
 
 
 def curves(answer: Answer, labels: dict[str, str]) -> Figure:
-    """Draw loss and accuracy over epochs, a row for each setting that has a label: mean and range
-    over seeds."""
+    """Draw loss and accuracy over epochs, mean and range over seeds, one row per setting in
+    `labels`."""
     figure = Figure(figsize=(10.0, 2.4 * len(labels) + 0.5), layout="constrained")
     grid = figure.subplots(len(labels), 2, sharex=True, sharey="col", squeeze=False)
     for row, (setting, label) in zip(grid, labels.items(), strict=True):

@@ -1,4 +1,4 @@
-"""What a study asks, and whether that can be run."""
+"""A study's question, and checks that it can be run."""
 
 import hashlib
 import itertools
@@ -20,7 +20,7 @@ from studies.record import Plan, without_places
 
 Flags = dict[str, Any]
 
-# What a study decides itself, and by which of its own settings.
+# The flags that a study sets itself, and what to use instead.
 OURS = {
     "seed_everything": "seeds", "name": "--folder", "trainer.default_root_dir": "--folder",
     "ckpt_path": "another study", "config": "config", "checkpoint.monitor": "choose",
@@ -30,34 +30,34 @@ OURS = {
 
 @dataclass
 class Range:
-    """Numbers to search, whole ones if both ends are."""
+    """A range to search, of integers if both ends are."""
 
     low: int | float
     high: int | float
-    log: bool = False  # search by order of magnitude
-    step: int | float | None = None  # only these steps from the lowest
+    log: bool = False  # search on a log scale
+    step: int | float | None = None  # search only `low`, `low` + `step`, ...
 
 
 @dataclass
 class Question:
-    """A question, as its YAML file asks it. Flags are those of `train.py fit`, without dashes.
+    """A question, as in its YAML file. Flags are those of `train.py fit`, without dashes.
 
     Args:
-        question: In words.
-        config: The recipe, or several on top of each other.
+        question: The question in words.
+        config: The recipe, or a list of recipes; later ones override earlier ones.
         grid: Values for each flag; every combination is a setting.
-        variants: Settings by name, each with flags of its own.
-        search: For each flag a range {low, high, log, step} or a list of choices; Optuna's sampler
+        variants: Settings by name, each with its own flags.
+        search: A range {low, high, log, step} or a list of choices for each flag; Optuna's sampler
             picks the settings.
         trials: How many settings to pick.
-        seeds: Each setting is run once for each of them.
-        vary: `[seed]`: all runs have the recipe's split; `[seed, split]`: each seed has its own.
-        choose: What names the best epoch, and the best setting: `val/acc` or `val/loss`.
-        fixed: Flags for all runs, on top of the recipe.
-        baseline: The name of a variant: compare the others with this one only, not each with each.
+        seeds: Each setting runs once per seed.
+        vary: `[seed]`: all runs share the recipe's split; `[seed, split]`: each seed has its own.
+        choose: The metric that picks the best epoch and setting: `val/acc` or `val/loss`.
+        fixed: Flags for all runs, which override the recipe.
+        baseline: The variant to compare all others with, instead of comparing all pairs.
         sampler: Picks the settings of a search (default: TPE).
-        pruner: Stops runs that do worse than others at the same epoch; of a search those of the
-            first seed.
+        pruner: Stops runs that do worse than others at the same epoch; in a search, only those of
+            the first seed.
 
     """
 
@@ -82,7 +82,7 @@ class Question:
         return self.variants or named
 
     def extremes(self) -> dict[str, Flags]:
-        """Return settings that have every choice of a search and both ends of every range."""
+        """Return settings that cover every choice of a search and both ends of every range."""
         ends = {
             flag: [space.low, space.high] if isinstance(space, Range) else space
             for flag, space in self.search.items()
@@ -95,24 +95,24 @@ class Question:
         return {self.name_of(flags): flags for flags in settings}
 
     def name_of(self, flags: Flags) -> str:
-        """Return the name of a setting: its variant's, or what its flags say."""
+        """Return the name of a setting: its variant's, or one built from its flags."""
         return ",".join("=".join(filter(None, of)) for of in self.levels_of(flags).items())
 
     def levels_of(self, flags: Flags) -> dict[str, str]:
-        """Return the level of each factor that a setting has: the flags of a grid are factors, the
-        variants or the settings of a search are levels of one factor that has no name."""
+        """Return a setting's level of each factor. A grid's flags are factors; variants, or the
+        settings of a search, are levels of a single factor named ""."""
         if self.variants:
             names = [name for name, own in self.variants.items() if _json(own) == _json(flags)]
-            return {"": names[0] if names else ""}  # none for what this study doesn't ask any more
+            return {"": names[0] if names else ""}  # "" if this study no longer asks for it
         every = [*self.grid, *self.search]
         levels = {_short(flag, every): _text(flags.get(flag)) for flag in every}
         return levels if self.grid else {"": ",".join(map("=".join, levels.items()))}
 
     def distributions(self) -> dict[str, distributions.BaseDistribution]:
-        """Return what is searched as Optuna takes it.
+        """Return the search space as Optuna distributions.
 
         Raises:
-            MisconfigurationException: A range without numbers in it.
+            MisconfigurationException: A range is invalid, e.g. empty.
         """
         found: dict[str, distributions.BaseDistribution] = {}
         for flag, space in self.search.items():
@@ -127,21 +127,22 @@ class Question:
         return [self.config] if isinstance(self.config, str) else self.config
 
     def folder_of(self, flags: Flags, seed: int) -> str:
-        """Return the name of a run's folder, which no other run of the study has."""
+        """Return the name of a run's folder, unique within the study."""
         setting = self.name_of(flags).replace(" ", "_")
         name = re.sub(r"[^\w.,=+-]+", "_", setting)
-        if name != setting or len(name) > 100:  # others may come to the same
+        if name != setting or len(name) > 100:  # others may map to the same name
             name = f"{name[:80]}-{hashlib.sha256(_json(flags).encode()).hexdigest()[:8]}"
         return f"{name},seed={seed}"
 
     def command(self, flags: Flags, seed: int, folder: Path) -> list[str]:
-        """Return the command line of one run of a study, without `python train.py`."""
-        asked = {**self.fixed, **flags}  # classes before their arguments, which they would reset
+        """Return the command line of one run, without `python train.py`."""
+        asked = {**self.fixed, **flags}
         settings = {
             "name": self.folder_of(flags, seed),
             "trainer.default_root_dir": str(folder),
             "checkpoint.monitor": self.choose,
-            "data.test_curve": True,  # to look at; `choose` cannot name it
+            "data.test_curve": True,  # for display only: `choose` can't name it
+            # Classes before their arguments, which they would reset.
             **dict(sorted(asked.items(), key=lambda item: item[0].count("."))),
             "seed_everything": seed,
             **({"data.split_seed": seed} if "split" in self.vary else {}),
@@ -161,7 +162,7 @@ def _distribution(space: Range | list[Any]) -> distributions.BaseDistribution:
 
 
 def _json(value: Any) -> str:
-    """Return plain data as JSON, equal for equal data."""
+    """Return plain data as JSON, the same for equal data."""
     return json.dumps(value, sort_keys=True)
 
 
@@ -171,7 +172,7 @@ def _text(value: Any) -> str:
 
 
 def _short(flag: str, flags: list[str]) -> str:
-    """Return as much of the end of a flag as tells it from the others."""
+    """Return the shortest dotted end of a flag that no other flag shares."""
     parts = flag.split(".")
     ends = [".".join(parts[-count:]) for count in range(1, len(parts))]
     only = [end for end in ends if sum(f".{f}".endswith(f".{end}") for f in flags) == 1]
@@ -179,7 +180,7 @@ def _short(flag: str, flags: list[str]) -> str:
 
 
 class DryRun(train.CLI):
-    """Builds everything that a command line of `fit` names, and neither runs nor writes."""
+    """Builds everything that a `fit` command line names, without running or writing."""
 
     def find_run_folder(self) -> Path:
         """Return no folder: nothing will be written."""
@@ -190,11 +191,11 @@ class DryRun(train.CLI):
 
 
 def planned(question: Question, flags: Flags) -> Plan:
-    """Return what the runs of a setting are, by the settings that their command line comes to.
+    """Return the plan of a setting's runs, from the config that their command line resolves to.
 
     Raises:
-        MisconfigurationException: Something that the study decides itself, or that can't be run.
-        SystemExit: A flag that `fit` does not have or a value that it refuses.
+        MisconfigurationException: A flag belongs to the study, or the setting can't be run.
+        SystemExit: `fit` rejects a flag or a value.
     """
     ours = OURS | ({"data.split_seed": "vary"} if "split" in question.vary else {})
     for flag in (*question.fixed, *flags):
@@ -206,7 +207,7 @@ def planned(question: Question, flags: Flags) -> Plan:
     try:
         cli = DryRun(question.command(flags, seed, Path("runs")))
         data = cli.datamodule
-        if not data.verify:  # else they are CIFAR-10 or refused
+        if not data.verify:  # otherwise they are CIFAR-10, or refused
             data.prepare_data()
             data.setup("validate")
         images = {part: data.identity(part) for part in ("train", "test")}
@@ -215,7 +216,7 @@ def planned(question: Question, flags: Flags) -> Plan:
     config = cli.config.fit
     is_kept = config.checkpoint.save_last and config.checkpoint.save_top_k != 0
     kept = (config.checkpoint.monitor, config.trainer.default_root_dir, config.name)
-    asked = {**question.fixed, **flags}  # `--fixed.trainer.max_epochs 3` comes as {trainer: ...}
+    asked = {**question.fixed, **flags}  # `--fixed.trainer.max_epochs 3` parses to {trainer: ...}
     sections = [key for key in asked if "." not in key and isinstance(asked[key], dict)]
     _refuse({
         f"{setting}: data.val_size 0 leaves no validation": config.data.val_size == 0,
@@ -230,11 +231,10 @@ def planned(question: Question, flags: Flags) -> Plan:
 
 
 def check(question: Question) -> dict[str, Plan]:
-    """Refuse what could not run, and return the plans of the settings by name; of a search, those
-    of its extremes.
+    """Return the plans of the settings by name; for a search, those of its extremes.
 
     Raises:
-        MisconfigurationException: A question without settings, or one that `planned` refuses.
+        MisconfigurationException: The question is invalid, or `planned` refuses a setting.
     """
     kinds = [kind for kind in ("grid", "variants", "search") if getattr(question, kind)]
     kind, seeds, baseline = " and ".join(kinds) or "none", question.seeds, question.baseline
@@ -266,7 +266,7 @@ def check(question: Question) -> dict[str, Plan]:
 
 
 def _refuse(mistakes: dict[str, bool]) -> None:
-    """Refuse what is wrong, by the first message that is true."""
+    """Raise the first message whose condition is true."""
     for message, is_true in mistakes.items():
         if is_true:
             raise MisconfigurationException(message)

@@ -1,8 +1,8 @@
-"""The runs of a study in Optuna's storage: its queue and its record.
+"""The queue and the record of a study's runs, in Optuna's storage.
 
-A run is a trial. Its user attributes are its `flags`, its `seed`, the `worker` that took it, and in
-the end its `record`. Of several trials for one run the first counts, so two workers that enqueue
-the same one at once do no harm.
+A run is a trial. Its user attributes are its `flags`, its `seed`, the `worker` that took it and,
+once it has ended, its `record`. If a run has several trials, the first counts, so two workers may
+enqueue the same run at once.
 """
 
 import contextlib
@@ -32,24 +32,24 @@ from runs import ranked, write_whole
 from studies.question import Flags, Question, planned
 from studies.record import Plan, Record, best_of, other_code, rows_of
 
-HEARTBEAT = 60  # seconds; a worker elsewhere that is silent for twice as long is taken for dead
-DRAWS = 10_000  # at random; if all are known settings, a search has picked every one
+HEARTBEAT = 60  # seconds; a remote worker that is silent for twice as long is presumed dead
+DRAWS = 10_000  # at random; if all are known settings, the search is exhausted
 PRUNED = TrialState.PRUNED
 SETTINGS, CODE = "have other settings", "are by other code"  # reasons not to count a run
 STORAGE_ERRORS = (
     sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, json.JSONDecodeError,
 )  # fmt: skip
 
-Key = tuple[str, int]  # the name of a run's setting and its seed: what no two runs share
+Key = tuple[str, int]  # a run's setting by name, and its seed; unique
 
 
 def without_password(text: str) -> str:
-    """Return a text without the passwords of its URLs."""
+    """Mask the passwords in a text's URLs."""
     return re.sub(r"(://[^:/@\s]*):[^@\s]+@", r"\1:...@", text)
 
 
 def is_free(lock: Path) -> bool:
-    """Return whether no process holds a lock; the system frees it when its holder dies."""
+    """Return whether no process holds a lock; the OS releases it when its holder dies."""
     try:
         with FileLock(lock, timeout=0):
             return True
@@ -59,7 +59,7 @@ def is_free(lock: Path) -> bool:
 
 def open_storage(url: str) -> optuna.storages.BaseStorage:
     """Open `journal:FILE` or a database."""
-    if url.startswith("sqlite:"):  # its transactions don't keep two workers apart
+    if url.startswith("sqlite:"):  # its transactions don't isolate two workers
         raise ValueError("SQLite can hand one run to two workers: use journal:FILE")
     if url.startswith("journal:"):
         path = url.removeprefix("journal:")
@@ -69,7 +69,7 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
 
 
 def _mend(journal: Path, lock: JournalFileOpenLock) -> None:
-    """Cut off half a line at the end of a journal, which a full disk has left."""
+    """Cut off an incomplete last line, which a full disk leaves in a journal."""
     with get_lock_file(lock):
         content = journal.read_bytes() if journal.exists() else b""
         if content and not content.endswith(b"\n"):
@@ -78,13 +78,13 @@ def _mend(journal: Path, lock: JournalFileOpenLock) -> None:
 
 @dataclass
 class Queue:
-    """The runs that a question asks for: those that are done, under way, and missing."""
+    """The runs that a question asks for: done, running and missing."""
 
     question: Question
-    plans: dict[str, Plan]  # of its settings by name, as `check` returns them
+    plans: dict[str, Plan]  # by setting, as `check` returns them
     folder: Path  # of the study
-    url: str | None  # of the storage, as `open_storage` takes it; None: a journal in the folder
-    any_code: bool  # whether runs by other code count too
+    url: str | None  # of the storage, for `open_storage`; None: a journal in the folder
+    any_code: bool  # whether runs by other code count
 
     def __post_init__(self) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -92,20 +92,20 @@ class Queue:
         warnings.filterwarnings("ignore", r"Heartbeat of storage is supposed to be used with")
         question, folder, self.space = self.question, self.folder, self.question.distributions()
         url, name = self.url or f"journal:{folder / 'journal.log'}", folder.name
-        if self.space or question.pruner:  # which learn from all runs, so all must be of one kind
+        if self.space or question.pruner:  # they learn from all runs, so all must be comparable
             its = list(map(vars, self.plans.values()))
-            if not self.space:  # another value keeps the runs of the others
+            if not self.space:  # a new value keeps the existing runs
                 its = [{"images": its[0]["images"], "device": its[0]["device"]}]
                 its += [{file: Path(file).read_text(encoding="utf-8")} for file in question.files()]
             asked = [question.choose, question.fixed, its]
             name += f" {hashlib.sha256(repr(asked).encode()).hexdigest()[:8]}"
-        # Beside a journal, as it may lie on a disk that several machines share.
+        # Beside a journal, which may be on a disk that several machines share.
         place = Path(url.removeprefix("journal:")).parent if url.startswith("journal:") else folder
         self.workers, self.turn = place / ".workers", place / ".lock"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.workers.mkdir(exist_ok=True)
-            with FileLock(self.turn):  # two can't make the tables at once
+            with FileLock(self.turn):  # two workers can't create the tables at once
                 storage = open_storage(url)
         except (*STORAGE_ERRORS, ImportError, OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
@@ -115,23 +115,23 @@ class Queue:
                 study_name=name,
                 storage=storage,
                 direction="maximize" if question.choose.endswith("acc") else "minimize",
-                # Its default ignores the settings that other workers are trying.
+                # By default, TPE ignores the settings that other workers are trying.
                 sampler=question.sampler or optuna.samplers.TPESampler(constant_liar=True),
                 pruner=question.pruner or optuna.pruners.NopPruner(),
                 load_if_exists=True,
             )
-        self.tried: set[Key] = set()  # by this worker, which does no run twice
-        self.failed: set[Key] = set()  # of these
-        # What is other in runs that were done, and don't count or are by other code.
+        self.tried: set[Key] = set()  # by this worker, which repeats no run
+        self.failed: set[Key] = set()  # of those tried
+        # What differs in finished runs that don't count, or are by other code.
         self.others: dict[str, dict[Key, list[str]]] = {SETTINGS: {}, CODE: {}}
-        self.has_all = False  # picked every setting that the search has
+        self.has_all = False  # whether the search is exhausted
         self.lock = threading.RLock()
         self.name = uuid.uuid4().hex
-        self.at_work = FileLock(self.workers / self.name)  # free when this worker is dead
+        self.at_work = FileLock(self.workers / self.name)  # released when this worker dies
 
     def settings(self, more: Iterable[Flags] = ()) -> dict[str, Flags]:
-        """Return the settings that are known by now, by name; of a search also those among more
-        that it can have picked."""
+        """Return the settings known so far by name; for a search, also those in `more` that it
+        could have picked."""
         if not self.space:
             return self.question.settings()
         known = [trial.user_attrs.get("flags", {}) for trial in self.study.get_trials(False)]
@@ -139,12 +139,12 @@ class Queue:
         return self.question.named(f for f in flags if f.keys() == self.space.keys())
 
     def key_of(self, trial: FrozenTrial | optuna.Trial) -> Key:
-        """Return which run a trial is; one that no question asks for if it is none yet."""
+        """Return a trial's run; if it has none yet, one that no question asks for."""
         flags = trial.user_attrs.get("flags", {})
         return self.question.name_of(flags), trial.user_attrs.get("seed", -1)
 
     def plan(self, flags: Flags, seed: int) -> Plan:
-        """Return what a run is."""
+        """Return the plan of a run."""
         name = self.question.name_of(flags)
         with self.lock:
             if name not in self.plans:  # picked by a search
@@ -152,9 +152,8 @@ class Queue:
         return self.plans[name].of(seed, "split" in self.question.vary)
 
     def runs(self) -> dict[Key, FrozenTrial | None]:
-        """Return all runs that the question asks for by now, each with the trial that counts: all
-        settings of one seed first. A setting of a search gets its other seeds when its first run
-        was whole."""
+        """Return all runs that the question asks for so far, seed by seed, each with the trial that
+        counts. A setting of a search gets its other seeds once its first run is complete."""
         settings, first = self.settings(), self.question.seeds[0]
         trials = self.study.get_trials(deepcopy=False)
         whole = {self.key_of(trial) for trial in trials if trial.state == TrialState.COMPLETE}
@@ -173,8 +172,8 @@ class Queue:
         return found
 
     def _rank(self, record: Record, flags: Flags, seed: int) -> int:
-        """Return 2 if a run that was done is the one with these flags, and by the same code, 1 if
-        it counts though it is by other code, 0 if it does not count."""
+        """Return 2 if a finished run has these flags and the same code, 1 if it counts despite
+        other code, 0 if it does not count."""
         is_pruned = record["ended"].startswith("pruned") and not self.question.pruner
         settings = self.plan(flags, seed).differs(record) or ["pruner"] * is_pruned
         code = other_code(record)
@@ -184,8 +183,8 @@ class Queue:
         return 0 if settings else int(self.any_code) if code else 2
 
     def other(self) -> list[str]:
-        """Say which runs that were done do not count for this answer, and why."""
-        self.others[SETTINGS] = {}  # not of every run of a file that was looked through
+        """Say how many finished runs do not count for this answer, and why."""
+        self.others[SETTINGS] = {}  # drop those that `take_over` tried and rejected
         done, said = self.records(), []
         for words, others in self.others.items():
             left = {key: names for key, names in others.items() if key not in done}
@@ -196,13 +195,13 @@ class Queue:
         return said
 
     def records(self) -> dict[Key, Record]:
-        """Return the records of the runs that are done, setting by setting."""
+        """Return the records of the finished runs, setting by setting."""
         found = {key: trial.user_attrs.get("record") for key, trial in self.runs().items() if trial}
         order = itertools.product(self.settings(), sorted(self.question.seeds))
         return {key: record for key in order if (record := found.get(key))}
 
     def total(self) -> int:
-        """Return how many runs there will be in all, at most."""
+        """Return the maximum total number of runs."""
         runs, settings, seeds = self.runs(), len(self.settings()), self.question.seeds
         if not self.space:
             return len(runs)
@@ -211,8 +210,8 @@ class Queue:
         return settings * len(seeds) - len(pruned) * (len(seeds) - 1)
 
     def take_over(self, records: list[Record]) -> int:
-        """Put runs that were done elsewhere on record, as far as the question asks for them and
-        they are not done here; return how many."""
+        """Record those runs done elsewhere that the question asks for and that are not done here;
+        return how many."""
         settings, done = self.settings(r["flags"] for r in records), self.records()
         taken = 0
         for (name, flags), seed in itertools.product(settings.items(), self.question.seeds):
@@ -223,7 +222,7 @@ class Queue:
             record = its[ranks.index(max(ranks))] | {"flags": flags}
             best, choose = best_of(record, self.question.choose), self.question.choose
             rows = ranked(rows_of(record), choose, "")
-            with contextlib.suppress(ValueError):  # outside of the ranges of this question
+            with contextlib.suppress(ValueError):  # outside this question's ranges
                 trial = optuna.create_trial(
                     state=TrialState.PRUNED if record["ended"] else TrialState.COMPLETE,
                     value=best[choose] if best else None,
@@ -237,8 +236,8 @@ class Queue:
         return taken
 
     def take(self) -> optuna.Trial | None:
-        """Return a trial that from now on is this worker's; None if there is none to be had now."""
-        with self.lock, FileLock(self.turn):  # no two here pick the same setting at once
+        """Claim a trial for this worker; return None if none is available now."""
+        with self.lock, FileLock(self.turn):  # workers here don't pick the same setting at once
             while True:
                 self._free_the_dead()
                 settings, runs = self.settings(), self.runs()
@@ -255,13 +254,13 @@ class Queue:
                 self.study.tell(trial, state=TrialState.FAIL)
 
     def _accepts(self, trial: optuna.Trial) -> bool:
-        """Return whether a trial is a run to do; a new one of a search becomes one."""
+        """Return whether to run a trial; a search's new trial is first assigned a run."""
         trial.set_user_attr("worker", self.name)
         if "seed" not in trial.user_attrs:
             flags, known = self._flags(trial.params), [*self.settings().values()]
             if not self._may_pick():
                 return False
-            if flags in known:  # TPE may repeat its favourite for ever
+            if flags in known:  # TPE may repeat its favourite forever
                 random = optuna.create_study(sampler=optuna.samplers.RandomSampler(len(known)))
                 picks = (random.ask(self.space).params for _ in range(DRAWS))
                 other = next((pick for pick in picks if self._flags(pick) not in known), None)
@@ -277,31 +276,31 @@ class Queue:
         return is_ours
 
     def _flags(self, params: dict[str, Any]) -> Flags:
-        """Return what a search has picked, as flags."""
+        """Return the parameters that a search picked, as flags."""
         return {flag: self._rounded(flag, value) for flag, value in params.items()}
 
     def _rounded(self, flag: str, value: Any) -> Any:
-        """Return a value that a search has picked, with four digits that count if it is a float, as
-        the name of its setting has it."""
+        """Return a value that a search picked, a float rounded to four significant digits, as in
+        its setting's name."""
         space = self.space[flag]
         if not isinstance(space, optuna.distributions.FloatDistribution):
             return value
         return min(max(float(f"{value:.4g}"), space.low), space.high)
 
     def _may_pick(self) -> bool:
-        """Return whether the search is to pick more settings."""
+        """Return whether the search may pick more settings."""
         is_open = bool(self.space) and not self.has_all
         return is_open and len(self.settings()) < self.question.trials
 
     def _free_the_dead(self) -> None:
-        """Free the runs of workers that have ended without a word."""
-        optuna.storages.fail_stale_trials(self.study)  # of a database, by its heartbeats
+        """Release the runs of workers that died."""
+        optuna.storages.fail_stale_trials(self.study)  # in a database, by heartbeat
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         locks = (lock for lock in self.workers.iterdir() if lock.name != self.name)
         dead = {lock.name for lock in locks if is_free(lock)}
         for trial in running:
             now = datetime.datetime.now()
-            # One that was killed between taking a trial and putting its name to it has no name.
+            # A worker killed right after taking a trial hasn't put its name on it.
             is_old = now - (trial.datetime_start or now) > datetime.timedelta(minutes=1)
             if trial.user_attrs["worker"] in dead if "worker" in trial.user_attrs else is_old:
                 self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)

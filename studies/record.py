@@ -1,7 +1,7 @@
-"""What one run of a study is, and the record of it: plain data, a line of `runs.jsonl`.
+"""What defines a run of a study, and its record: plain data, a line of `runs.jsonl`.
 
-Two runs are the same if all settings agree that a result depends on, the images, the kind of
-device, the packages, and every file of this project and of the user's that the run imported.
+Two runs are the same if they agree in all settings that affect the result, the images, the kind of
+device, the packages, and every file of this project and of the user that they imported.
 """
 
 import csv
@@ -34,26 +34,26 @@ KEYS = {  # of every record
     "seed", "flags", "ended", "settings", "images", "device", "machine", "parts", "code",
     "versions", "epochs",
 }  # fmt: skip
-GUESSING = math.log(10)  # the loss of a network that gives ten classes the same probability
+GUESSING = math.log(10)  # the loss of equal probabilities for ten classes
 
 
 @dataclass
 class Plan:
-    """What the runs of one setting are."""
+    """What defines the runs of one setting."""
 
-    settings: dict[str, Any]  # that a result depends on, nested as in `config.yaml`
-    images: dict[str, str]  # what the training and the test images are
-    device: str  # `cpu` or `cuda`: the trainer's accelerator
+    settings: dict[str, Any]  # that affect the result, nested as in `config.yaml`
+    images: dict[str, str]  # identities of the training and test images
+    device: str  # type of the trainer's device: `cpu` or `cuda`
 
     def of(self, seed: int, has_own_split: bool) -> "Plan":
-        """Return the plan of the run with a seed."""
+        """Return the plan of the run with this seed."""
         settings = {**self.settings, "seed_everything": seed}
         if has_own_split:
             settings["data"] = {**settings["data"], "split_seed": seed}
         return replace(self, settings=settings)
 
     def differs(self, record: Record) -> list[str]:
-        """Return in which settings a run differs, from its first epoch to its last."""
+        """Return the settings in which a run, in any of its epochs, differs from this plan."""
         changed = [*differences(record["settings"], self.settings)]
         changed += ["images"] * (record["images"] != self.images)
         changed += ["device"] * (record["device"] != self.device)
@@ -61,8 +61,8 @@ class Plan:
 
 
 def without_places(settings: dict[str, Any]) -> dict[str, Any]:
-    """Remove from settings, nested as in `config.yaml`, what no result depends on: where things
-    lie, and which checkpoints are kept; return them."""
+    """Remove what doesn't affect the result, `WHERE` and `checkpoint`, from settings nested as in
+    `config.yaml`; return them."""
     for key in (*WHERE, "checkpoint"):
         part, _, name = key.rpartition(".")
         (settings[part] if part else settings).pop(name, None)
@@ -70,7 +70,7 @@ def without_places(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def other_code(record: Record) -> list[str]:
-    """Return the modules and packages that are not what they were for a run of a known plan."""
+    """Return the modules and packages that have changed since a run."""
     now = {name: _module(name) for name in record["code"]}
     now |= {name: package_version(name) for name in record["versions"]}
     then = record["code"] | record["versions"]
@@ -79,7 +79,7 @@ def other_code(record: Record) -> list[str]:
 
 @functools.cache
 def _module(name: str) -> str:
-    """Return the version of a module's file, as it is now; nothing if there is none."""
+    """Return the current version of a module's file, or "" if there is none."""
     try:
         spec = importlib.util.find_spec(name)
     except (ImportError, ValueError):
@@ -89,7 +89,7 @@ def _module(name: str) -> str:
 
 
 def read_run(version: Path) -> Record:
-    """Return the record of a run that has begun to train, by the files in its folder."""
+    """Read the record of a run that has started training from its folder."""
     settings = without_places(yaml.safe_load((version / "config.yaml").read_text(encoding="utf-8")))
     made_by = json.loads((version / "run.json").read_text(encoding="utf-8"))
     metrics = version / "metrics.csv"
@@ -106,8 +106,8 @@ def read_run(version: Path) -> Record:
 def finished(
     version: Path | None, plan: Plan, flags: dict[str, Any], choose: str, ended: str
 ) -> Record:
-    """Return the record of a run of a setting that has ended, early if `ended` says why; by its
-    plan, if it has left no folder."""
+    """Return the record of a run that has ended, early if `ended` says why. If it left no folder,
+    build the record from its plan."""
     code = {k: v for k, v in code_version().items() if _module(k) == v}
     code = {k: v for k, v in code.items() if not k.startswith(("study", "studies"))}
     seed, versions = plan.settings["seed_everything"], package_versions(plan.settings)
@@ -115,10 +115,10 @@ def finished(
     record = read_run(version) if version else {"seed": seed, **vars(plan), **unseen}
     rows = rows_of(record) or [{}]
     before, loss = (rows[i].get("train/loss", 0.0) for i in (0, -1))
-    may_fall = before > loss or len(rows) == 1  # above that of guessing, from a bad start
+    may_fall = before > loss or len(rows) == 1  # from a bad start, above guessing
     classes = record["settings"]["model"].get("classes")  # None: CIFAR-10's
     guessing = math.log(len(classes)) if classes else GUESSING
-    if not (loss < 1.05 * guessing or (may_fall and loss < 3 * guessing)):  # NaN is neither
+    if not (loss < 1.05 * guessing or (may_fall and loss < 3 * guessing)):  # NaN fails both
         ended = ended or f"diverged: train/loss {loss:.3g} in epoch {rows[-1]['epoch']:.0f}"
     elif best_of(record, choose) is None:
         ended = ended or "without a validation"
@@ -133,7 +133,7 @@ def rows_of(record: Record) -> list[Row]:
 
 
 def best_of(record: Record, choose: str) -> Row | None:
-    """Return the first epoch that is best by `val/acc` or `val/loss`."""
+    """Return the best epoch by `val/acc` or `val/loss`, the first if several are."""
     return next(iter(ranked(rows_of(record), choose, natural_mode(choose) or "")), None)
 
 
@@ -141,7 +141,7 @@ def read_records(file: Path) -> list[Record]:
     """Return the runs of a `runs.jsonl`.
 
     Raises:
-        MisconfigurationException: No such file, or not one of these.
+        MisconfigurationException: The file can't be read, or is no `runs.jsonl`.
     """
     try:
         records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

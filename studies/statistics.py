@@ -1,4 +1,4 @@
-"""Exact tests for few seeds: sign flips of paired differences, corrected for many comparisons."""
+"""Exact tests for few seeds: sign flips of paired differences, with multiplicity correction."""
 
 import math
 
@@ -7,31 +7,31 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-ALPHA = 0.05  # a difference is significant if its corrected p is below
-POWER = 0.8  # how often a difference of the size that is named would be found
-EXACT = 16  # seeds; of more, so many flips are drawn as these have
+ALPHA = 0.05  # a difference is significant if its corrected p is below this
+POWER = 0.8  # how often a true difference of the reported size is found
+EXACT = 16  # most seeds to try all flips of; with more, as many are drawn
 
 
 def smallest_p(seeds: int) -> float:
-    """Return the smallest p that sign flips over so many seeds can reach."""
+    """Return the smallest p that sign flips over this many seeds can reach."""
     return 2.0 ** (1 - seeds)
 
 
 def corrected_p(differences: Floats) -> Floats:
-    """Return the p of each of k comparisons, corrected for all k.
+    """Return the two-sided p of each of k comparisons, corrected for all k.
 
     If a setting changes nothing, the difference of a seed's two runs is as likely as its negative.
-    So the mean is compared with those of all ways to flip the signs of seeds, the same in all
-    comparisons, and there with the largest of them: step-down max-T, after Westfall and Young,
-    "Resampling-based multiple testing", 1993, section 2.8. Each mean is a sum in units
-    of the root of the sum of its squares, which no flip changes.
+    So each mean is compared with the means under all flips of the seeds' signs. A flip applies to
+    all comparisons, and the largest of their means counts: step-down max-T, after Westfall and
+    Young, "Resampling-based multiple testing", 1993, section 2.8. Each mean is a sum divided by the
+    root of its sum of squares, which no flip changes.
 
     Args:
-        differences: Float64 [seeds, k], two-sided; NaN where a comparison lacks a seed.
+        differences: Float64 [seeds, k]; NaN where a comparison lacks a seed.
 
     """
     seeds = len(differences)
-    if seeds <= EXACT:  # of a way and its negative only one: the last seed is never flipped
+    if seeds <= EXACT:  # a flip and its negative are equivalent: never flip the last seed
         flipped = np.arange(2 ** (seeds - 1))[:, None] >> np.arange(seeds) & 1
     else:
         drawn = np.random.default_rng(0).integers(0, 2, (2 ** (EXACT - 1), seeds - 1))
@@ -40,21 +40,21 @@ def corrected_p(differences: Floats) -> Floats:
     values = np.where(known, differences, 0.0)
     scale = np.sqrt((values**2).sum(axis=0))
     found = np.abs((1.0 - 2.0 * flipped) @ values) / np.where(scale > 0, scale, 1.0)
-    order = np.argsort(-found[0], kind="stable")  # the first way flips nothing
+    order = np.argsort(-found[0], kind="stable")  # row 0 flips nothing
     others = np.maximum.accumulate(found[:, order[::-1]], axis=1)[:, ::-1]  # of it and all below
     p = np.maximum.accumulate((others >= found[0, order] - 1e-9).mean(axis=0))
     return p[np.argsort(order)]
 
 
 def detectable(seeds: int, pairs: list[tuple[int, int]]) -> float:
-    """Return the true difference that is found significant in four studies of five where one level
-    differs from all others, in standard deviations of a paired difference; NaN if the seeds are too
-    few for any. By simulation of normally distributed values.
+    """Return the true difference that four studies out of five find significant, in standard
+    deviations of a paired difference; NaN if there are too few seeds for any. It is simulated with
+    normally distributed values, where one level differs from all others.
 
     Args:
-        seeds: How many each level has.
-        pairs: The comparisons, as pairs of numbers of levels; the level that differs is the second
-            of the first pair.
+        seeds: Number of seeds per level.
+        pairs: The comparisons, as pairs of level indices; the level that differs is the second of
+            the first pair.
 
     """
     if smallest_p(seeds) >= ALPHA:

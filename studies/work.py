@@ -1,4 +1,4 @@
-"""The work of a study: each run is a program, `train.py`, with its share of the machine."""
+"""Executes a study: each run is a `train.py` process with its share of the machine."""
 
 import contextlib
 import math
@@ -29,7 +29,7 @@ TRAIN = Path(__file__).parents[1] / "train.py"
 
 
 def shares(jobs: int) -> list[tuple[str | None, int]]:
-    """Return for each job its GPU, None if there are none, and how many cores are its own."""
+    """Return each job's GPU, None if there are none, and its number of cores."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     visible, count = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
@@ -40,22 +40,22 @@ def shares(jobs: int) -> list[tuple[str | None, int]]:
 
 @dataclass
 class Work:
-    """Does the runs of a queue, several at a time."""
+    """Executes the runs of a queue, several at a time."""
 
     queue: Queue
     stopped: int = 0  # the signal that stopped it
-    is_urgent: bool = False  # it came twice
+    is_urgent: bool = False  # whether it came twice
 
     def __post_init__(self) -> None:
         self.question, self.folder = self.queue.question, self.queue.folder
         self.code = runs.code_version()
-        self.seconds: list[float] = []  # of the runs that this worker has put on record
+        self.seconds: list[float] = []  # of the runs that this worker recorded
 
     def do_all(self, jobs: int) -> None:
-        """Do every run that is missing; others may do some of them at the same time.
+        """Execute all missing runs; other workers may execute some at the same time.
 
         Raises:
-            SystemExit: It was stopped by Ctrl-C or SIGTERM.
+            SystemExit: Ctrl-C or SIGTERM stopped it.
         """
         total, done = self.queue.total(), len(self.queue.records())
         print(
@@ -75,12 +75,12 @@ class Work:
             sys.exit(128 + self.stopped)
 
     def _stop(self, number: int, _frame: Any = None) -> None:
-        """Make every thread stop its run, by a signal's number, and take no other; if it comes
-        again, at once."""
+        """On a signal, make every thread stop its run and take no other; on a second one, kill
+        the runs."""
         self.is_urgent, self.stopped = bool(self.stopped), number
 
     def _do_some(self, gpu: str | None, threads: int) -> None:
-        """Do runs until none is left, with a share of this machine."""
+        """Execute runs on a share of this machine until none is left."""
         env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         if gpu is not None:
             env["CUDA_VISIBLE_DEVICES"] = gpu
@@ -89,26 +89,26 @@ class Work:
             while not self.stopped:
                 if trial := self.queue.take():
                     state, value = TrialState.FAIL, None
-                    # Another worker takes over a run of which it has not heard for long.
+                    # Another worker takes over a run whose heartbeat has stopped.
                     lost = contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError)
                     with lost, get_heartbeat_thread(trial._trial_id, study._storage):
                         state, value = self._do(trial, env)
                     study.tell(trial, value, state, skip_if_finished=True)
                 elif any(t and t.state == TrialState.RUNNING for t in self.queue.runs().values()):
-                    time.sleep(2)  # others may leave theirs to this worker, if they die
+                    time.sleep(2)  # this worker takes over the runs of others that die
                 else:
                     return
         except BaseException:
-            self._stop(signal.SIGTERM)  # the others too
+            self._stop(signal.SIGTERM)  # stop the other threads too
             raise
 
     def _do(self, trial: optuna.Trial, env: dict[str, str]) -> tuple[TrialState, float | None]:
-        """Do a run, and put it on record; return how it ended."""
+        """Execute and record a run; return how it ended."""
         name, seed = self.queue.key_of(trial)
         flags, choose = self.queue.settings()[name], self.question.choose
         folder = self.question.folder_of(flags, seed)
         try:
-            plan = self.queue.plan(flags, seed)  # refused if a search picked what can't be run
+            plan = self.queue.plan(flags, seed)  # raises if a search picked what can't be run
             kept, ended = self._train(trial, flags, plan, env)
         except MisconfigurationException as error:
             self.queue.failed.add((name, seed))
@@ -125,7 +125,7 @@ class Work:
             value = f"{best[choose]:.2%}" if choose.endswith("acc") else f"{best[choose]:.4f}"
             test = f", test/acc {best['test/acc']:.2%}" if "test/acc" in best else ""
             how = f"{choose} {value} in epoch {best['epoch']:.0f}{test}, {seconds:.0f} s"
-        with self.queue.lock:  # so that the printed lines count on
+        with self.queue.lock:  # so that the printed counts rise in order
             self.seconds.append(seconds)
             trial.set_user_attr("record", record)
             self._say(folder, how)
@@ -134,11 +134,11 @@ class Work:
     def _train(
         self, trial: optuna.Trial, flags: Flags, plan: Plan, env: dict[str, str]
     ) -> tuple[Path | None, str]:
-        """Train a run from its last checkpoint, or from its start, unless it has ended; return its
+        """Start a run, or resume it from its last checkpoint, unless it has ended; return its
         folder, if it has one, and why it ended early, if it did.
 
         Raises:
-            MisconfigurationException: It failed.
+            MisconfigurationException: The run failed.
         """
         seed = plan.settings["seed_everything"]
         parent = self.folder / self.question.folder_of(flags, seed)
@@ -174,10 +174,10 @@ class Work:
     def _run(
         self, trial: optuna.Trial, command: list[str], parent: Path, plan: Plan, env: dict[str, str]
     ) -> tuple[int, str, str]:
-        """Run `train.py` to its end; return its exit code, why it ended early, if it diverged or
-        was pruned, and the last line that it printed."""
+        """Run `train.py`; return its exit code, why it ended early if it diverged or was pruned,
+        and the last line that it printed."""
         first = self.question.seeds[0]
-        # A setting of a search whose first run was not pruned is worth the runs of its other seeds.
+        # A search prunes only a setting's first run: if it survives, the other seeds run in full.
         is_first = not self.queue.space or plan.settings["seed_everything"] == first
         is_watched = bool(self.question.pruner) and is_first
         last_epoch = plan.settings["trainer"]["max_epochs"] - 1
@@ -200,14 +200,14 @@ class Work:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=1.0)
         finally:
-            process.terminate()  # if the storage or the pruner fails; nothing if it has ended
+            process.terminate()  # if the storage or the pruner failed; a no-op if it ended
         said = log.read_bytes()[before:].decode(errors="replace")
         last = said.strip().rpartition("\n")[2]
         diverged = re.search(r"error: training (diverged.*?), at ", last)
         return process.returncode, diverged[1] if diverged else ended, last
 
     def _report(self, trial: optuna.Trial, kept: Path, after: int) -> int:
-        """Show the pruner the epochs of a run after one; return the last of them."""
+        """Report a run's epochs later than `after` to the pruner; return the last one."""
         for row in rows_of(read_run(kept)):
             if row["epoch"] > after and self.question.choose in row:
                 after = int(row["epoch"])
@@ -215,7 +215,7 @@ class Work:
         return after
 
     def _say(self, name: str, how: str) -> None:
-        """Print a line on a run, how many of all have ended, and about how long the rest takes."""
+        """Print how a run ended, how many of all have ended, and about how long the rest takes."""
         count, total = len(self.queue.records()), self.queue.total()
         rest = ""
         if self.seconds and count < total:
@@ -227,13 +227,13 @@ class Work:
 
 
 def _kept(parent: Path, plan: Plan) -> Path | None:
-    """Return the newest version of a run that began as planned, by the code as it is now, of those
-    that have ended, if there are any."""
+    """Return the newest version of a run that matches the plan and the current code, preferring
+    those that have ended."""
     found = [
         (_has_ended(folder), number, folder) for number, folder in runs.versions(parent).items()
     ]
     for _, _, version in sorted(found, reverse=True):
-        if (version / "run.json").exists():  # else it has not begun to train
+        if (version / "run.json").exists():  # otherwise training hasn't started
             record = read_run(version)
             if not plan.differs(record) and not other_code(record):
                 return version
@@ -241,5 +241,5 @@ def _kept(parent: Path, plan: Plan) -> Path | None:
 
 
 def _has_ended(version: Path) -> bool:
-    """Return whether a run was trained to its end."""
+    """Return whether a run finished training."""
     return (version / "model.md").exists()

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-# Several tests run at a time, each on a core. Said before torch is imported, here and in what they
-# start.
+# Several tests run at a time, one core each. Set before torch is imported, here and in child
+# processes.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import train
@@ -27,7 +27,7 @@ BASE = Path(__file__).parents[1] / "configs" / "base.yaml"
 
 def made_up() -> dict[str, np.ndarray]:
     """Return a data set whose classes are colour patterns plus noise: images uint8 [N, 3, 32, 32]
-    and labels uint8 [N], by the names of the four arrays."""
+    and labels uint8 [N], keyed by the names of the four arrays."""
     rng = np.random.default_rng(0)
     patterns = rng.integers(0, 256, (10, 3, 4, 4)).repeat(8, axis=2).repeat(8, axis=3)
     images, labels = [], []
@@ -44,8 +44,8 @@ def made_up() -> dict[str, np.ndarray]:
 
 
 def official(data: dict[str, np.ndarray]) -> dict[str, bytes]:
-    """Return the same data as the six official batch files: pickles of Python 2 and of its NumPy,
-    with other names of modules, and integers for booleans."""
+    """Return the same data as the six official batch files: pickles of Python 2 and its NumPy,
+    with other module names, and integers for booleans."""
     images = np.concatenate([data["train_images"], data["test_images"]]).reshape(6, -1, 3072)
     labels = np.concatenate([data["train_labels"], data["test_labels"]]).reshape(6, -1)
     files = {}
@@ -70,7 +70,7 @@ def tar(files: dict[str, bytes]) -> bytes:
 
 @pytest.fixture(scope="session")
 def batches() -> dict[str, bytes]:
-    """The made-up data set, in the official form."""
+    """The made-up data set as official batch files."""
     return official(made_up())
 
 
@@ -90,7 +90,7 @@ def arrays(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-# For a Trainer that a test builds: it writes nothing and prints nothing.
+# Arguments of a Trainer that writes and prints nothing.
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
     "logger": False,
@@ -110,7 +110,7 @@ Run = Callable[..., str]
 
 
 def copy_runs(source: Path, target: Path) -> None:
-    """Copy a folder of runs; files that are one by hard links stay one."""
+    """Copy a folder of runs, preserving hard links."""
     copies: dict[int, str] = {}
 
     def copy(file: str, to: str) -> None:
@@ -129,7 +129,7 @@ Done = dict[tuple[str, ...], tuple[Path, str]]
 
 @pytest.fixture(scope="session")
 def done() -> Done:
-    """What `run(..., once=True)` has run: the folder and what was printed, by the words."""
+    """The runs of `run(..., once=True)`: folder and output, by arguments."""
     return {}
 
 
@@ -144,11 +144,11 @@ def run(
 ) -> Run:
     """Run `python train.py ...` on the small data set in an empty folder; return what it prints.
 
-    base.yaml trains `Small`, unless `--model.network` says otherwise. A test about what comes after
-    its first `fit` gets a copy of the run that the same words made before, with `once=True`.
+    base.yaml trains `Small`, unless `--model.network` is given. With `once=True`, for tests of what
+    follows a first `fit`, the run is copied from an earlier one with the same arguments.
     """
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "warnoptions", ["default"])  # so that pytest's filters stay
+    monkeypatch.setattr(sys, "warnoptions", ["default"])  # keeps pytest's filters
 
     def run(*args: object, data: Path = arrays, once: bool = False) -> str:
         words = [str(arg) for arg in args]
@@ -158,7 +158,7 @@ def run(
                 *(*on(data), "--data.batch_size", "50", "--trainer.max_epochs", "2"),
                 *("--trainer.accelerator", "cpu"),
             ]
-            # Speedruns have a rate for each group.
+            # Speedruns have a learning rate for each group.
             if not any(re.search(r"fast9\d|airbench", word) for word in words):
                 words[after_config:after_config] = ["--model.optimizer.lr", "0.002"]
             if str(BASE) in words and not any(word.startswith("--model.network") for word in words):
@@ -183,7 +183,7 @@ def run(
 
 @pytest.fixture
 def printed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What `print` was given, to whatever stream, in place of printing it."""
+    """The lines passed to `print`, for any stream; nothing is printed."""
     lines: list[str] = []
     say = lambda *words, **_: lines.append(" ".join(map(str, words)))  # noqa: E731
     monkeypatch.setattr("builtins.print", say)
@@ -192,7 +192,7 @@ def printed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def fails(run: Run, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run `python train.py ...`, expect it to fail with one line and no traceback; return it."""
+    """Run `python train.py ...`, expect one line of error and no traceback; return the line."""
 
     def fails(*args: object, **kwargs: Path) -> str:
         with pytest.raises(SystemExit) as stopped:

@@ -1,16 +1,16 @@
-"""Faults made on purpose: how often a run survives them, and what it loses.
+"""Fault injection: how often a run survives, and what it loses.
 
     python -m tests.faults kill --times 50     # kill -9 at any moment, and while files are written
     python -m tests.faults stop --times 20     # SIGTERM and Ctrl-C
     python -m tests.faults disk                # a disk that fills up (root, Linux: mounts a tmpfs)
     python -m tests.faults resume              # stopped after each epoch
     python -m tests.faults processes           # kill -9 to one of two that train together
-    python -m tests.faults read_only           # a data folder that cannot be written (as `disk`)
+    python -m tests.faults read_only           # a read-only data folder (as `disk`)
     python -m tests.faults sick                # a learning rate that makes the weights NaN
 
-A run survives if checkpoints and settings in its folder are whole, and if it ends, once resumed,
-with the very weights of a run that nothing happened to. Runs are small: a thousand images made up,
-and networks of a few thousand parameters, but with all that draws random numbers.
+A run survives if the checkpoints and config in its folder are intact and, once resumed, it ends
+with exactly the weights of an undisturbed run. Runs are small: a thousand made-up images and
+networks of a few thousand parameters, but with everything that draws random numbers.
 """
 
 import argparse
@@ -60,21 +60,21 @@ RECIPES = {"improved": [*IMPROVED, *SMALL], "airbench94": [*FAST, *SMALL]}
 
 
 CHOICE = random.Random(0)
-CODES = {  # that a signal may lead to
+CODES = {  # exit codes that a signal may lead to
     signal.SIGKILL: {-signal.SIGKILL},
-    signal.SIGTERM: {-signal.SIGTERM, 128 + signal.SIGTERM},  # before training, and in it
+    signal.SIGTERM: {-signal.SIGTERM, 128 + signal.SIGTERM},  # before and during training
     signal.SIGINT: {128 + signal.SIGINT},
 }
 
 
 class Run(NamedTuple):
-    """A process, a copy of this one that has all imported already, and where it writes."""
+    """A fork of this process, which has already imported everything, and its log."""
 
     pid: int
     log: Path
 
     def wait(self) -> int:
-        """Return the exit code, of a signal its negative number."""
+        """Wait and return the exit code, negative for a signal."""
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
     def said(self) -> str:
@@ -82,7 +82,7 @@ class Run(NamedTuple):
         return self.log.read_text() if self.log.exists() else ""
 
     def errors(self) -> list[str]:
-        """Return what it says went wrong."""
+        """Return its error lines."""
         return [line for line in self.said().splitlines() if line.startswith("error: ")]
 
     def epochs(self) -> int:
@@ -91,18 +91,18 @@ class Run(NamedTuple):
 
 
 def start(words: list[str], folder: Path, deadly: tuple[str, int] = ("", 0)) -> Run:
-    """Run `python train.py ...` in a folder, in a process of its own; `deadly` is a pattern for
-    files, and which writing of one kills it."""
+    """Run `python train.py ...` in a folder, in its own process; `deadly` is a file pattern, and
+    which write to a matching file kills it."""
     log = folder / f"log_{time.monotonic_ns()}"
     pid = os.fork()
     if pid:
-        with contextlib.suppress(OSError):  # the copy may have done so, and even have ended
+        with contextlib.suppress(OSError):  # the fork may have done so, or even have ended
             os.setpgid(pid, pid)
         return Run(pid, log)
     code = 1
     try:
         os.setpgid(0, 0)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # were this one deaf to it
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # in case this process ignores it
         os.chdir(folder)
         with log.open("w") as out:
             os.dup2(out.fileno(), 1)
@@ -116,7 +116,7 @@ def start(words: list[str], folder: Path, deadly: tuple[str, int] = ("", 0)) -> 
         if isinstance(stop.code, str):
             print(stop.code)
         code = stop.code if isinstance(stop.code, int) else 1
-    except KeyboardInterrupt:  # before `train.main` is there to catch it
+    except KeyboardInterrupt:  # before `train.main` catches it
         code = 128 + signal.SIGINT
     finally:
         sys.stdout.flush()
@@ -124,8 +124,8 @@ def start(words: list[str], folder: Path, deadly: tuple[str, int] = ("", 0)) -> 
 
 
 def die_at(pattern: str, count: int) -> None:
-    """Have this process killed as it writes such files: at the n-th time that it opens one, or has
-    written a part of it that is drawn at random."""
+    """Kill this process the `count`-th time that it opens or renames a file that matches, after
+    truncating the file at a random size."""
 
     def look(event: str, args: tuple[Any, ...]) -> None:
         nonlocal count
@@ -134,7 +134,7 @@ def die_at(pattern: str, count: int) -> None:
             count -= 1
             if count == 0:
                 file = Path(args[0])
-                if file.is_file() and file.stat().st_nlink == 1:  # not a link to a whole one
+                if file.is_file() and file.stat().st_nlink == 1:  # not a link to a complete file
                     os.truncate(file, CHOICE.randint(0, file.stat().st_size))
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -143,15 +143,15 @@ def die_at(pattern: str, count: int) -> None:
 
 
 def digest(folder: Path) -> str:
-    """Return the SHA-256 of the last weights of a run that has ended."""
+    """Return the SHA-256 of a finished run's last weights."""
     state = torch.load(folder / "runs/run/version_0/model.pth", weights_only=True)
     content = b"".join(name.encode() + t.numpy().tobytes() for name, t in sorted(state.items()))
     return hashlib.sha256(content).hexdigest()
 
 
 def kept(folder: Path) -> list[int]:
-    """Return the epochs that the checkpoints in a folder are of. All, `last` and the settings must
-    be whole."""
+    """Return the epochs of the checkpoints in a folder. All of them, `last` and the config must be
+    intact."""
     for file in folder.glob("runs/run/version_*/config.yaml"):
         assert "checkpoint" in yaml.safe_load(file.read_text())
     files = sorted(folder.glob("runs/run/version_*/checkpoints/*.ckpt"))
@@ -161,7 +161,7 @@ def kept(folder: Path) -> list[int]:
 
 @contextlib.contextmanager
 def empty_folder(packed: bytes) -> Iterator[Path]:
-    """A folder with the data set as its archive, not converted."""
+    """A folder with the data set as an unconverted archive."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "data").mkdir()
@@ -170,7 +170,7 @@ def empty_folder(packed: bytes) -> Iterator[Path]:
 
 
 def go_on(words: list[str], folder: Path) -> Run:
-    """Start a run again as its user would: from `last`, or from its start if nothing is kept."""
+    """Resume a run from `last`, as a user would, or restart it if nothing is kept."""
     last = folder / "runs/run/version_0/checkpoints/last.ckpt"
     if not last.exists():
         shutil.rmtree(folder / "runs", ignore_errors=True)
@@ -179,7 +179,7 @@ def go_on(words: list[str], folder: Path) -> Run:
 
 
 class Table:
-    """Counts what became of the runs, and prints it as rows."""
+    """Counts the outcomes of runs, and prints them as rows."""
 
     def __init__(self) -> None:
         self.times: Counter[str] = Counter()
@@ -187,7 +187,7 @@ class Table:
         self.lost: Counter[str] = Counter()
 
     def add(self, fault: str, survived: bool, lost: int = 0) -> None:
-        """Count one run: whether it survived, and how many reported epochs it had lost."""
+        """Count one run: whether it survived, and how many reported epochs it lost."""
         self.times[fault] += 1
         self.survived[fault] += survived
         self.lost[fault] += lost
@@ -204,8 +204,8 @@ def broken(
     fault: str, words: list[str], packed: bytes, expected: str, table: Table,
     number: signal.Signals = signal.SIGKILL, within: float = 0, deadly: tuple[str, int] = ("", 0),
 ) -> None:  # fmt: skip
-    """Start a run, and send it a signal within some seconds or have it die; look at what it left,
-    resume it, and compare."""
+    """Start a run, and signal it `within` some seconds or have it die; check what it left, resume
+    it, and compare."""
     with empty_folder(packed) as folder:
         run = start(words, folder, deadly)
         codes = signalled(run, number, within) if within else {-signal.SIGKILL}
@@ -223,17 +223,17 @@ def signalled(run: Run, number: signal.Signals, within: float) -> set[int]:
     """Send a signal at a random moment; return the exit codes that it may lead to."""
     time.sleep(CHOICE.uniform(0, within))
     has_ended = os.waitid(os.P_PID, run.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    may_end_well = run.epochs() >= EPOCHS - 1  # a signal in the last steps may find all done
+    may_end_well = run.epochs() >= EPOCHS - 1  # a signal in the last steps may come too late
     os.killpg(run.pid, number)
     return {0} if has_ended else CODES[number] | ({0} if may_end_well else set())
 
 
 def kill(times: int, packed: bytes, table: Table) -> None:
     """Kill -9: at random moments from start to end, and while a file is being written."""
-    writing = {  # and how often such a file is opened or moved
+    writing = {  # file pattern, and how often such a file is opened or moved
         "while the arrays are written": ("*/.fetching-*", 5),
         "while config.yaml is written": ("*/.config.yaml.*", 2),
-        # `last.ckpt` is a link, and only moved.
+        # `last.ckpt` is a link, which is only moved.
         "while a checkpoint is written": ("*/checkpoints/.*", 3 * EPOCHS),
     }
     for name, words in RECIPES.items():
@@ -249,7 +249,7 @@ def kill(times: int, packed: bytes, table: Table) -> None:
 
 
 def unbroken(words: list[str], packed: bytes) -> tuple[str, float]:
-    """Return the digest of a run that nothing happens to, and its seconds."""
+    """Return the digest of an undisturbed run, and its seconds."""
     with empty_folder(packed) as folder:
         began = time.monotonic()
         run = start(words, folder)
@@ -258,7 +258,7 @@ def unbroken(words: list[str], packed: bytes) -> tuple[str, float]:
 
 
 def stop(times: int, packed: bytes, table: Table) -> None:
-    """Stop politely: SIGTERM, as a cluster does, and SIGINT, as Ctrl-C does."""
+    """Stop gracefully: SIGTERM, as from a cluster, and SIGINT, as from Ctrl-C."""
     words = RECIPES["improved"]
     expected, seconds = unbroken(words, packed)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -287,7 +287,7 @@ def resume(times: int, packed: bytes, table: Table) -> None:
 
 @contextlib.contextmanager
 def mounted(folder: Path, options: str) -> Iterator[Callable[[str], object]]:
-    """A disk in memory as a folder; gives what mounts it anew with other options."""
+    """Mount a disk in memory; yield a function that remounts it with other options."""
 
     def mount(options: str) -> object:
         command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
@@ -319,7 +319,7 @@ def disk(times: int, packed: bytes, table: Table) -> None:
 
 
 def read_only(times: int, packed: bytes, table: Table) -> None:
-    """Train where the data folder cannot be written: with the archive alone, and unpacked."""
+    """Train with a read-only data folder: with the archive alone, and unpacked."""
     words = RECIPES["improved"]
     expected, _ = unbroken(words, packed)
     for is_unpacked in (False, True):
@@ -339,7 +339,7 @@ def read_only(times: int, packed: bytes, table: Table) -> None:
 
 
 def sick(times: int, packed: bytes, table: Table) -> None:
-    """Go on with a learning rate that makes the loss infinite; then with the run's own."""
+    """Resume with a learning rate that makes the loss infinite; then with the run's own."""
     for name, words in RECIPES.items():
         bad = ["--model.optimizer." + ("groups.norms.lr" if name == "airbench94" else "lr"), "1e30"]
         for epoch in range(1, EPOCHS):
@@ -373,7 +373,7 @@ def processes(times: int, packed: bytes, table: Table) -> None:
         return subprocess.run([*train_py, *command], cwd=folder, capture_output=True).returncode
 
     with empty_folder(packed) as folder:
-        archive.load(folder / "data", verify=False)  # here, where its checksum is the known one
+        archive.load(folder / "data", verify=False)  # here, where its checksum is patched
         assert exit_code(words, folder) == 0
         expected = digest(folder)
     for i in range(times):
@@ -392,7 +392,7 @@ def processes(times: int, packed: bytes, table: Table) -> None:
             os.kill((first.pid, second)[i % 2], signal.SIGKILL)
             deadline = time.monotonic() + 60
             while first.poll() is None or command_of(second):
-                if time.monotonic() > deadline:  # it waits for ever
+                if time.monotonic() > deadline:  # it hangs
                     os.kill((second, first.pid)[i % 2], signal.SIGKILL)
                 time.sleep(0.1)
             ended = time.monotonic() < deadline
@@ -407,7 +407,7 @@ def processes(times: int, packed: bytes, table: Table) -> None:
 
 
 def command_of(pid: int) -> str:
-    """Return the command line of a process, nothing of one that has ended."""
+    """Return the command line of a process, or "" if it has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -429,7 +429,7 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=10, help="but of `resume` and `sick`")
     args = parser.parse_args()
     packed = tar(official(made_up()))
-    archive.ARCHIVE_MD5 = hashlib.md5(packed).hexdigest()  # a run is a copy of this process
+    archive.ARCHIVE_MD5 = hashlib.md5(packed).hexdigest()  # runs are forks of this process
     table = Table()
     FAULTS[args.fault](args.times, packed, table)
     table.print()

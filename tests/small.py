@@ -1,6 +1,5 @@
-"""Networks that train in a moment, for the tests that are about something else, and callbacks that
-wait for a test. They stand in a module of their own, as the processes that tests start import it
-too."""
+"""Networks that train in a moment, for tests about something else, and callbacks that wait for a
+test. They have their own module because child processes of the tests import it too."""
 
 import os
 import signal
@@ -15,15 +14,15 @@ STARTED = time.monotonic()
 
 
 class Flat(nn.Sequential):
-    """One layer, which is compiled in seconds."""
+    """One layer, which compiles in seconds."""
 
     def __init__(self) -> None:
         super().__init__(nn.Flatten(), nn.Linear(3072, 10))
 
 
 class Small(nn.Sequential):
-    """A convolution, batch norm and a dense layer, of 1,632 parameters. On the made-up data set it
-    learns slowly, so that its metrics differ from epoch to epoch."""
+    """A convolution, batch norm and a dense layer: 1,632 parameters. It learns the made-up data set
+    slowly, so its metrics differ from epoch to epoch."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -33,7 +32,7 @@ class Small(nn.Sequential):
 
 
 class Fails(nn.Module):
-    """Maps as it should when it is looked at, and fails in a step, while a file is there."""
+    """Fails in training steps while the file `fail` exists; works otherwise."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +45,7 @@ class Fails(nn.Module):
 
 
 class Dies(nn.Module):
-    """Ends its process in a step, as a process does that the system kills for its memory."""
+    """Kills its process in a training step, as the OOM killer would."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,18 +57,18 @@ class Dies(nn.Module):
         return self.layers(images)
 
 
-WAIT_SECONDS = 300  # after which a test that nobody ends has failed, and must not be left behind
+WAIT_SECONDS = 300  # after which a wait that nobody ended fails, so that no process is left behind
 
 
 def wait() -> None:
-    """Sleep a little, until a test has plainly failed."""
+    """Sleep briefly; fail after `WAIT_SECONDS`."""
     assert time.monotonic() - STARTED < WAIT_SECONDS, "nobody ended the wait"
     time.sleep(0.01)
 
 
 class Waits(Callback):
-    """Waits in the middle of an epoch to be killed, from the epoch on that the file `wait_in` has,
-    while it is there; it leaves the file `waits`."""
+    """Waits in the middle of an epoch to be killed, from the epoch in the file `wait_in` on, while
+    that file exists. It leaves the file `waits`."""
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -81,7 +80,7 @@ class Waits(Callback):
 
 
 class Meets(Callback):
-    """Waits until two runs of the study `question` are under way."""
+    """Waits until two runs of the study `question` have started."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         while len(list(Path("runs/question").glob("*/fit.log"))) < 2:
@@ -89,7 +88,7 @@ class Meets(Callback):
 
 
 class Slow(Callback):
-    """Takes a second and a half for an epoch, so that a pruner sees each."""
+    """Adds a second and a half to each epoch, so that a pruner sees all of them."""
 
     takes_many_steps = True
 
@@ -98,5 +97,5 @@ class Slow(Callback):
 
 
 def untyped(width: int = 8):  # type: ignore[no-untyped-def]  # noqa: ANN201
-    """Return a network, without saying so."""
+    """Return a network, without an annotation."""
     return Flat()

@@ -29,7 +29,7 @@ Answer = Callable[[http.server.BaseHTTPRequestHandler], None]
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Answers a path by the function given for it, and counts the requests."""
+    """Answers each path by its function, and records the requests."""
 
     def __init__(self) -> None:
         self.answers: dict[str, Answer] = {}
@@ -47,12 +47,12 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
 
     def serves(self, path: str, answer: Answer) -> str:
-        """Answer a path so, and return its address."""
+        """Set the answer for a path, and return its URL."""
         self.answers[path] = answer
         return f"http://127.0.0.1:{self.server_address[1]}{path}"
 
     def stall(self, handler: http.server.BaseHTTPRequestHandler) -> None:
-        """Promise a file, send its beginning and nothing more."""
+        """Announce a file, send its beginning, then hang."""
         handler.send_response(200)
         handler.send_header("Content-Length", "1000000")
         handler.end_headers()
@@ -121,7 +121,7 @@ def sums(
     tarball: bytes,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Make the small data set the one whose checksums are asked for."""
+    """Expect the checksums of the small data set."""
     for name, tensor in expected.items():
         digest = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
         monkeypatch.setitem(archive.SHA256, name, digest)
@@ -256,7 +256,7 @@ def test_altered_pickles_of_ones_own_become_arrays_by_the_lines_of_the_readme(
 
 
 class Evil:
-    """Unpickled by a plain `pickle.load`, it makes a file."""
+    """Makes a folder when a plain `pickle.load` unpickles it."""
 
     def __init__(self, proof: Path) -> None:
         self.proof = proof
@@ -391,7 +391,7 @@ def test_a_source_of_other_images_is_left_even_without_verify(
     assert not (tmp_path / "data").exists()
 
 
-# Imports once, which takes seconds; then two processes for each folder load it at the same moment.
+# Imports once, which takes seconds; then two processes per folder load it at the same moment.
 TOGETHER = """
 import json, multiprocessing, sys
 from cifar10 import archive
@@ -423,7 +423,7 @@ def test_processes_that_start_together_do_not_spoil_each_other(
     server: Server, tarball: bytes, tmp_path: Path
 ) -> None:
     right, wrong = str(tmp_path / "right"), str(tmp_path / "wrong")
-    # The answers take a while, so that the second process comes in the middle of the first's.
+    # Slow answers, so that the second process starts in the middle of the first's download.
     sources = {
         right: server.serves("/right", sends(tarball, delay=1)),
         wrong: server.serves("/wrong", sends(b"no archive", delay=1)),

@@ -1,4 +1,4 @@
-"""Every augmentation against a plain way to do it with one image."""
+"""Every augmentation against a plain implementation for one image."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -66,7 +66,7 @@ def test_alternating_flip_shows_the_other_side_in_the_next_epoch(images: Tensor)
     def is_mirrored(transform: Augment, epoch: int) -> Tensor:
         transform.epoch.fill_(epoch)
         shown = torch.empty_like(plain)
-        shown[order], _ = transform(pixels[order], order, order)  # whatever the order of the batch
+        shown[order], _ = transform(pixels[order], order, order)  # in any batch order
         sides = torch.stack([(shown == side).flatten(1).all(1) for side in (plain, mirrored)])
         assert (sides.sum(0) == 1).all()
         return sides[1]

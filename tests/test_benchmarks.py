@@ -42,8 +42,8 @@ def test_programs_run_in_their_turns_only(tmp_path: Path) -> None:
             while process.status() != psutil.STATUS_STOPPED:
                 time.sleep(0.01)
             assert epochs() > last
-            if turn:  # the first one means nothing
-                # One fewer, as it may have ended an epoch while it was being stopped.
+            if turn:  # the first one doesn't count
+                # One fewer, because an epoch may have ended while it was being stopped.
                 counted += wall * max(1, epochs() - last - 1)
                 assert cpu > 0
             last = epochs()

@@ -1,4 +1,4 @@
-"""What chooses an epoch, a rate, a seed or a file chooses what it says."""
+"""Whatever chooses an epoch, a learning rate, a seed or a file chooses what it claims."""
 
 import errno
 import json
@@ -136,7 +136,7 @@ def test_the_schedule_of_a_resumed_run_is_that_of_an_unbroken_one(
 
 def test_a_longer_run_after_max_steps_has_the_whole_schedule(run: Run) -> None:
     linear = ("--trainer.max_epochs", "4", "--model.lr_scheduler", "LinearDecay")
-    run(*FLAT, *linear, "--model.optimizer.lr", "4e-3", "--trainer.max_steps", "22")  # 16 an epoch
+    run(*FLAT, *linear, "--model.optimizer.lr", "4e-3", "--trainer.max_steps", "22")  # 16 per epoch
     run("fit", "--ckpt_path", LAST, "--trainer.max_steps", "-1")
     assert rate(RUN_0, "epoch_02.ckpt") == pytest.approx(1e-3)
     assert rate(RUN_0) == 0
@@ -318,11 +318,11 @@ def test_a_part_of_the_images_is_said_to_be_one(run: Run) -> None:
     assert "the first 0 of 200 only" in out
 
 
-# --------------------------------------------------------------------------- rates and schedules
+# ------------------------------------------------------------------ learning rates and schedules
 
 
 class Rates(Callback):
-    """Keeps the learning rate of every step."""
+    """Records the learning rate of every step."""
 
     kept: list[float]
 
@@ -364,7 +364,7 @@ def test_a_requeued_job_keeps_what_it_drew_and_found(
                f"{CALLBACK}.max_trials", "3")  # fmt: skip
     run(*command)
     unbroken = torch.load(LAST, weights_only=True)
-    shutil.copy(LAST.with_name("epoch_00.ckpt"), LAST)  # as if it had been killed then
+    shutil.copy(LAST.with_name("epoch_00.ckpt"), LAST)  # as if killed after epoch 0
     for file in ("checkpoints/epoch_01.ckpt", "model.md", "model.pth"):
         (RUN_0 / file).unlink()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
@@ -398,7 +398,7 @@ def test_parts_that_contradict_a_schedule_are_refused(run: Run, fails: Run) -> N
 
 
 class Counts(Callback):
-    """Keeps how many images the metrics of training have counted."""
+    """Records how many images the training metrics have counted."""
 
     def __init__(self) -> None:
         self.counted: list[int] = []

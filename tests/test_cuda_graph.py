@@ -1,5 +1,5 @@
-"""Many steps in one call of `training_step`: the same as single ones. On a CPU nothing is recorded,
-but the loop is the same; tests/test_gpu.py has the rest."""
+"""Many steps in one call of `training_step` equal single ones. On a CPU nothing is recorded, but
+the loop is the same; tests/test_gpu.py has the rest."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from tests.conftest import QUIET
 def fitted(
     arrays: Path, model: ImageClassifier, ckpt_path: Path | None = None, **settings: Any
 ) -> Trainer:
-    """Train for two epochs of 40 steps, the last of each on fewer images."""
+    """Train for two epochs of 40 steps; the last batch of each is smaller."""
     augment = [RandomCrop(2), AlternatingFlip()]
     data = CIFAR10DataModule(
         str(arrays), verify=False, batch_size=20, val_size=205, augment=augment
@@ -97,7 +97,7 @@ def test_many_steps_train_as_single_ones(
 
 
 class Watcher(Callback):
-    """Counts the ends of batches."""
+    """Records the step at each batch end."""
 
     takes_many_steps = False
 
@@ -141,7 +141,7 @@ def test_limits_count_steps(arrays: Path) -> None:
 
 
 class Between(Callback):
-    """Wants to see gradients, whatever it says."""
+    """Hooks into the backward pass, despite what it declares."""
 
     takes_many_steps = True
 
@@ -212,14 +212,14 @@ def test_an_epoch_is_resumed_in_its_middle_or_refused(arrays: Path, tmp_path: Pa
     assert torch.load(path, weights_only=True)["global_step"] == 40 + STEPS_A_CALL
     with pytest.raises(MisconfigurationException, match="inside an epoch"):
         fitted(arrays, classifier(False), path)
-    # Dropout and crops of the rest of the epoch are drawn anew, so only the steps are compared.
+    # Dropout and crops of the rest of the epoch are redrawn, so only the steps are compared.
     resumed = fitted(arrays, classifier(True), path)
     assert resumed.global_step == 80
     assert whole.steps_a_call == STEPS_A_CALL
 
 
 class SavesAfterValidation(Callback):
-    """Saves before the epoch is counted, as ModelCheckpoint does where not all epochs validate."""
+    """Saves before the epoch is counted, as ModelCheckpoint does if some epochs skip validation."""
 
     takes_many_steps = True
 
@@ -240,7 +240,7 @@ def test_a_checkpoint_after_validation_repeats_no_step(arrays: Path, tmp_path: P
 
 
 class Interrupts(Callback):
-    """Fails in the middle of a call, and saves then."""
+    """Fails in the middle of a call, and then tries to save."""
 
     takes_many_steps = True
 
@@ -276,7 +276,7 @@ def test_networks_of_this_project_decide_nothing_on_the_cpu() -> None:
 
 
 class Derived(ImageClassifier):
-    """May have a training step of its own."""
+    """May override the training step."""
 
 
 def test_a_class_of_ones_own_keeps_its_step(arrays: Path) -> None:

@@ -1,4 +1,4 @@
-"""Split, batches and their way to the model."""
+"""The split, the batches and their path to the model."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ from tests.conftest import QUIET, TEST_SIZE, TRAIN_SIZE
 
 
 def module(arrays: Path, **settings: Any) -> CIFAR10DataModule:
-    """A data module as a trainer of one process would have it."""
+    """Return a data module as in a single-process trainer."""
     settings = {"val_size": 200, "batch_size": 64, **settings}
     data = CIFAR10DataModule(root=str(arrays), verify=False, download=False, **settings)
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
@@ -46,7 +46,7 @@ def test_split_is_a_partition_that_the_seed_decides(arrays: Path) -> None:
     assert torch.equal(torch.cat([train, val]).sort().values, torch.arange(TRAIN_SIZE))
     assert torch.equal(val, again.val_set.indices)
     assert not torch.equal(val, other.val_set.indices)
-    # The split is drawn without touching the run's own random numbers, and they do not touch it.
+    # The split and the run's own random numbers do not affect each other.
     torch.manual_seed(123)
     assert torch.equal(val, module(arrays).val_set.indices)
 
@@ -201,7 +201,7 @@ class Negative(nn.Module):
 
 
 class Remembers(nn.Module):
-    """Keeps the means of the images that it sees."""
+    """Records the means of the images that it sees."""
 
     def __init__(self) -> None:
         super().__init__()

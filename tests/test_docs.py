@@ -1,4 +1,4 @@
-"""The examples of the documentation, run as they stand on made-up images."""
+"""The documentation's examples, run on made-up images."""
 
 import re
 import shlex
@@ -21,7 +21,7 @@ from tests.conftest import Run, made_up
 from tests.test_train import rows
 
 ROOT = Path(__file__).parents[1]
-BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)  # its language, and its lines
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)  # language and lines
 
 
 @pytest.mark.slow
@@ -66,7 +66,7 @@ def test_commands_of_the_documentation_run(
     run: Run, batches: dict[str, bytes], arrays: Path, tmp_path: Path, name: str, commands: int
 ) -> None:
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    shutil.copytree(ROOT / "pretrained", tmp_path / "pretrained")  # where its results go too
+    shutil.copytree(ROOT / "pretrained", tmp_path / "pretrained")  # results are written there too
     Path("photos").mkdir()
     Image.new("RGB", (40, 30), "blue").save("photos/sky.jpg")
     Path("my-batches").mkdir()
@@ -109,7 +109,7 @@ def test_the_notebook_runs_from_end_to_end(arrays: Path, tmp_path: Path) -> None
     for entry in (*ROOT.glob("*.py"), *(f.parent for f in ROOT.glob("*/*"))):
         if entry.name not in ("notebooks", "data", "runs") and not (tmp_path / entry.name).exists():
             (tmp_path / entry.name).symlink_to(entry)
-    (tmp_path / "pretrained").unlink()  # as its results lie beside a checkpoint
+    (tmp_path / "pretrained").unlink()  # results are written beside a checkpoint
     shutil.copytree(ROOT / "pretrained", tmp_path / "pretrained")
     notebook = nbformat.read(  # type: ignore[no-untyped-call]
         ROOT / "notebooks" / "tour.ipynb", as_version=4
@@ -126,5 +126,5 @@ def test_the_notebook_runs_from_end_to_end(arrays: Path, tmp_path: Path) -> None
 
 
 def small(command: str) -> str:
-    """Return a command of the documentation as one for runs of two epochs."""
+    """Adapt a command of the documentation to runs of two epochs."""
     return command.replace("epoch_28", "epoch_01").replace("max_epochs 50", "max_epochs 3")

@@ -1,4 +1,4 @@
-"""Exports: the same predictions, in a file that needs nothing of this project."""
+"""Exports give the same predictions, in a file that needs nothing of this project."""
 
 import contextlib
 import hashlib
@@ -38,7 +38,7 @@ MEAN, STD = (0.49140, 0.48216, 0.44653), (0.24703, 0.24349, 0.26159)
 
 
 class Branching(nn.Module):
-    """A network whose way depends on the image, which a program without Python cannot follow."""
+    """A network whose control flow depends on the image, which needs Python to run."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Branching(nn.Module):
 
 
 class Tiny(nn.Module):
-    """A network of a user's own."""
+    """A custom network."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ def some(count: int) -> Tensor:
 
 @torch.no_grad()
 def expected(images: Tensor) -> Tensor:
-    """Return the probabilities of the checkpoint by PyTorch alone."""
+    """Return the checkpoint's probabilities by PyTorch alone."""
     checkpoint = torch.load(CHECKPOINT, weights_only=True)
     weights = checkpoint["state_dict"]
     network = ConvNet().eval()
@@ -122,9 +122,9 @@ def expected(images: Tensor) -> Tensor:
 
 
 def as_documented(file: str, folder: Path, *more: Path) -> None:
-    """Run the lines of docs/export.md that use a file, where nothing of this project is but what
-    is copied there. Expect the class and probabilities of `predict`, for a photo that a lossy
-    camera took of 4:3, turned on its side."""
+    """Run the lines of docs/export.md that use a file, in a folder that has nothing of this project
+    but the copied files. Expect the class and probabilities of `predict` for a 4:3 JPEG photo that
+    lies on its side."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.S)
     (code,) = [block for block in blocks if f'"{file}"' in block]
     code += "import sys; numpy.save('p.npy', numpy.asarray(probabilities.tolist()))\n"
@@ -136,7 +136,7 @@ def as_documented(file: str, folder: Path, *more: Path) -> None:
     (away / "picture.py").write_text(blocks[0])
     photo = some(1)[0].permute(1, 2, 0).numpy()
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
+    exif[0x0112] = 6  # to be rotated by 90 degrees
     Image.fromarray(photo).resize((640, 480)).save(away / "photo.jpg", exif=exif)
     ran = subprocess.run(
         [sys.executable, "-c", code], cwd=away, check=True, timeout=300, text=True,
@@ -290,7 +290,7 @@ def test_an_export_takes_the_temperature_of_another_run(out: Out, arrays: Path) 
     with pytest.raises(SystemExit, match="keeps its run's calibration"):
         out("checkpoint", "model.ckpt", CHECKPOINT, "--model.calibrate", "twin.ckpt")
     never = torch.load(CHECKPOINT, weights_only=True) | {"temperature": None}
-    torch.save(never, CHECKPOINT.with_name("last.ckpt"))  # as of an epoch without validation
+    torch.save(never, CHECKPOINT.with_name("last.ckpt"))  # as after an epoch without validation
     assert "not calibrated" in out("checkpoint", "model.ckpt", CHECKPOINT.with_name("last.ckpt"))
     (line,) = re.findall(r"\*\*Probabilities\*\*: (.*)", Path("model.md").read_text())
     assert line == "not calibrated"
@@ -385,7 +385,7 @@ def test_a_network_of_ones_own_is_exported(out: Out) -> None:
     card = card_of("tiny.safetensors")
     assert card["network"]["init_args"] == {"width": 5}
     assert (card["mean"], card["std"]) == ([0, 0, 0], [1, 1, 1])
-    # Its recipe averages over views, and so does what was exported; weights are of one view.
+    # The recipe averages over views, and so does the ONNX file; the weights are for one view.
     network, images = Tiny(5).eval(), some(3)
     network.load_state_dict(load_file("tiny.safetensors"))
     with torch.no_grad():
@@ -415,7 +415,7 @@ def test_an_export_that_differs_is_not_kept(out: Out, monkeypatch: pytest.Monkey
 
 
 def changed(name: str, network: nn.Module, **settings: object) -> Path:
-    """Save the checkpoint with another network in it."""
+    """Save the checkpoint with another network."""
     checkpoint = torch.load(CHECKPOINT, weights_only=True)
     checkpoint["hyper_parameters"]["network"] = settings
     weights = network.state_dict()
@@ -430,7 +430,7 @@ def test_what_a_format_cannot_hold_is_refused_in_one_line(out: Out) -> None:
               "out_features": 10}}  # fmt: skip
     settings = {"class_path": "tests.test_export.Branching", "init_args": {"layer": linear}}
     branching = changed("branching.ckpt", Branching(layer), **settings)
-    out("safetensors", "model.safetensors", branching)  # a network that is made of another
+    out("safetensors", "model.safetensors", branching)  # a network built from another
     for format_, file in (("onnx", "new/model.onnx"), ("torch", "new/model.pt2")):
         with pytest.raises(SystemExit) as stopped:
             out(format_, file, branching)
@@ -446,7 +446,7 @@ def test_what_a_format_cannot_hold_is_refused_in_one_line(out: Out) -> None:
 
 
 class Buggy(nn.Module):
-    """A network whose author made a mistake, which shows after training only."""
+    """A network with a bug that shows only after training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -500,7 +500,7 @@ def test_wrong_calls_are_refused_in_one_line_and_leave_nothing(
         assert files() == before
 
     run = CHECKPOINT.parents[1]
-    always = [CHECKPOINT, "--overwrite"]  # not even so
+    always = [CHECKPOINT, "--overwrite"]  # refused even then
     refused("no checkpoint nowhere.ckpt", "onnx", "m.onnx", Path("nowhere.ckpt"))
     refused("not a checkpoint", "onnx", "m.onnx", Path("damaged.ckpt"))
     refused("can't build its network", "onnx", "m.onnx", Path("hostile.ckpt"))
@@ -533,7 +533,7 @@ def test_wrong_calls_are_refused_in_one_line_and_leave_nothing(
 
 
 def photos(images: Tensor) -> dict[str, Image.Image]:
-    """Return pictures of several sizes, shapes and kinds, with noise, by the names of files."""
+    """Return noisy images of several sizes, shapes and modes by file name."""
     rng = np.random.default_rng(0)
     sizes = {"a.png": (45, 45), "b.png": (700, 401), "c.png": (30, 1000), "d.jpg": (2049, 1234),
              "e.jpg": (640, 480), "f.png": (16, 20), "g.webp": (500, 333)}  # fmt: skip
@@ -573,7 +573,7 @@ def test_the_page_in_a_browser_says_what_the_network_says(out: Out, arrays: Path
         ) as server,
         contextlib.ExitStack() as at_end,
     ):
-        at_end.callback(server.kill)  # also if something here fails
+        at_end.callback(server.kill)  # even if something here fails
         browser = at_end.enter_context(webdriver.Chrome(options, service))
 
         def says(text: str) -> None:

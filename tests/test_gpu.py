@@ -1,4 +1,4 @@
-"""What only a CUDA GPU can show: `python -m pytest tests/test_gpu.py -n 0`, under two minutes."""
+"""Tests that need a CUDA GPU: `python -m pytest tests/test_gpu.py -n 0`, under two minutes."""
 
 import json
 from functools import partial
@@ -28,7 +28,7 @@ RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
 class NoWaiting(Callback):
-    """Fails where the CPU waits for the GPU between the first and the last step of an epoch."""
+    """Fails if the CPU waits for the GPU between the first and the last step of an epoch."""
 
     takes_many_steps = True
 
@@ -52,7 +52,7 @@ def state_of(path: Path) -> dict[str, Any]:
 
 
 def assert_same(one: Path, other: Path) -> None:
-    """Compare weights, optimizer and history of two checkpoints to the bit."""
+    """Compare weights, optimizer state and step of two checkpoints, bit for bit."""
     first, second = state_of(one), state_of(other)
     for name, tensor in first["state_dict"].items():
         assert torch.equal(tensor, second["state_dict"][name]), name

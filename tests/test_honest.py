@@ -1,5 +1,5 @@
-"""What a run says of itself is true: one chosen epoch, the settings and the images that were used,
-modes and modules as their authors made them; and mistakes are told from one another."""
+"""What a run reports is true: one chosen epoch, the settings and images that were used, modes and
+modules as their authors made them. Users' mistakes are told from bugs."""
 
 import hashlib
 import importlib
@@ -29,7 +29,7 @@ RUN_1 = Path("runs/base/version_1")
 
 
 def named_epochs(run: Run, folder: Path, said: str) -> set[int]:
-    """Return the epochs that terminal, card, TensorBoard and `--ckpt_path best` name as chosen."""
+    """Return the chosen epochs by terminal, card, TensorBoard and `--ckpt_path best`."""
     printed = int(re.findall(r"best  epoch (\d+)", said)[0])
     path = re.findall(r"test --ckpt_path (\S+)", said)[0]
     card = int(re.findall(r"in the chosen epoch, (\d+)", (folder / "model.md").read_text())[0])
@@ -46,13 +46,13 @@ def test_one_epoch_is_named_as_chosen_everywhere(run: Run) -> None:
               "--checkpoint.every_n_epochs", "3")  # fmt: skip
     assert len(named_epochs(run, RUN_0, out)) == 1
     assert len(rows(RUN_0)) == 7
-    # Another monitor, in the same folder: of all its epochs.
+    # Another monitor, in the same folder: chosen among all its checkpoints.
     out = run("fit", "--ckpt_path", LAST, "--trainer.max_epochs", "9", "--checkpoint.monitor",
               "val/loss", "--checkpoint.every_n_epochs", "1")  # fmt: skip
     assert len(named := named_epochs(run, RUN_0, out)) == 1
     losses = {int(r["epoch"]): r["val/loss"] for r in rows(RUN_0) if r["epoch"] in (2, 5, 7, 8)}
     assert named == {min(losses, key=lambda epoch: losses[epoch])}
-    # Another folder: of the epochs whose checkpoints it holds.
+    # Another folder: chosen among the checkpoints that it holds.
     early = RUN_0 / "checkpoints/epoch_05.ckpt"
     out = run("fit", "--ckpt_path", early, "--checkpoint.every_n_epochs", "1",
               "--trainer.max_epochs", "9")  # fmt: skip
@@ -132,7 +132,7 @@ def test_a_run_is_trained_by_one_process(run: Run, fails: Run) -> None:
 
 
 class Frozen(nn.Sequential):
-    """Its batch norm keeps the statistics it has."""
+    """Its batch norm keeps its statistics."""
 
     def __init__(self) -> None:
         super().__init__(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3072, 10))
@@ -310,7 +310,7 @@ def test_a_network_in_the_current_folder_is_found(
         "from torch import nn\n\n\nclass Net(nn.Sequential):\n    def __init__(self):\n"
         "        super().__init__(nn.Flatten(), nn.Linear(3072, 10))\n"
     )
-    # As `python train.py` starts: with the folder of train.py, not with the current one.
+    # As in `python train.py`: the path has train.py's folder, not the current one.
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("mynet")

@@ -1,4 +1,4 @@
-"""Files made to do harm: they are refused in one line, and nothing of them runs."""
+"""Malicious files are refused in one line, and none of their code runs."""
 
 import copyreg
 import io
@@ -24,7 +24,7 @@ TRIPPED: list[object] = []
 
 
 class Trap:
-    """Notes when it is made, however that is done."""
+    """Records when it is created, by whatever means."""
 
     def __new__(cls, *args: object, **kwargs: object) -> "Trap":
         TRIPPED.append(args)
@@ -42,7 +42,7 @@ def word(text: str) -> bytes:
     return b"\x8c" + bytes([len(text)]) + text.encode()
 
 
-# Every opcode that imports, with Trap, and each way to make an object of what was imported.
+# Every opcode that imports, with Trap, and every way to make an object from the import.
 IMPORTS = {
     "GLOBAL": f"c{__name__}\nTrap\n".encode(),
     "STACK_GLOBAL": word(__name__) + word("Trap") + b"\x93",
@@ -61,7 +61,7 @@ PAYLOADS = {
     f"{name} {call}": CALLS[call](found) for name, found in IMPORTS.items() for call in CALLS
 }
 PAYLOADS["INST"] = f"(i{__name__}\nTrap\n".encode()
-# Functions that do more than note it; the last has no underscore that would give it away.
+# Functions that do more than record a call.
 OTHERS = ["os\nsystem", "builtins\neval", "builtins\n__import__", "torch\nload", "shutil\nrmtree"]
 
 payloads = st.one_of(
@@ -71,7 +71,7 @@ payloads = st.one_of(
 
 
 def wrapped(payload: bytes, depth: int, as_key: bool) -> bytes:
-    """Return a pickle of a batch that has a payload in a list of lists, or as a key."""
+    """Return a pickled batch with a payload in nested lists, or as a key."""
     inner = b"]" * depth + payload + b"a" * depth
     item = inner + b"K\x01" if as_key and not depth else b"K\x01" + inner
     return b"\x80\x04}(" + item + b"u."
@@ -88,7 +88,7 @@ def test_the_traps_do_trip_where_pickles_are_trusted(name: str) -> None:
 
 
 def test_no_opcode_that_imports_is_left_out() -> None:
-    """Every opcode that can name code, by its description in the standard library."""
+    """Find every opcode that can name code in the standard library's table."""
     naming = {op.name for op in pickletools.opcodes if "GLOBAL" in op.name or "EXT" in op.name}
     assert naming - {"NEXT_BUFFER", "READONLY_BUFFER"} == set(IMPORTS)
 
@@ -98,7 +98,7 @@ def test_no_opcode_that_imports_is_left_out() -> None:
 def test_no_pickle_of_the_data_set_runs_anything(
     content: bytes, as_arrays: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Neither of the official files, whose checksums then differ, nor in an array of objects."""
+    """Neither in the official files, whose checksums then differ, nor in an array of objects."""
     root = tmp_path_factory.mktemp("hostile")
     if as_arrays:
         header = io.BytesIO()
@@ -152,7 +152,7 @@ def member(name: str, content: bytes = b"", **attributes: object) -> tuple[tarfi
 def test_an_archive_of_another_checksum_is_not_even_opened(
     batches: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One with links, with files outside its folder, or that would fill memory does nothing."""
+    """Links, files outside its folder, and content that would fill memory do nothing."""
     root, outside = tmp_path / "data", tmp_path / "outside"
     root.mkdir()
     outside.mkdir()

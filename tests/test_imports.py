@@ -1,10 +1,10 @@
-"""Who imports whom: one direction, no circle."""
+"""Imports go one way, without cycles."""
 
 import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-LOW = {"cifar10", "runs", "memory", "terminal"}  # stand on nothing of ours
+LOW = {"cifar10", "runs", "memory", "terminal"}  # import none of our modules
 MAY = {
     **{key: set[str]() for key in {*LOW, "networks", "optimization"}},
     "reports": {"cifar10", "runs", "terminal"},

@@ -1,4 +1,4 @@
-"""One step of training, and what it reports."""
+"""One training step, and what it reports."""
 
 import shutil
 from pathlib import Path
@@ -127,7 +127,7 @@ def test_predictions_are_probabilities() -> None:
 def fitted(
     arrays: Path, model: ImageClassifier, accelerator: str = "cpu", **settings: Any
 ) -> Trainer:
-    """Train on the small data set for two epochs, the last batch of each a short one."""
+    """Train on the small data set for two epochs; the last batch of each is short."""
     data = CIFAR10DataModule(
         str(arrays), verify=False, batch_size=96, val_size=200, augment=[AlternatingFlip()]
     )
@@ -157,7 +157,7 @@ def test_a_compiled_step_trains_as_the_plain_one(arrays: Path, mode: Any) -> Non
 
 
 class Norms(Callback):
-    """Keeps the norm of the gradients that each step used."""
+    """Records the gradient norm that each step used."""
 
     def __init__(self) -> None:
         self.after_steps: list[float] = []
@@ -180,7 +180,7 @@ def test_gradients_can_be_clipped_and_accumulated(arrays: Path) -> None:
 
 
 class Unfreezes(Callback):
-    """Gives the optimizer more to train, as Lightning's callbacks for fine-tuning do."""
+    """Adds parameters to the optimizer, as Lightning's fine-tuning callbacks do."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer.optimizers[0].add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))]})
@@ -192,7 +192,7 @@ def test_a_callback_can_add_parameters_without_names(arrays: Path) -> None:
 
 
 class Logged(Callback):
-    """Counts what is logged."""
+    """Records the names that are logged."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []

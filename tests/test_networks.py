@@ -79,7 +79,7 @@ def test_max_pooling_is_pytorchs(
     shape: tuple[int, int, int, int], memory_format: torch.memory_format
 ) -> None:
     torch.manual_seed(0)
-    # Of distinct numbers, as of equal ones any may get the gradient.
+    # Distinct numbers, because any of several equal ones may get the gradient.
     images = torch.randperm(math.prod(shape)).view(shape).float() - 1000
     images = images.to(memory_format=memory_format)
     results = []

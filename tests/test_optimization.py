@@ -1,4 +1,4 @@
-"""Muon and SGD as one optimizer, and the schedule that goes with them."""
+"""Muon and SGD as one optimizer, and its schedule."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ def train_together(
     steps: int = 5,
     scale: float = 1.0,
 ) -> None:
-    """Give both the same gradients, and lower both learning rates; theirs are scaled."""
+    """Give both the same gradients and falling learning rates; theirs are scaled."""
     generator = torch.Generator().manual_seed(1)
     for step in range(steps):
         for mine, its in zip(ours, theirs, strict=True):
@@ -60,7 +60,7 @@ def test_the_rule_muon_is_pytorchs_on_filters_as_matrices(
     group = Group("*", lr=0.1, rule="muon", momentum=0.6, normalize=False)
     mine = MuonSGD([("a", ours[0]), ("b", ours[1])], {"all": group})
     its = torch.optim.Muon(theirs, lr=0.1, momentum=0.6, weight_decay=0.0, ns_steps=3)
-    # PyTorch's takes larger steps for tall matrices.
+    # PyTorch's Muon takes larger steps for tall matrices.
     rows, columns = theirs[0].shape
     for its_group in its.param_groups:
         its_group["adjust_lr_fn"] = "original"
@@ -119,7 +119,7 @@ def test_linear_decay_ends_where_each_group_says() -> None:
     optimizer = MuonSGD([("one", one), ("other", other)], groups)
     schedule = LinearDecay(optimizer)
     rates = []
-    for step in range(6):  # a step or two too many does not train backwards
+    for step in range(6):  # extra steps do not train backwards
         schedule.set_progress(step / 4)
         rates.append([group["lr"] for group in optimizer.param_groups])
     assert rates == [[1, 10], [0.5, 7.5], [0, 5], [0, 2.5], [0, 0], [0, 0]]
@@ -140,7 +140,7 @@ def test_warmup_cosine_is_the_curve_of_one_cycle(total: int) -> None:
             theirs.step()
         for found, optimizer in zip(rates, optimizers, strict=True):
             found.append(optimizer.param_groups[0]["lr"])
-    # PyTorch's is there a step earlier.
+    # PyTorch's schedule is a step ahead.
     assert rates[0] == pytest.approx(rates[1], abs=3.0 * 1.6 * 5 / total)
     assert max(rates[0]) == 3.0
     assert rates[0][0] == pytest.approx(0.12)

@@ -43,7 +43,7 @@ def pixels(of: int) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture(scope="session")
 def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of arrays of three classes."""
+    """A folder with arrays of three classes."""
     folder = tmp_path_factory.mktemp("three")
     for number, part in enumerate(("train", "test")):
         images, labels = pixels(number)
@@ -55,7 +55,7 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """A folder of pictures in several formats, by class."""
+    """A folder of image files in several formats, by class."""
     folder = tmp_path / "photos"
     images, labels = pixels(0)
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):

@@ -1,5 +1,5 @@
-"""Every callback, logger, profiler, strategy and trainer flag of Lightning either works, also when
-resuming, or says in one line what is wrong."""
+"""Each of Lightning's callbacks, loggers, profilers, strategies and trainer flags works, also on
+resume, or says in one line what is wrong."""
 
 import inspect
 import logging
@@ -20,21 +20,21 @@ T, CB = "--trainer.", "--trainer.callbacks"
 
 
 class Sorting(torch.optim.SGD):
-    """Sorts its parameters, as optimizers of one's own do."""
+    """Sorts its parameters, as custom optimizers may."""
 
     def __init__(self, params: Any, lr: float = 0.01) -> None:
         super().__init__(sorted(params, key=lambda p: p.ndim), lr=lr)
 
 
 class LogsF1(Callback):
-    """Logs a metric of its own."""
+    """Logs a custom metric."""
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pl_module.log("val/f1", float(trainer.current_epoch == 0))
 
 
 def images(batch: Any) -> int:
-    """Return how many images a batch has, for Lightning's ThroughputMonitor."""
+    """Return a batch's size, for Lightning's ThroughputMonitor."""
     return len(batch.labels)
 
 
@@ -44,7 +44,7 @@ def one(name: str, **arguments: object) -> list[str]:
     return [f"{CB}+={name}", *given]
 
 
-OFTEN = {  # those that do most to a run
+OFTEN = {  # those that affect a run the most
     "rate finder": one("LearningRateFinder"),
     "own metric": [*one("tests.test_parts.LogsF1"), "--checkpoint.monitor", "val/f1"],
     "plateau": ["--model.lr_scheduler", "torch.optim.lr_scheduler.ReduceLROnPlateau",
@@ -115,7 +115,7 @@ REFUSED = {
     "BackboneFinetuning": (one("BackboneFinetuning"), "needs a module with a `backbone`"),
     "CometLogger": ([f"{T}logger", "CometLogger"], "pip install -U 'comet"),
     "LitLogger": ([f"{T}logger", "lightning.pytorch.loggers.LitLogger"],
-                  "does not correspond to a subclass of Logger"),  # nor for LightningCLI
+                  "does not correspond to a subclass of Logger"),  # LightningCLI refuses it too
     "XLAProfiler": ([f"{T}profiler", "XLAProfiler"], "torch_xla"),
     "Timer": (one("Timer", duration="01:00:00:00"), "give it interval epoch"),
     "ddp_fork": ([f"{T}strategy", "ddp_fork"], "use ddp"),
@@ -146,10 +146,10 @@ ELSEWHERE = {"max_epochs", "max_steps", "fast_dev_run", "enable_checkpointing", 
 
 def resumes(run: Run, flags: list[str]) -> None:
     """Train with flags, resume, and repeat from the run's config.yaml."""
-    more = any("StochasticWeightAveraging" in word for word in flags)  # an epoch for batch norm
+    more = any("StochasticWeightAveraging" in word for word in flags)  # one more for batch norm
     run("fit", "--config", BASE, *flags)
     assert len(rows(RUN_0)) == 2 + more
-    if f"{CB}+=SpikeDetection" not in flags:  # it fails to load its own state, in Lightning 2.6
+    if f"{CB}+=SpikeDetection" not in flags:  # in Lightning 2.6, it fails to load its own state
         run("fit", "--ckpt_path", LAST, "--trainer.max_epochs", "4")
         assert len(rows(RUN_0)) == 4 + more
     run("fit", "--config", RUN_0 / "config.yaml", "--trainer.max_epochs", "1")

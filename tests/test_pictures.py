@@ -1,4 +1,4 @@
-"""Files that cannot be read as pictures do not stop the others, and the reason is given."""
+"""Unreadable image files do not stop the others, and the reason is given."""
 
 import os
 from pathlib import Path
@@ -19,7 +19,7 @@ def png(tmp_path: Path) -> Path:
 
 
 def unreadable(folder: Path, content: bytes) -> dict[str, str]:
-    """Write files that cannot be read; return the reason that is expected for each name."""
+    """Write unreadable files; return the expected reason for each name."""
     heic = b"\0\0\0\x1cftypheic\0\0\0\0mif1heic"
     (folder / "cut.png").write_bytes(content[: len(content) // 2])
     (folder / "empty.jpg").write_bytes(b"")

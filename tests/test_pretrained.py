@@ -1,4 +1,4 @@
-"""The trained models that come with the project."""
+"""The trained models that ship with the project."""
 
 import hashlib
 import shutil
@@ -18,7 +18,7 @@ LARGEST = 5_000_000  # bytes
 
 @pytest.fixture
 def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder, where results may be written."""
+    """A copy of the folder, where results may be written."""
     monkeypatch.chdir(tmp_path)
     return Path(shutil.copytree(FOLDER, "pretrained"))
 

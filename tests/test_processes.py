@@ -1,4 +1,4 @@
-"""Several processes train one model, and leave what one process leaves."""
+"""Several processes train one model, with the same results as one process."""
 
 import json
 import os
@@ -21,8 +21,8 @@ METRICS = [f"{stage}/{name}" for stage in ("train", "val", "test") for name in (
 
 @pytest.mark.slow
 def test_two_nodes_train_as_one_process_does(run: Run, arrays: Path, tmp_path: Path) -> None:
-    """Batches of 97 divide evenly neither over the ranks nor the epoch, nor do 203 images to
-    validate. Without batch norm, whose statistics are each rank's own."""
+    """Batches of 97 divide evenly neither over the ranks nor the epoch, nor do 203 validation
+    images. There is no batch norm, because its statistics are per rank."""
     settings = [
         *("fit", "--model.network", "tests.small.Flat", "--data.verify", "false"),
         *("--data.val_size", "203", "--data.batch_size", "97", "--data.test_curve", "true"),
@@ -85,8 +85,8 @@ def test_two_nodes_train_as_one_process_does(run: Run, arrays: Path, tmp_path: P
 def test_a_job_that_slurm_requeues_goes_on_exactly(
     arrays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SLURM warns with SIGUSR1, Lightning asks it to requeue the job, SLURM kills it and starts the
-    same command again."""
+    """SLURM warns with SIGUSR1, Lightning asks it to requeue the job, SLURM kills it and reruns
+    the same command."""
     args = [
         *("fit", "--config", str(BASE), "--data.augment+=cifar10.augment.RandomFlip"),
         *("--data.root", str(arrays), "--data.verify=false", "--data.val_size=200"),
@@ -124,7 +124,7 @@ def test_a_job_that_slurm_requeues_goes_on_exactly(
     train.main([*args, "--trainer.max_epochs=1"])  # the next command of the job
     (Path("runs/base/version_1/checkpoints/last.ckpt")).write_bytes(b"damaged")
     monkeypatch.setenv("SLURM_JOB_ID", "78")
-    train.main(args)  # a job that has saved nothing begins anew
+    train.main(args)  # a job that has saved nothing restarts
     assert is_same(
         *(weights(Path(f"runs/base/version_{i}/checkpoints/epoch_05.ckpt")) for i in (0, 2))
     )

@@ -1,4 +1,4 @@
-"""What holds for any size, seed and number of processes: hypothesis makes up examples."""
+"""What holds for any size, seed and number of processes, with examples from hypothesis."""
 
 from collections.abc import Callable
 from itertools import chain

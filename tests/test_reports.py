@@ -1,4 +1,4 @@
-"""What a trained model says of itself: the test report, the card, TensorBoard, predictions."""
+"""What is reported on a trained model: the test report, the card, TensorBoard, predictions."""
 
 import copy
 import csv
@@ -48,7 +48,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def some_predictions(size: int = 2000, seed: int = 0) -> Predictions:
-    """Return predictions whose probabilities are right: labels are drawn from them."""
+    """Return calibrated predictions: labels are drawn from their probabilities."""
     generator = torch.Generator().manual_seed(seed)
     logits = 1.5 * torch.randn(size, 10, generator=generator)
     labels = torch.multinomial(logits.softmax(dim=1), 1, generator=generator)[:, 0]
@@ -212,12 +212,12 @@ def test_the_report_says_what_a_plain_loop_finds(run: Run, arrays: Path) -> None
 
 
 def test_grad_cam_is_where_the_class_is() -> None:
-    # A convolution that hands brightness on, and a class that is the mean of its maps.
+    # A convolution that passes brightness on, and classes that weigh the mean of its map.
     conv = nn.Conv2d(3, 1, 1, bias=False)
     nn.init.ones_(conv.weight)
     head = nn.Linear(1, 10, bias=False)
     with torch.no_grad():
-        head.weight.copy_(torch.arange(10)[:, None] - 4.5)  # the last classes like what is bright
+        head.weight.copy_(torch.arange(10)[:, None] - 4.5)  # brightness favours the last classes
     network = nn.Sequential(conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
     images = torch.zeros(2, 3, 32, 32)
     images[0, :, 4:8, 20:30], images[1, :, 16:, :] = 1, 0.5
@@ -231,7 +231,7 @@ def test_grad_cam_is_where_the_class_is() -> None:
     assert torch.equal(found, (images[:, 0] > 0).float())
     assert not none.any(), "what is bright speaks against these"
     assert network[0].weight.grad is None
-    # Batch norm takes away what a convolution adds: its maps have no zero of their own.
+    # Batch norm cancels the convolution's bias: the zero of its maps is arbitrary.
     shifted = copy.deepcopy(network)
     shifted[0].bias = nn.Parameter(torch.full((1,), -9.0))
     norm = nn.BatchNorm2d(1, eps=0).eval()
@@ -275,7 +275,7 @@ def test_probabilities_are_calibrated_by_what_validation_says(
         sure = ["" if divisor == 1 else "yes" if p >= least else "no" for p in expected]
         assert [row["sure"] for row in rows(RUN_0 / "predictions.csv")[:20]] == sure
 
-    # The same in every precision of training, as exports compute in 32 bits too.
+    # The same in every training precision, because exports compute in 32 bits too.
     half = ("--trainer.precision", "bf16-mixed", "--trainer.max_epochs", "1", "--name", "half")
     run("fit", "--config", BASE, *half)
     last = Path("runs/half/version_0/checkpoints/last.ckpt")
@@ -287,7 +287,7 @@ def test_probabilities_are_calibrated_by_what_validation_says(
     found = [float(row["probability"]) for row in rows(last.parents[1] / "predictions.csv")]
     assert found == pytest.approx(expected.tolist(), abs=2e-4)
 
-    # All images train, and the temperature is that of the twin.
+    # Trained on all images, the twin takes the temperature of `LAST`.
     run("fit", "--config", BASE, "--data.val_size", "0", "--name", "twin", "--model.calibrate",
         LAST, "--trainer.max_epochs", "1")  # fmt: skip
     twin = Path("runs/twin/version_0/checkpoints/last.ckpt")
@@ -308,7 +308,7 @@ def test_probabilities_are_calibrated_by_what_validation_says(
 
 
 def test_a_model_that_is_right_everywhere_has_no_temperature(run: Run, fails: Run) -> None:
-    """The best would be 0, which makes every probability 1."""
+    """The best temperature would be 0, which makes every probability 1."""
     run("fit", "--config", BASE, "--model.network", "tests.small.Flat", "--data.val_size", "10",
         "--data.stratify", "true", "--trainer.max_epochs", "6")  # fmt: skip
     checkpoint = torch.load(LAST, weights_only=True)
@@ -324,14 +324,14 @@ def test_a_temperature_is_of_the_weights_that_it_is_saved_with(run: Run, arrays:
     for name, has_one in (("epoch_01.ckpt", True), ("last.ckpt", False)):
         checkpoint = torch.load(LAST.with_name(name), weights_only=True)
         assert (checkpoint["temperature"] is not None) == has_one
-    # That of the epoch that was chosen, and none of weights that have trained on.
+    # The card has the chosen epoch's temperature; weights trained further have none.
     assert "**Probabilities**: calibrated" in (RUN_0 / "model.md").read_text()
     all_images = ("--data.val_size", "0", "--trainer.max_epochs", "4")
     run("fit", "--ckpt_path", LAST.with_name("epoch_01.ckpt"), *all_images, "--name", "on")
     on = Path("runs/on/version_0")
     assert "**Probabilities**: not calibrated" in (on / "model.md").read_text()
     assert torch.load(on / "checkpoints/last.ckpt", weights_only=True)["temperature"] is None
-    # What was saved with a validation, and resumed, has that one's.
+    # A run resumed from a validated checkpoint keeps its temperature.
     early = ("--name", "early", "--checkpoint.save_on_train_epoch_end", "false")
     run("fit", "--config", BASE, *early, "--trainer.max_epochs", "1")
     last = Path("runs/early/version_0/checkpoints/last.ckpt")
@@ -339,7 +339,7 @@ def test_a_temperature_is_of_the_weights_that_it_is_saved_with(run: Run, arrays:
     last.unlink()
     run("fit", "--ckpt_path", last.with_name("epoch_00.ckpt"))
     assert torch.load(last, weights_only=True)["temperature"] == temperature is not None
-    # This one changes the weights between validation and checkpoint.
+    # ModelPruning changes the weights between validation and checkpoint.
     pruning = "lightning.pytorch.callbacks.ModelPruning"
     run("fit", "--config", BASE, "--trainer.max_epochs", "1", "--name", "changed",
         "--trainer.callbacks", pruning,
@@ -347,7 +347,7 @@ def test_a_temperature_is_of_the_weights_that_it_is_saved_with(run: Run, arrays:
     last = sorted(Path("runs/changed").glob("*/checkpoints/*.ckpt"))[-1]
     assert torch.load(last, weights_only=True)["temperature"] is None
 
-    # One of an earlier version has none, and one to share has 16 bits.
+    # Checkpoints of earlier versions have no temperature; shared ones have 16 bits.
     older = torch.load(LAST.with_name("epoch_01.ckpt"), weights_only=True)
     del older["temperature"]
     torch.save(older, "older.ckpt")
@@ -543,7 +543,7 @@ def test_the_comparison_is_mcnemars_and_its_interval_covers() -> None:
     first[:930], second[60:1000] = True, True
     found = compare.comparison(first, second)
     assert (found["only_first"], found["only_second"]) == (60, 70)
-    # the exact test by its definition: a fair coin for each image that one alone has right
+    # the exact test by its definition: a fair coin for each image that only one gets right
     tail = sum(math.comb(130, k) for k in range(61)) / 2**130
     assert found["p"] == pytest.approx(2 * tail)
     gains = second.astype(float) - first
@@ -617,7 +617,7 @@ def test_pictures_are_explained(run: Run, fails: Run, pictures: Path) -> None:
     long = pictures / f"{'n' * 240}.png"
     (pictures / "07.png").rename(long)
     run("predict", "--ckpt_path", last, "--data.images", long, "--explain", "true")
-    (only,) = Path("runs/conv/version_0/explained").iterdir()  # none of before
+    (only,) = Path("runs/conv/version_0/explained").iterdir()  # the earlier ones are gone
     assert only.name == f"0000_{'n' * 50}.png"
     run("predict", "--ckpt_path", last, "--data.images", long)
     assert not list(Path("runs/conv/version_0/explained").iterdir()), "they are of another one"
@@ -645,7 +645,7 @@ def test_a_file_that_is_no_picture_is_named_and_the_rest_is_done(
 
 
 def square(size: int, *, turned: bool = False) -> Image.Image:
-    """Return a picture that is red on the left and blue on the right; turned, on top and below."""
+    """Return an image, red on the left and blue on the right; turned, on top and below."""
     pixels = np.zeros((size, size, 3), np.uint8)
     pixels[:, : size // 2, 0] = pixels[:, size // 2 :, 2] = 200
     return Image.fromarray(pixels.swapaxes(0, 1) if turned else pixels)
@@ -663,7 +663,7 @@ def test_formats_are_read_alike(tmp_path: Path, name: str) -> None:
 def test_modes_sizes_and_rotation(tmp_path: Path) -> None:
     file = tmp_path / "a.png"
     turn = Image.Exif()
-    turn[0x0112] = 8  # to be turned left to stand upright
+    turn[0x0112] = 8  # to be rotated left to stand upright
     square(64, turned=True).save(file, exif=turn)
     upright = read_picture(file)
     for row in (4, 27):

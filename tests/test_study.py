@@ -52,7 +52,7 @@ def ask(arrays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
 
 
 def asking(arrays: Path) -> Callable[..., Path]:
-    """Return what writes a study of the small data set, here."""
+    """Return a function that writes a study of the small data set to the current folder."""
 
     def ask(fixed: dict[str, Any] | None = None, **settings: Any) -> Path:
         small = {
@@ -89,8 +89,8 @@ TWO = {"trainer.max_epochs": 2}
 
 @pytest.fixture(scope="session")
 def finished(arrays: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A folder with a finished study of two settings and two seeds, and what it printed; made once
-    for all processes that run these tests."""
+    """A folder with a finished study of two settings and two seeds, and its output; made once for
+    all test processes."""
     is_worker = "PYTEST_XDIST_WORKER" in os.environ
     parent = tmp_path_factory.getbasetemp().parent if is_worker else tmp_path_factory.mktemp("all")
     folder = parent / "finished"
@@ -110,7 +110,7 @@ def finished(arrays: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 def after(
     finished: tuple[Path, str], tmp_path: Path, ask: Callable[..., Path]
 ) -> Callable[..., Path]:
-    """Be where that study was run, in a copy, and write another."""
+    """Write another study in a copy of that study's folder."""
     shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
     return ask
 
@@ -121,7 +121,7 @@ def runs(folder: Path = FOLDER) -> dict[str, Path]:
 
 
 def table(folder: Path = FOLDER) -> dict[tuple[str, int], Any]:
-    """Return how each run ended, and its epochs without what is measured in seconds."""
+    """Return how each run ended, and its epochs without their seconds."""
     lines = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
     for line in lines:
         line["epochs"].pop("seconds", None)
@@ -129,7 +129,7 @@ def table(folder: Path = FOLDER) -> dict[tuple[str, int], Any]:
 
 
 def trials(storage: str = "journal:runs/question/journal.log") -> list[FrozenTrial]:
-    """Return the trials of Optuna's record."""
+    """Return the trials in Optuna's storage."""
     is_journal = storage.startswith("journal:")
     path = storage.removeprefix("journal:")
     opened: Any = JournalStorage(JournalFileBackend(path)) if is_journal else storage
@@ -138,14 +138,14 @@ def trials(storage: str = "journal:runs/question/journal.log") -> list[FrozenTri
 
 
 def starts(folder: Path = FOLDER) -> int:
-    """Return how often a run was begun or gone on with."""
-    header = "output for 128 images"  # of the table of layers
+    """Return how often runs were started or resumed."""
+    header = "output for 128 images"  # of the layer summary
     return sum(log.read_text().count(header) for log in folder.glob("*/fit.log"))
 
 
 def command(*args: object, core: int | None = None) -> subprocess.Popen[str]:
-    """Start `python study.py` as a user does, with all that it starts in a group of its own; on a
-    core of its own, if there is a choice."""
+    """Start `python study.py` as a user does, in its own process group and, if there is a choice,
+    on its own core."""
 
     def on_core() -> None:
         if core is not None and hasattr(os, "sched_setaffinity"):
@@ -159,7 +159,7 @@ def command(*args: object, core: int | None = None) -> subprocess.Popen[str]:
 
 
 def fails(capsys: pytest.CaptureFixture[str], *args: object) -> str:
-    """Run a study that must fail before anything is written; return its one line."""
+    """Run a study that must fail before anything is written; return its error line."""
     with pytest.raises(SystemExit) as stopped:
         study.main([str(arg) for arg in args])
     code = stopped.value.code
@@ -185,7 +185,7 @@ def test_a_study_runs_every_setting_with_every_seed_and_answers(
     assert "[4/4] " in out
     assert re.search(r"^\[1/4\] .*; 3 left, about [1-9]\d* min$", out, re.M)
 
-    # the answer says what the runs' own files say
+    # the answer agrees with the runs' own files
     text = (FOLDER / "answer.md").read_text()
     for name in names:
         epochs = rows(runs()[name])
@@ -203,7 +203,7 @@ def test_a_study_runs_every_setting_with_every_seed_and_answers(
 
 
 def rows(version: Path) -> list[dict[str, float]]:
-    """Return the epochs of a run by its `metrics.csv`."""
+    """Return the epochs of a run from its `metrics.csv`."""
     lines = (version / "metrics.csv").read_text().splitlines()
     header = lines[0].split(",")
     return [dict(zip(header, map(float, line.split(",")), strict=True)) for line in lines[1:]]
@@ -211,7 +211,7 @@ def rows(version: Path) -> list[dict[str, float]]:
 
 def test_each_run_is_one_that_train_makes(after: Callable[..., Path], run: Run) -> None:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the study's two jobs had, where there are two cores
+    torch.set_num_threads(1)  # as in the study's two jobs on two cores
     run("fit", "--config", BASE, "--data.batch_size", "100",
         "--model.optimizer.lr", "0.0001", "--seed_everything", "1", "--name", "alone")  # fmt: skip
     torch.set_num_threads(threads)
@@ -271,7 +271,7 @@ def test_a_record_by_other_code_is_taken_only_if_asked_and_the_answer_says_so(
     study.main([str(file), "--jobs", "0"])
     assert len(table()) == 3, "in the same folder too"
 
-    # nor is one of other settings, images or packages
+    # nor is a run with other settings, images or packages taken
     for part, key, value in (
         ("versions", "torch", "1.0"),
         ("images", "train", "CIFAR-10"),
@@ -294,7 +294,7 @@ def test_a_record_is_taken_only_for_the_settings_that_it_had(
     lines = [json.loads(line) for line in (FOLDER / "runs.jsonl").read_text().splitlines()]
 
     def taken(fixed: dict[str, Any], change: Callable[[Any], None], **asked: Any) -> int:
-        """Return how many runs of a changed record a study takes, and check its own record."""
+        """Return how many runs of a changed record a study takes; check its own record."""
         changed = [json.loads(json.dumps(line)) for line in lines]
         for line in changed:
             change(line["settings"])
@@ -318,11 +318,11 @@ def test_a_record_is_taken_only_for_the_settings_that_it_had(
     assert taken({}, nothing) == 4
     assert taken(one_batch, lambda its: its["trainer"].update(limit_train_batches=1)) == 4
     assert taken(all_batches, lambda its: its["trainer"].update(limit_train_batches=1)) == 0
-    # a setting that the record's version did not have
+    # an argument that the record's version lacks
     assert taken({}, lambda its: its["model"].pop("label_smoothing")) == 4
     smoothing = {"model.label_smoothing": 0.1}
     assert taken(smoothing, lambda its: its["model"].pop("label_smoothing")) == 0
-    # variants by other names
+    # variants with other names
     variants = {"fast": {"model.optimizer.lr": 0.002}, "slow": {"model.optimizer.lr": 0.0001}}
     assert taken({}, nothing, grid={}, variants=variants) == 4
     assert {setting for setting, _ in table()} == {"fast", "slow"}
@@ -507,7 +507,7 @@ def test_a_search_picks_every_setting_that_it_is_asked_for_and_none_twice(tmp_pa
     question = Question("Q?", str(BASE), search=search, trials=30, seeds=[0])
     queue = Queue(question, {}, tmp_path / "runs", None, False)
     picked = []
-    while trial := queue.take():  # of which the sampler has a favourite
+    while trial := queue.take():  # the sampler has a favourite
         picked.append(trial.user_attrs["flags"])
         queue.study.tell(trial, float(trial.params["data.batch_size"] == 3))
     assert len({json.dumps(flags) for flags in picked}) == len(picked) == 25
@@ -548,7 +548,7 @@ def test_another_value_beside_a_pruner_leaves_the_runs_that_were_done(tmp_path: 
     assert then
     assert then.user_attrs["flags"] == {lr: 0.2}
 
-    # of another recipe it would learn what is not so of this one
+    # from another recipe, the pruner would learn what doesn't hold for this one
     (tmp_path / "recipe.yaml").write_text("model: {label_smoothing: 0.1}")
     other = replace(after, config=[str(BASE), str(tmp_path / "recipe.yaml")])
     for smoothing in (0.1, 0.2):
@@ -562,7 +562,7 @@ def test_another_value_beside_a_pruner_leaves_the_runs_that_were_done(tmp_path: 
 def test_what_a_result_depends_on_tells_settings_apart(
     ask: Callable[..., Path], arrays: Path, tmp_path: Path
 ) -> None:
-    """Images, networks of one's own, and their code."""
+    """Images, custom networks and their code."""
     shutil.copytree(arrays, tmp_path / "noisy")
     labels = tmp_path / "noisy" / "cifar-10-arrays" / "train_labels.npy"
     np.save(labels, np.random.default_rng(0).permutation(np.load(labels)))
@@ -580,7 +580,7 @@ def test_what_a_result_depends_on_tells_settings_apart(
     assert ["mynet" in code for code in codes] == [True, False, True, False]
     assert all("tests.small" in code for code in codes)
 
-    # code that has changed starts its runs anew, and only these
+    # changed code restarts its runs, and only those
     Path("mynet.py").write_text(network.replace("pass", "changed = True"))
     said = command(file, "--jobs", "2").communicate()[0]
     assert "2 runs are by other code (mynet) and start anew" in said
@@ -619,8 +619,8 @@ def test_every_published_answer_follows_from_its_record(
 
 
 def killed_after_an_epoch(file: Path, epoch: int, whole: bool) -> None:
-    """Start a study and kill it, with its runs or without, when one of its two runs has had an
-    epoch; there they wait in the next."""
+    """Start a study and kill it, with its runs or without, once one of its two runs has finished
+    `epoch`; the runs wait in the next one."""
     Path("wait_in").write_text(f"{epoch + 1}")
     process, deadline = command(file, "--jobs", 2), time.monotonic() + 120
     while time.monotonic() < deadline:
@@ -645,7 +645,7 @@ def test_killed_in_an_epoch_and_started_again_it_answers_the_same(
     )
     killed_after_an_epoch(file, epoch=1, whole=True)
     killed_after_an_epoch(file, epoch=3, whole=False)
-    Path("wait_in").unlink()  # the runs that live on end; the study waits for that
+    Path("wait_in").unlink()  # the surviving runs end; the study waits for them
     study.main([str(file), "--jobs", "2"])
     broken = table()
     logs = [log.read_text() for log in FOLDER.glob("*/fit.log")]
@@ -670,7 +670,7 @@ def test_interrupted_it_leaves_its_runs_to_the_next(
         time.sleep(0.01)
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
     time.sleep(2)
-    Path("wait_in").unlink()  # a run ends with its batch
+    Path("wait_in").unlink()  # a run stops after its batch
     process.communicate()
     assert process.returncode == 128 + number
     assert [trial.state for trial in trials()] == [TrialState.FAIL]
@@ -699,7 +699,7 @@ def test_other_settings_in_the_same_folder_are_another_run(
 
 
 def shared(ask: Callable[..., Path], storage: str) -> Path:
-    """Start one study twice at once, and assert that every run was done, once."""
+    """Start one study twice at once, and assert that every run was done exactly once."""
     meets = {"trainer.callbacks": [{"class_path": "tests.small.Meets"}]}
     fixed = CONVNET | meets | {"trainer.max_epochs": 4}
     file = ask(fixed, grid={"data.batch_size": [100, 200]}, seeds=[0, 1])
@@ -743,12 +743,12 @@ def test_the_run_of_a_killed_worker_is_finished_by_the_other(ask: Callable[..., 
 
 @pytest.fixture(scope="session")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A PostgreSQL server of this session's own."""
+    """A PostgreSQL server for the test session."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     initdb = str(found[-1]) if found else shutil.which("initdb")
     if initdb is None:
         pytest.skip("needs PostgreSQL (Debian's package postgresql)")
-    # Its server refuses to run as root.
+    # PostgreSQL refuses to run as root.
     user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
     folder = tmp_path_factory.mktemp("postgres")
     if user:
@@ -916,7 +916,7 @@ def answer(
     epochs: int = 3,
     **asked: Any,
 ) -> Answer:
-    """Return the answer to runs of three epochs, of which the second is the best."""
+    """Return the answer to runs of three epochs, the second of which is the best."""
     records = {}
     for setting, of_seed in values.items():
         for seed, value in enumerate(of_seed):
@@ -992,7 +992,7 @@ def test_at_most_one_study_in_twenty_finds_a_difference_that_is_not_there(
     pairs = [(i, j) for j in range(5) for i in range(j)]
     for _ in range(studies):
         values = rng.normal(size=(seeds, 5)) * [1, 1, 2, 0.5, 1] + rng.normal(size=(seeds, 1))
-        values[:, 4] += shift  # one that differs, or none
+        values[:, 4] += shift  # one level that differs, or none
         p = corrected_p(np.stack([values[:, j] - values[:, i] for i, j in pairs], axis=1))
         is_real = np.array([4 in pair and shift > 0 for pair in pairs])
         false += (p[~is_real] < 0.05).any()

@@ -1,4 +1,4 @@
-"""W&B and MLflow get the settings, the curves and the chosen epoch, at once."""
+"""W&B and MLflow together get the hyperparameters, the curves and the chosen epoch."""
 
 import importlib.util
 import json
@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(not HAS_BOTH, reason="wandb and mlflow are not installed"),
 ]
 T = "--trainer.logger"
-SETTINGS = {  # as both name them, with what this run has
+SETTINGS = {  # names that both use, with this run's values
     "optimizer/class_path": "torch.optim.Adam",
     "optimizer/init_args/lr": 0.001, "batch_size": 64, "val_size": 200, "seed_everything": 3,
     "trainer.max_epochs": 3, "trainer.gradient_clip_val": 1, "name": "base",
@@ -33,18 +33,17 @@ CURVES = ("train/loss", "train/acc", "val/loss", "val/acc")
 
 
 def wandb_records(file: Path) -> Iterator[Any]:
-    """Yield the records of an offline run: LevelDB's log format, of which protobuf messages are
-    the content."""
+    """Yield the records of an offline run: protobuf messages in LevelDB's log format."""
     from wandb.proto import wandb_internal_pb2
 
     data, at, whole = file.read_bytes(), 7, b""
     while at + 7 <= len(data):
-        if (left := 32768 - at % 32768) < 7:  # no part of a record begins in the rest of a block
+        if (left := 32768 - at % 32768) < 7:  # no part of a record begins so late in a block
             at += left
             continue
         _, size, kind = struct.unpack("<IHB", data[at : at + 7])
         whole, at = whole + data[at + 7 : at + 7 + size], at + 7 + size
-        if kind in (1, 4):  # the whole of it, or its last part
+        if kind in (1, 4):  # a whole record, or its last part
             record: Any = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
             record.ParseFromString(whole)
             yield record
@@ -52,10 +51,10 @@ def wandb_records(file: Path) -> Iterator[Any]:
 
 
 def program(*words: str) -> "subprocess.CompletedProcess[str]":
-    """Run train.py in a process of its own, as W&B keeps the state of a process."""
+    """Run train.py in its own process, because W&B keeps per-process state."""
     command = [sys.executable, str(BASE.parents[1] / "train.py"), *words]
     env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
-    env["NETRC"] = str(Path("none").absolute())  # nobody's
+    env["NETRC"] = str(Path("none").absolute())  # no such file
     return subprocess.run(command, env=env, capture_output=True, text=True)
 
 
@@ -132,4 +131,4 @@ def test_what_a_tracker_refuses_is_said_in_one_line(
     again = ("fit", "--ckpt_path", last, "--trainer.max_epochs", "2")
     of = (f"{T}.run_id", logged.info.run_id)
     assert "Changing param values is not allowed" in fails(*again, *logs, *of)
-    run(*again)  # into another of MLflow's runs
+    run(*again)  # into another MLflow run

@@ -1,4 +1,4 @@
-"""The command line: runs, checkpoints, and what a wrong input gets."""
+"""The command line: runs, checkpoints and wrong input."""
 
 import csv
 import errno
@@ -35,7 +35,7 @@ from tests.small import Flat
 
 ROOT = Path(__file__).parents[1]
 RUN_0 = Path("runs/base/version_0")
-CONVNET = ("--model.network", "ConvNet")  # as base.yaml has it
+CONVNET = ("--model.network", "ConvNet")  # as in base.yaml
 
 
 def rows(run_folder: Path) -> list[dict[str, float]]:
@@ -78,7 +78,7 @@ def test_recipes_say_what_the_report_says(
 
 
 class Wide(Flat):
-    """A network with an argument of the same name as one of ConvNet's."""
+    """A network that shares the name of an argument with ConvNet."""
 
     def __init__(self, dense_units: int = 3) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ def test_the_chosen_epoch_is_the_one_that_is_said_to_be(run: Run) -> None:
     assert f"best  epoch {best['epoch']:.0f}, val/loss {best['val/loss']:.4f}" in out
 
 
-# --------------------------------------------------------------- a checkpoint is enough to go on
+# -------------------------------------------------------------- a checkpoint is enough to resume
 
 
 def test_checkpoint_alone_repeats_the_test_curve_exactly(run: Run) -> None:
@@ -346,7 +346,7 @@ class Stop(Callback):
 def test_a_signal_stops_a_run_that_can_go_on(
     run: Run, capsys: pytest.CaptureFixture[str], number: signal.Signals, epoch: int
 ) -> None:
-    # Python's own, which is missing where the tests run in the background of a script.
+    # Python's own, which is missing if a script runs the tests in the background.
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     stop = {
         "class_path": "tests.test_train.Stop",
@@ -455,7 +455,7 @@ def test_last_and_best_mean_the_newest_run_of_the_recipe(run: Run, tmp_path: Pat
     out = run("fit", *where, "--ckpt_path", "last", "--trainer.max_epochs", "4")
     assert f"run   {folder}" in out
     out = run("fit", "--config", config, "--ckpt_path", "last", "--trainer.max_epochs", "5")
-    assert f"run   {folder}" in out  # by the name in the file
+    assert f"run   {folder}" in out  # by the name in the config
     (tmp_path / "nameless.yaml").write_text("model:\n  label_smoothing: 0.1\n")
     both = ["--config", config, "--config", tmp_path / "nameless.yaml"]
     assert "epoch 4:" in run("validate", *both, "--ckpt_path", "last")
@@ -496,7 +496,7 @@ def test_predict_writes_a_class_for_every_test_image(run: Run) -> None:
     assert right / len(labels) == pytest.approx(rows(RUN_0)[-1]["test/acc"])
 
 
-# ------------------------------------------------------------------------ what a wrong input gets
+# ------------------------------------------------------------------------------------ wrong input
 
 
 @pytest.mark.parametrize(
@@ -670,7 +670,7 @@ def test_a_metric_that_is_never_logged_chooses_nothing(fails: Run) -> None:
 
 
 class Evil:
-    """Unpickled by a plain `pickle.load`, it makes a folder."""
+    """Makes a folder when a plain `pickle.load` unpickles it."""
 
     def __reduce__(self) -> tuple[object, ...]:
         return os.mkdir, ("proof",)
@@ -760,7 +760,7 @@ def test_a_person_at_a_terminal_sees_a_bar(arrays: Path, tmp_path: Path) -> None
     try:
         while chunk := os.read(master, 65536):
             shown += chunk
-    except OSError:  # how a terminal ends on Linux
+    except OSError:  # the end of a terminal on Linux
         pass
     assert process.wait(timeout=300) == 0
     lines = re.split(r"[\r\n]+", shown.decode())
@@ -898,7 +898,7 @@ def test_a_cosine_that_ends_before_the_training_is_told(run: Run) -> None:
     cosine = ("--model.lr_scheduler", "CosineAnnealingLR", "--model.lr_scheduler.T_max")
     said = "the learning rate rises again after T_max 1 of 2"
     assert said in run("fit", "--config", BASE, *cosine, "1")
-    steps = ("--trainer.max_epochs", "9", "--trainer.max_steps", "8")  # which end in an epoch
+    steps = ("--trainer.max_epochs", "9", "--trainer.max_steps", "8")  # stops inside an epoch
     assert "rises again" not in run("fit", "--config", BASE, *cosine, "2", *steps)
     assert "rises again" not in run("fit", "--config", BASE, *cosine, "2")
 
