@@ -121,10 +121,10 @@ class RecordableModule(LightningModule):
                         self.lr_scheduler_step(config.scheduler, None)
             self.recorded(*batch)
         self.steps_inside_call = 0
-        loop, more = self.trainer.fit_loop.epoch_loop, len(batches) - 1
-        loop._batches_that_stepped += more  # the loggers' step
+        loop, extra_steps = self.trainer.fit_loop.epoch_loop, len(batches) - 1
+        loop._batches_that_stepped += extra_steps  # the loggers' step
         for steps in vars(loop.automatic_optimization.optim_progress.optimizer.step).values():
-            steps.increment_by(more)
+            steps.increment_by(extra_steps)
         loss, correct = self.sums.unbind()
         images = sum(self.images_of_step(len(batch[0])) for batch in batches)
         loss = loss / images
@@ -263,8 +263,8 @@ class RecordedStep:
         if self.graph is None and is_usual and self.warm_ups == WARM_UP:
             self._record()
         if self.graph is not None and is_usual:
-            for kept, new in zip(self.inputs, batch, strict=True):
-                kept.copy_(new)
+            for buffer, tensor in zip(self.inputs, batch, strict=True):
+                buffer.copy_(tensor)
             self.graph.replay()
             return
         self.inputs = self.inputs or [tensor.clone() for tensor in batch]
@@ -302,13 +302,13 @@ class RecordedStep:
     @contextmanager
     def _tensors_in_groups(self) -> Iterator[None]:
         groups = self.optimizer.param_groups
-        before = [dict(group) for group in groups]
+        saved = [dict(group) for group in groups]
         for group, rate in zip(groups, self.rates, strict=True):
             group.update(self.settings, lr=rate)
         try:
             yield
         finally:
-            for group, numbers in zip(groups, before, strict=True):
+            for group, numbers in zip(groups, saved, strict=True):
                 group.update(numbers)
 
     def _record(self) -> None:
@@ -339,7 +339,7 @@ def recordable(optimizer: Optimizer) -> dict[str, Any] | None:
 
 def why_not(trainer: Trainer) -> str:
     """Return why a trainer's steps can't be recorded on a GPU; an empty string if they can."""
-    scales = getattr(trainer.precision_plugin, "scaler", None) is not None
+    scales_loss = getattr(trainer.precision_plugin, "scaler", None) is not None
     unknown = [
         type(callback).__name__
         for callback in _callbacks(trainer)
@@ -352,10 +352,10 @@ def why_not(trainer: Trainer) -> str:
             trainer.accumulate_grad_batches > 1
         ),
         "leaves nothing for trainer.detect_anomaly to look at": trainer._detect_anomaly,
-        "knows no trainer.precision that scales the loss: use bf16-mixed": scales,
+        "knows no trainer.precision that scales the loss: use bf16-mixed": scales_loss,
         f"does not know what {', '.join(unknown)} may do within a step": unknown,
     }
-    return next((reason for reason, is_so in reasons.items() if is_so), "")
+    return next((reason for reason, applies in reasons.items() if applies), "")
 
 
 def decides_on_cpu(*modules: nn.Module) -> str:
@@ -372,7 +372,7 @@ def steps_a_call(trainer: Trainer) -> int:
     """Return how many steps a `training_step` call may make: one if anything counts batches or acts
     on each."""
     shares = (trainer.limit_train_batches, trainer.val_check_interval)
-    counts = (
+    needs_single_steps = (
         any(share != 1.0 or isinstance(share, int) for share in shares)  # 1 is one batch, 1.0 all
         or "SLURM_JOB_ID" in os.environ  # its signals may save within a call
         or trainer.max_steps != -1
@@ -381,7 +381,7 @@ def steps_a_call(trainer: Trainer) -> int:
         or getattr(trainer.lightning_module, "log_steps", False)
         or any(_watches_batches(callback) for callback in _callbacks(trainer))
     )
-    return 1 if counts else STEPS_A_CALL
+    return 1 if needs_single_steps else STEPS_A_CALL
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:

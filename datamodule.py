@@ -180,7 +180,7 @@ class CIFAR10DataModule(LightningDataModule):
             name: ImageSet(images, labels.long(), torch.arange(len(labels))).to(self.device)
             for name, (images, labels, _) in sets.items()
         }
-        self.skipped = sum(of.skipped for of in sets.values())
+        self.skipped = sum(test_set.skipped for test_set in sets.values())
         self.test_set = next(iter(self.test_sets.values()))
 
     @property
@@ -232,7 +232,7 @@ class CIFAR10DataModule(LightningDataModule):
     def __str__(self) -> str:
         """Return the number of images in each set, after `setup`."""
         sets = {k: getattr(self, f"{k}_set", None) for k in ("train", "val", "test")}
-        sizes = ", ".join(f"{len(of):,} {name}" for name, of in sets.items() if of is not None)
+        sizes = ", ".join(f"{len(s):,} {name}" for name, s in sets.items() if s is not None)
         return f"CIFAR10DataModule: {f'{sizes} images' if sizes else 'call setup() first'}"
 
     def identity(self, part: Literal["train", "test"]) -> str:
@@ -240,14 +240,14 @@ class CIFAR10DataModule(LightningDataModule):
         if self.verify and not self.other_test_set and classes_in(self.root) is None:
             return "CIFAR-10"
         if part == "test" and len(self.test_sets) > 1:
-            arrays = (a for of in self.test_sets.values() for a in (of.images, of.labels))
+            arrays = (a for s in self.test_sets.values() for a in (s.images, s.labels))
             hashes = (archive.sha256(array.cpu()) for array in arrays)
             return hashlib.sha256("".join(hashes).encode()).hexdigest()[:12]
         image_set: ImageSet = self.train_set if part == "train" else self.test_set
         labels = image_set.labels.to(torch.uint8)
-        found = [archive.sha256(tensor.cpu()) for tensor in (image_set.images, labels)]
+        checksums = [archive.sha256(tensor.cpu()) for tensor in (image_set.images, labels)]
         expected = [archive.SHA256[f"{part}_{name}"] for name in ("images", "labels")]
-        return "CIFAR-10" if found == expected else found[0][:6] + found[1][:6]
+        return "CIFAR-10" if checksums == expected else checksums[0][:6] + checksums[1][:6]
 
     @property
     def _predicts_pictures(self) -> bool:
@@ -292,7 +292,7 @@ class CIFAR10DataModule(LightningDataModule):
 
     def test_dataloader(self) -> Any:
         """Return the test set, or a list if there are several."""
-        loaders = [self._eval_batches(of) for of in self.test_sets.values()]
+        loaders = [self._eval_batches(image_set) for image_set in self.test_sets.values()]
         return loaders if len(loaders) > 1 else loaders[0]
 
     def predict_dataloader(self) -> Any:

@@ -135,9 +135,9 @@ class ImageClassifier(RecordableModule):
         hardest: ClosedUnitInterval | None = None,
     ) -> None:
         super().__init__(cuda_graph)
-        built = ["network", "proxy", "optimizer", "lr_scheduler"]
+        ignored = ["network", "proxy", "optimizer", "lr_scheduler"]
         # For use from Python; the command line also saves how to build the ignored ones.
-        self.save_hyperparameters(ignore=built, logger=False)
+        self.save_hyperparameters(ignore=ignored, logger=False)
         self.network = network
         self.proxy = proxy
         self.hardest = 0.5 if hardest is None else hardest
@@ -152,14 +152,14 @@ class ImageClassifier(RecordableModule):
         self.lr: float | None = None  # found by Lightning's LearningRateFinder
         self.frozen: list[nn.Parameter] = []  # by `_freeze`
         self.label_smoothing = label_smoothing
-        of_classes = None if class_weights is None else torch.tensor(class_weights).float()
+        loss_weights = None if class_weights is None else torch.tensor(class_weights).float()
         self.classes = CLASSES if classes is None else tuple(classes)
         count = len(self.classes)
-        if of_classes is not None and not (len(of_classes) == count and min(of_classes) > 0):
+        if loss_weights is not None and not (len(loss_weights) == count and min(loss_weights) > 0):
             raise MisconfigurationException(
                 f"model.class_weights {class_weights}: expected {count} numbers above 0"
             )
-        self.register_buffer("class_weights", of_classes, persistent=False)
+        self.register_buffer("class_weights", loss_weights, persistent=False)
         self.is_new = True  # its networks may still run `init_from`
         self.starts_from = weights
         self.decay_matrices_only = decay_matrices_only
@@ -353,12 +353,12 @@ class ImageClassifier(RecordableModule):
         }
 
     def _scheduler(self, make: Any, optimizer: Optimizer) -> Any:
-        is_known = not self._has(GradientAccumulationScheduler)
-        self.total_steps = total = self.steps_of_training() if is_known else math.inf
-        given = make.keywords if isinstance(make, partial) else {}
+        has_fixed_steps = not self._has(GradientAccumulationScheduler)
+        self.total_steps = total = self.steps_of_training() if has_fixed_steps else math.inf
+        keywords = make.keywords if isinstance(make, partial) else {}
         with _refused("model.lr_scheduler"):
-            is_open = given.get("total_steps", 0) is None and given.get("epochs") is None
-            if is_open and total < math.inf:  # OneCycleLR, which raises without an end
+            needs_steps = keywords.get("total_steps", 0) is None and keywords.get("epochs") is None
+            if needs_steps and total < math.inf:  # OneCycleLR, which raises without an end
                 make = partial(make, total_steps=total)
             scheduler: Any = make(optimizer)
             if hasattr(scheduler, "set_progress") and total == math.inf:
@@ -371,13 +371,13 @@ class ImageClassifier(RecordableModule):
                     f"a schedule over {scheduler.total_steps} steps ends before the training, "
                     f"which takes {total}"
                 )
-            end = total
+            duration = total
             if self.lr_interval != "step" and self.trainer.num_training_batches < math.inf:
-                end = total / self.steps_an_epoch()
-            if isinstance(scheduler, CosineAnnealingLR) and scheduler.T_max < end < math.inf:
+                duration = total / self.steps_an_epoch()
+            if isinstance(scheduler, CosineAnnealingLR) and scheduler.T_max < duration < math.inf:
                 rank_zero_only(print)(
                     f"model.lr_scheduler: the learning rate rises again after T_max "
-                    f"{scheduler.T_max} of {math.ceil(end)}"
+                    f"{scheduler.T_max} of {math.ceil(duration)}"
                 )
             if isinstance(scheduler, OneCycleLR | CyclicLR) and any(map(self._has, FINDERS)):
                 raise ValueError(f"{type(scheduler).__name__} has rates of its own: use no finder")
@@ -400,9 +400,9 @@ class ImageClassifier(RecordableModule):
         if not hasattr(scheduler, "set_progress"):
             super().lr_scheduler_step(scheduler, metric)
             return
-        done = self.trainer.global_step + self.steps_inside_call + self.step_offset
-        scheduler.set_progress(done / self.total_steps)
-        self._freeze(done / self.total_steps)
+        step = self.trainer.global_step + self.steps_inside_call + self.step_offset
+        scheduler.set_progress(step / self.total_steps)
+        self._freeze(step / self.total_steps)
 
     def _freeze(self, progress: float) -> None:
         """Stop computing gradients for optimizer groups whose `until` has passed, except under DDP,
@@ -428,8 +428,8 @@ class ImageClassifier(RecordableModule):
         trainer = self.trainer
         # With max_steps, or a varying number of batches per step, global_step itself counts.
         if trainer.max_steps == -1 and not self._has(GradientAccumulationScheduler):
-            done = self.current_epoch * self.steps_an_epoch() + self.steps_into_epoch()
-            self.step_offset = done - trainer.global_step
+            steps = self.current_epoch * self.steps_an_epoch() + self.steps_into_epoch()
+            self.step_offset = steps - trainer.global_step
         self.resumed_at_end = self.is_at_end()
         for config in trainer.lr_scheduler_configs:
             scheduler: Any = config.scheduler
@@ -442,10 +442,10 @@ class ImageClassifier(RecordableModule):
                 continue
             is_by_epoch = config.interval == "epoch"
             epochs = self.current_epoch + self.resumed_at_end  # each stepped them once
-            done = epochs if is_by_epoch else trainer.global_step + self.step_offset
+            steps = epochs if is_by_epoch else trainer.global_step + self.step_offset
             if isinstance(scheduler, OneCycleLR | CyclicLR):  # functions of the step
-                scheduler.last_epoch = done - 1
-            for _ in range(done - scheduler.last_epoch):
+                scheduler.last_epoch = steps - 1
+            for _ in range(steps - scheduler.last_epoch):
                 scheduler.step()
 
     # ---------------------------------------------------------------------------------- hooks
@@ -549,12 +549,12 @@ class ImageClassifier(RecordableModule):
             if metrics.update_called:
                 self._log_epoch(stage, metrics)
         validated, self.validated = self.validated, []
-        if self.collects and (found := gathered(validated)) is not None:
+        if self.collects and (predictions := gathered(validated)) is not None:
             self.fitted_on, self.temperature = self.validating, None
-            if (found.logits.argmax(dim=1) == found.labels).all():
+            if (predictions.logits.argmax(dim=1) == predictions.labels).all():
                 return  # the best temperature would be 0, and every probability 1
-            self.temperature = fit_temperature(found.logits, found.labels)
-            largest = (found.logits / self.temperature).softmax(dim=1).max(dim=1).values
+            self.temperature = fit_temperature(predictions.logits, predictions.labels)
+            largest = (predictions.logits / self.temperature).softmax(dim=1).max(dim=1).values
             self.unsure_below = float(largest.quantile(UNSURE))
 
     on_test_epoch_start = on_validation_epoch_start
@@ -611,9 +611,10 @@ class ImageClassifier(RecordableModule):
 
     def _temperature_of(self, weights: dict[str, Tensor]) -> float | None:
         """Return the temperature if it belongs to these weights or comes from a file."""
-        now, fitted_on = _of_network(weights), self.fitted_on
-        is_same = now.keys() == fitted_on.keys() and all(
-            torch.equal(its, fitted_on[name].to(its.dtype)) for name, its in now.items()
+        current, fitted_on = _of_network(weights), self.fitted_on
+        is_same = current.keys() == fitted_on.keys() and all(
+            torch.equal(weight, fitted_on[name].to(weight.dtype))
+            for name, weight in current.items()
         )  # an exported checkpoint may have 16-bit weights
         return self.temperature if is_same or not self.fits_temperature else None
 
@@ -738,22 +739,22 @@ def _refused(key: str) -> Iterator[None]:
 
 def _normalization(normalize: str | dict[str, list[float]] | None) -> dict[str, Any]:
     """Return the mean and standard deviation of each channel."""
-    found: Any = {"mean": MEAN, "std": STD} if normalize in ("cifar10", None) else normalize
-    if set(found) != {"mean", "std"} or any(len(values) != 3 for values in found.values()):
+    statistics: Any = {"mean": MEAN, "std": STD} if normalize in ("cifar10", None) else normalize
+    if set(statistics) != {"mean", "std"} or any(len(v) != 3 for v in statistics.values()):
         raise MisconfigurationException(
             f"model.normalize is {normalize}: expected cifar10, or mean and std of 3 channels"
         )
-    return found
+    return statistics
 
 
 def _start_from(weights: dict[str, Tensor], network: nn.Module) -> None:
     """Load weights. Print which stay random because their shape differs, such as the last layer's
     for other classes."""
-    own = network.state_dict()
-    others = [n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape]
-    network.load_state_dict({**weights, **{name: own[name] for name in others}})
-    if others:
-        names = ", ".join(sorted(others))
+    initial = network.state_dict()
+    skipped = [n for n in initial.keys() & weights.keys() if initial[n].shape != weights[n].shape]
+    network.load_state_dict({**weights, **{name: initial[name] for name in skipped}})
+    if skipped:
+        names = ", ".join(sorted(skipped))
         rank_zero_only(print)(f"model.weights: of other shapes, so not loaded: {names}")
 
 

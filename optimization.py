@@ -77,21 +77,21 @@ class MuonSGD(Optimizer):
         pairs = list(getattr(params, "named", params))
         if not all(isinstance(pair, tuple) for pair in pairs):  # from model.decay_matrices_only
             raise ValueError("MuonSGD has groups of its own: say their weight_decay there")
-        taken: dict[str, list[Tensor]] = {name: [] for name in groups}
+        members: dict[str, list[Tensor]] = {name: [] for name in groups}
         for name, parameter in pairs:
-            fitting = [key for key in groups if fnmatchcase(name, groups[key].parameters)]
-            if len(fitting) != 1:
-                who = " and ".join(fitting) or "none"
+            matches = [key for key in groups if fnmatchcase(name, groups[key].parameters)]
+            if len(matches) != 1:
+                who = " and ".join(matches) or "none"
                 raise MisconfigurationException(
                     f"model.optimizer: one group must take {name}: the patterns of {who} do"
                 )
-            chosen = fitting[0]
+            chosen = matches[0]
             if groups[chosen].rule == "muon" and parameter.ndim < 2:
                 raise MisconfigurationException(
                     f"model.optimizer: {name} is a vector, which rule muon cannot update"
                 )
-            taken[chosen].append(parameter)
-        for name, parameters in taken.items():
+            members[chosen].append(parameter)
+        for name, parameters in members.items():
             if not parameters:
                 others = ", ".join(other for other in groups if other != name)
                 raise MisconfigurationException(
@@ -100,7 +100,7 @@ class MuonSGD(Optimizer):
                     f"{others or 'none'})"
                 )
         super().__init__(
-            [{"name": name, "params": taken[name], **plain(groups[name])} for name in groups],
+            [{"name": name, "params": members[name], **plain(groups[name])} for name in groups],
             {"momentum": Group.momentum},  # LearningRateMonitor looks for it
         )
 
@@ -157,9 +157,9 @@ def orthogonalized(updates: list[Tensor], steps: int = 3) -> list[Tensor]:
     dtype = torch.float32 if on_cpu and bf16_is_slow() else torch.bfloat16
     results: dict[int, Tensor] = {}
     order = sorted(range(len(updates)), key=lambda i: updates[i].shape)
-    for shape, places in groupby(order, key=lambda i: updates[i].shape):
-        same = list(places)
-        x = torch.stack([updates[i].flatten(1) for i in same])
+    for shape, group in groupby(order, key=lambda i: updates[i].shape):
+        indices = list(group)
+        x = torch.stack([updates[i].flatten(1) for i in indices])
         x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
         is_tall = x.shape[1] > x.shape[2]
         x = x.mT if is_tall else x  # the smaller product
@@ -167,7 +167,7 @@ def orthogonalized(updates: list[Tensor], steps: int = 3) -> list[Tensor]:
             square = x @ x.mT
             x = a * x + (b * square + c * square @ square) @ x
         x = x.mT if is_tall else x
-        results |= zip(same, (y.reshape(shape) for y in x), strict=True)
+        results |= zip(indices, (y.reshape(shape) for y in x), strict=True)
     return [results[i].to(update.dtype) for i, update in enumerate(updates)]
 
 
@@ -243,6 +243,6 @@ def _half_wave(part: float) -> float:
 def bf16_is_slow() -> bool:
     """Return whether this Intel or AMD CPU is faster in float32 than in bfloat16: it lacks bfloat16
     instructions, or is Intel's without AMX, as in many virtual machines."""
-    can: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older PyTorch
-    has_fast_ones = can.get("avx512_bf16", True) and "Intel" not in can.get("cpu_name", "")
-    return not has_fast_ones and not can.get("amx_bf16", True)
+    cpu: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older PyTorch
+    has_fast_bf16 = cpu.get("avx512_bf16", True) and "Intel" not in cpu.get("cpu_name", "")
+    return not has_fast_bf16 and not cpu.get("amx_bf16", True)

@@ -43,8 +43,10 @@ def library_network(
         list_models = partial(torchvision.models.list_models, torchvision.models)
     known = [f"timm/{other}" if name != model else other for other in list_models()]
     if name not in known:
-        near = " or ".join(get_close_matches(name, known, n=2))
-        raise ValueError(f"there is no network {name}" + f": did you mean {near}?" * bool(near))
+        suggestions = " or ".join(get_close_matches(name, known, n=2))
+        raise ValueError(
+            f"there is no network {name}" + f": did you mean {suggestions}?" * bool(suggestions)
+        )
     try:
         network: Any = create_model(model, num_classes=num_classes, **(arguments or {}))
     except TypeError as error:  # from its arguments
@@ -66,5 +68,5 @@ def has_large_stem(network: nn.Module) -> bool:
     and max pooling."""
     first, pool = getattr(network, "conv1", None), getattr(network, "maxpool", None)
     first = first[0] if isinstance(first, nn.Sequential) else first
-    halves = isinstance(first, nn.Conv2d) and first.stride == (2, 2)
-    return halves and isinstance(pool, nn.MaxPool2d)
+    has_stride_2 = isinstance(first, nn.Conv2d) and first.stride == (2, 2)
+    return has_stride_2 and isinstance(pool, nn.MaxPool2d)

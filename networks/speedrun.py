@@ -91,8 +91,8 @@ class SpeedrunNet(nn.Module):
         self.whiten.weight.requires_grad_(not whiten)
         self.groups = nn.Sequential(
             *(
-                Stage(before, channels, dirac, norm_momentum, learn_scale, residual)
-                for before, channels in zip((24, *widths), widths, strict=False)
+                Stage(channels_in, channels, dirac, norm_momentum, learn_scale, residual)
+                for channels_in, channels in zip((24, *widths), widths, strict=False)
             )
         )
         self.head = nn.Linear(widths[-1], num_classes, bias=False)
