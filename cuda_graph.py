@@ -90,18 +90,18 @@ class RecordableModule(LightningModule):
             datamodule.steps_a_call = max(1, self.steps_a_call)
         if self.inside_epoch_by not in (None, self._counting()):
             raise MisconfigurationException(
-                "the checkpoint is from inside an epoch whose batches were counted in another way: "
+                "the checkpoint was saved mid-epoch by a run that counted batches differently: "
                 "resume with its batch size, device and callbacks, or from the end of an epoch"
             )
 
     def _why_not_recorded(self, optimizer: Optimizer) -> str:
         """Return why this training's steps can't be recorded; an empty string if they can."""
         if "step_loss" not in vars(type(self)):  # a subclass's training step may differ
-            return f"is for ImageClassifier itself, and {type(self).__name__} is another class"
+            return f"supports only ImageClassifier itself, not {type(self).__name__}"
         if self.compile_mode in ("reduce-overhead", "max-autotune"):
-            return f"and model.compile {self.compile_mode} would both record"
+            return f"and model.compile {self.compile_mode} both record CUDA graphs: use only one"
         if recordable(optimizer) is None:
-            return f"does not know how {type(optimizer).__name__} can be recorded"
+            return f"does not know how to record {type(optimizer).__name__}"
         reason = why_not(self.trainer)
         if reason or self.cuda_graph is True:
             return reason
@@ -204,7 +204,7 @@ class RecordableModule(LightningModule):
         """Save how batches are counted; raise in the middle of a call."""
         if self.steps_inside_call:
             raise MisconfigurationException(
-                "nothing is saved of some of the steps of a call: resume from an earlier checkpoint"
+                "cannot save within a training_step call: resume from an earlier checkpoint"
             )
         checkpoint["steps_a_call"], checkpoint["batch_size"] = self._counting()
 
@@ -347,12 +347,12 @@ def why_not(trainer: Trainer) -> str:
         or any(is_overridden(hook, callback, Callback) for hook in BETWEEN)
     ]
     reasons = {
-        "takes one device": trainer.world_size > 1,
-        "makes a step of every batch, and trainer.accumulate_grad_batches does not": (
+        "supports a single device only": trainer.world_size > 1,
+        "makes a step for every batch, so trainer.accumulate_grad_batches must be 1": (
             trainer.accumulate_grad_batches > 1
         ),
-        "leaves nothing for trainer.detect_anomaly to look at": trainer._detect_anomaly,
-        "knows no trainer.precision that scales the loss: use bf16-mixed": scales_loss,
+        "does not support trainer.detect_anomaly: it skips replayed steps": trainer._detect_anomaly,
+        "does not support a trainer.precision that scales the loss: use bf16-mixed": scales_loss,
         f"does not know what {', '.join(unknown)} may do within a step": unknown,
     }
     return next((reason for reason, applies in reasons.items() if applies), "")

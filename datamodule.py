@@ -89,13 +89,14 @@ class CIFAR10DataModule(LightningDataModule):
                 "data.augment runs in training only: use --model.normalize instead of Normalize"
             )
         if images is not None and not images:
-            raise MisconfigurationException("data.images names no file")
+            raise MisconfigurationException("data.images is empty: name a file or a folder")
         if test_set is not None and not (test_set and Path(test_set).resolve().name):
-            raise MisconfigurationException(f"data.test_set names no folder: {test_set!r}")
+            raise MisconfigurationException(f"data.test_set {test_set!r} does not name a folder")
         if fold >= (folds or 1) or folds == 1 or (folds and not val_size):
             raise MisconfigurationException(
-                f"data.fold {fold} of data.folds {folds}, data.val_size {val_size}: at least two "
-                "folds, which count from 0, and a data.val_size above 0, whose place they take"
+                f"data.fold {fold} of data.folds {folds}, data.val_size {val_size}: data.folds "
+                "must be at least 2, data.fold from 0 to data.folds - 1, and data.val_size, which "
+                "the folds replace, above 0"
             )
         self.root = root
         self.download = download
@@ -161,7 +162,7 @@ class CIFAR10DataModule(LightningDataModule):
             self.classes = names
             self._set_up_test(read_test_sets(Path(self.other_test_set), names))
             if stage == "predict" and len(self.test_sets) > 1:
-                raise MisconfigurationException("data.test_set with several corruptions: use test")
+                raise MisconfigurationException("data.test_set has several corruptions: use test")
             return
         if difference := other_classes(names, self.classes):
             raise MisconfigurationException(difference)
@@ -192,10 +193,10 @@ class CIFAR10DataModule(LightningDataModule):
         """Return the indices of the training and validation images, int64."""
         size = len(labels)
         if (self.folds or 0) > size:
-            raise MisconfigurationException(f"data.folds {self.folds} of {size} images")
+            raise MisconfigurationException(f"data.folds {self.folds}: only {size} images")
         if self.val_size >= size and not self.folds:
             raise MisconfigurationException(
-                f"data.val_size {self.val_size} leaves no training image of {size}: "
+                f"data.val_size {self.val_size} leaves none of {size} images to train on: "
                 f"choose at most {size - 1}"
             )
         train, val = split(
@@ -205,7 +206,7 @@ class CIFAR10DataModule(LightningDataModule):
         ranks = self.trainer.world_size if self.trainer else 1
         if 0 < len(val) < ranks:
             raise MisconfigurationException(
-                f"data.val_size {self.val_size}: at least one image for each of {ranks} processes"
+                f"data.val_size {self.val_size}: each of {ranks} processes needs at least one image"
             )
         if len(train) < (self.train_size or 0):
             raise MisconfigurationException(
@@ -216,9 +217,10 @@ class CIFAR10DataModule(LightningDataModule):
             missing = sorted(classes - set(labels[indices].tolist()))
             if missing and (len(val) or indices is train):
                 names = ", ".join(self.classes[label] for label in missing)
+                hint = "" if self.stratify else ", or set --data.stratify true"
                 raise MisconfigurationException(
-                    f"the {name} set of {len(indices)} images has none of {names}: take more "
-                    "images for it" + ", or --data.stratify true" * (not self.stratify)
+                    f"the {name} set of {len(indices)} images lacks images of {names}: "
+                    f"make it larger{hint}"
                 )
         return train, val
 

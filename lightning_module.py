@@ -167,9 +167,9 @@ class ImageClassifier(RecordableModule):
         self.calibrate = calibrate
         self.temperature: float | None = None
         self.unsure_below = 0.0
-        if takes_file := calibrate not in ("auto", True, False):
+        self.fits_temperature = calibrate in ("auto", True, False)
+        if not self.fits_temperature:
             self.temperature, self.unsure_below = _calibration_in(str(calibrate))
-        self.fits_temperature = not takes_file
         self.collects = False
         self.validated: list[Predictions] = []
         self.fitted_on: dict[str, Tensor] = {}  # weights that `temperature` belongs to
@@ -182,7 +182,7 @@ class ImageClassifier(RecordableModule):
         self.test_metrics = Means()
         if not self.hardest > 0 or (hardest is not None and proxy is None):
             raise MisconfigurationException(
-                f"model.hardest {hardest}: a share above 0 that model.proxy picks"
+                f"model.hardest {hardest}: needs model.proxy and must be above 0"
             )
         self._check_networks()
         if weights is not None:
@@ -195,7 +195,7 @@ class ImageClassifier(RecordableModule):
             TypeError: The images are integers.
         """
         if not images.is_floating_point():
-            raise TypeError("images are floats in [0, 1]: divide pixels by 255")
+            raise TypeError("expected float images in [0, 1]: divide pixels by 255")
         return self.network(self.normalized(images))
 
     def normalized(self, images: Tensor) -> Tensor:
@@ -327,11 +327,12 @@ class ImageClassifier(RecordableModule):
             accumulates |= self._has(GradientAccumulationScheduler)
             if isinstance(optimizer, LBFGS) and accumulates:
                 raise ValueError(
-                    "LBFGS evaluates a batch several times, and would add up the gradients of all: "
-                    "leave accumulation out"
+                    "LBFGS evaluates each batch several times, so accumulation would add up all of "
+                    "these gradients: turn gradient accumulation off"
                 )
-        for group in optimizer.param_groups if self.lr is not None else ():
-            group["lr"] = self.lr
+        if self.lr is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr
         self.choose_steps(optimizer)
         if self.make_lr_scheduler is None:
             return optimizer
@@ -363,8 +364,9 @@ class ImageClassifier(RecordableModule):
             scheduler: Any = make(optimizer)
             if hasattr(scheduler, "set_progress") and total == math.inf:
                 raise ValueError(
-                    "a schedule needs an end: give trainer.max_epochs or max_steps, and "
-                    "trainer.accumulate_grad_batches rather than GradientAccumulationScheduler"
+                    "the schedule needs to know when training ends: set trainer.max_epochs or "
+                    "max_steps, and use trainer.accumulate_grad_batches instead of "
+                    "GradientAccumulationScheduler"
                 )
             if getattr(scheduler, "total_steps", total) < total < math.inf:
                 raise ValueError(
@@ -380,15 +382,19 @@ class ImageClassifier(RecordableModule):
                     f"{scheduler.T_max} of {math.ceil(duration)}"
                 )
             if isinstance(scheduler, OneCycleLR | CyclicLR) and any(map(self._has, FINDERS)):
-                raise ValueError(f"{type(scheduler).__name__} has rates of its own: use no finder")
+                raise ValueError(
+                    f"{type(scheduler).__name__} sets its own learning rates: remove "
+                    "LearningRateFinder and BatchSizeFinder"
+                )
             if isinstance(scheduler, ReduceLROnPlateau):
                 if self.lr_interval == "step":
-                    raise ValueError("ReduceLROnPlateau is for model.lr_interval epoch")
-                natural = natural_mode(monitor := _monitor(scheduler))
+                    raise ValueError("ReduceLROnPlateau needs model.lr_interval epoch")
+                monitor = _monitor(scheduler)
+                natural = natural_mode(monitor)
                 if natural not in (None, scheduler.mode):
                     raise ValueError(
-                        f"mode {scheduler.mode} takes the worst {monitor} for the best: for "
-                        "another metric lightning.pytorch.cli.ReduceLROnPlateau has monitor"
+                        f"mode {scheduler.mode} treats the worst {monitor} as the best; to "
+                        "monitor another metric, use lightning.pytorch.cli.ReduceLROnPlateau"
                     )
         return scheduler
 
@@ -467,7 +473,7 @@ class ImageClassifier(RecordableModule):
         is_cuda = self.trainer.strategy.root_device.type == "cuda"
         if has_graphs and is_cuda and self.trainer.accumulate_grad_batches > 1:
             raise MisconfigurationException(
-                f"model.compile {self.compile_mode} uses CUDA graphs, which write over gradients "
+                f"model.compile {self.compile_mode} uses CUDA graphs, which overwrite gradients "
                 "that trainer.accumulate_grad_batches keeps: use --model.compile default"
             )
         self.compiled_loss, self.compiled_for = self._loss, 0
@@ -479,7 +485,7 @@ class ImageClassifier(RecordableModule):
                 "networks.library_network builds ResNets for small images"
             )
         if self.class_weights is not None and self.trainer.world_size > 1:
-            raise MisconfigurationException("model.class_weights takes one device")
+            raise MisconfigurationException("model.class_weights supports a single device only")
         for network in (None if self.starts_from else self.network, self.proxy):
             if data is not None and self.is_new and hasattr(network, "init_from"):
                 pixels = data.train_set.images[data.train_set.indices[:INIT_IMAGES]]
@@ -491,7 +497,7 @@ class ImageClassifier(RecordableModule):
             self._check_networks(size)
         if resizes and self._has(BatchSizeFinder):
             raise MisconfigurationException(
-                "BatchSizeFinder would find what fits for the smallest images of GrowingResize"
+                "BatchSizeFinder would only see GrowingResize's smallest images: remove one of them"
             )
         if self.class_weights is not None and any(self.augment.mixes):
             raise MisconfigurationException("model.class_weights needs labels that are not mixed")
@@ -521,7 +527,7 @@ class ImageClassifier(RecordableModule):
         if self.augment.growing:
             if (total := self.steps_of_training()) == math.inf:
                 raise MisconfigurationException(
-                    "data.augment has sizes that grow until an end: give trainer.max_epochs"
+                    "data.augment needs to know when training ends: set trainer.max_epochs"
                 )
             progress = self.current_epoch * self.steps_an_epoch() / total
         if self.augment.begin_epoch(self.current_epoch, progress) and self.steps_a_call:
@@ -574,11 +580,11 @@ class ImageClassifier(RecordableModule):
         groups = self.trainer.optimizers[0].param_groups
         rates = ", ".join(f"{group.get('initial_lr', group['lr']):.3g}" for group in groups)
         precision = self.trainer.precision
+        hint = f" and trainer.precision {precision}: try bf16-mixed"
         raise Diverged(
             f"training diverged in epoch {self.current_epoch}, step {self.trainer.global_step}: "
             f"{what} is NaN or infinite, at learning rate {rates}"
-            + f" and trainer.precision {precision}, try bf16-mixed"
-            * (precision == "16-true")
+            + (hint if precision == "16-true" else "")
         )
 
     def on_train_end(self) -> None:
@@ -717,8 +723,8 @@ def _calibration_in(file: str) -> tuple[float, float]:
     checkpoint = read_checkpoint(file)
     if checkpoint.get("temperature") is None:
         raise MisconfigurationException(
-            f"model.calibrate {file}: it has no temperature, as it was not validated when it was "
-            "saved, was right for every validation image, or is of an earlier version"
+            f"model.calibrate: {file} has no temperature: it was not validated before saving, was "
+            "right on every validation image, or is from an earlier version"
         )
     return checkpoint["temperature"], checkpoint["unsure_below"]
 
@@ -742,7 +748,7 @@ def _normalization(normalize: str | dict[str, list[float]] | None) -> dict[str, 
     statistics: Any = {"mean": MEAN, "std": STD} if normalize in ("cifar10", None) else normalize
     if set(statistics) != {"mean", "std"} or any(len(v) != 3 for v in statistics.values()):
         raise MisconfigurationException(
-            f"model.normalize is {normalize}: expected cifar10, or mean and std of 3 channels"
+            f"model.normalize {normalize}: expected cifar10, or mean and std of 3 channels"
         )
     return statistics
 
@@ -755,7 +761,7 @@ def _start_from(weights: dict[str, Tensor], network: nn.Module) -> None:
     network.load_state_dict({**weights, **{name: initial[name] for name in skipped}})
     if skipped:
         names = ", ".join(sorted(skipped))
-        rank_zero_only(print)(f"model.weights: of other shapes, so not loaded: {names}")
+        rank_zero_only(print)(f"model.weights: not loaded because the shapes differ: {names}")
 
 
 def _check(key: str, network: nn.Module, size: int, classes: int) -> None:
@@ -769,7 +775,8 @@ def _check(key: str, network: nn.Module, size: int, classes: int) -> None:
             f"{name} does not take images [B, 3, {size}, {size}]: {error}"
         ) from error
     if shape != [2, classes]:
+        hint = f": networks.library_network makes it with {classes} classes"
         raise MisconfigurationException(
             f"{name} returns {shape} for 2 images, expected logits {[2, classes]}"
-            + f": networks.library_network makes it with {classes} classes" * (shape == [2, 1000])
+            + (hint if shape == [2, 1000] else "")
         )

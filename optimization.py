@@ -76,14 +76,17 @@ class MuonSGD(Optimizer):
     def __init__(self, params: Iterable[tuple[str, Tensor]], groups: dict[str, Group]) -> None:
         pairs = list(getattr(params, "named", params))
         if not all(isinstance(pair, tuple) for pair in pairs):  # from model.decay_matrices_only
-            raise ValueError("MuonSGD has groups of its own: say their weight_decay there")
+            raise ValueError(
+                "MuonSGD defines its own groups: set weight_decay there instead of "
+                "model.decay_matrices_only"
+            )
         members: dict[str, list[Tensor]] = {name: [] for name in groups}
         for name, parameter in pairs:
             matches = [key for key in groups if fnmatchcase(name, groups[key].parameters)]
             if len(matches) != 1:
-                who = " and ".join(matches) or "none"
                 raise MisconfigurationException(
-                    f"model.optimizer: one group must take {name}: the patterns of {who} do"
+                    f"model.optimizer: {name} must match exactly one group's pattern, but "
+                    f"matches {' and '.join(matches) or 'none'}"
                 )
             chosen = matches[0]
             if groups[chosen].rule == "muon" and parameter.ndim < 2:
@@ -95,7 +98,7 @@ class MuonSGD(Optimizer):
             if not parameters:
                 others = ", ".join(other for other in groups if other != name)
                 raise MisconfigurationException(
-                    f"model.optimizer: group {name} takes no parameter: the pattern "
+                    f"model.optimizer: group {name} matches no parameter: the pattern "
                     f"groups.{name}.parameters is '{groups[name].parameters}' (other groups: "
                     f"{others or 'none'})"
                 )

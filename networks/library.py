@@ -44,9 +44,8 @@ def library_network(
     known = [f"timm/{other}" if name != model else other for other in list_models()]
     if name not in known:
         suggestions = " or ".join(get_close_matches(name, known, n=2))
-        raise ValueError(
-            f"there is no network {name}" + f": did you mean {suggestions}?" * bool(suggestions)
-        )
+        hint = f": did you mean {suggestions}?" if suggestions else ""
+        raise ValueError(f"there is no network {name}{hint}")
     try:
         network: Any = create_model(model, num_classes=num_classes, **(arguments or {}))
     except TypeError as error:  # from its arguments

@@ -42,7 +42,7 @@ FLAT = ("fit", "--config", BASE, "--model.network", "tests.small.Flat")
         (["--model.lr_scheduler", "ReduceLROnPlateau",
           "--model.lr_scheduler.monitor", "val/acc"], "set it to max"),
         (["--model.lr_scheduler", "torch.optim.lr_scheduler.ReduceLROnPlateau",
-          "--model.lr_scheduler.mode", "max"], "mode max takes the worst val/loss"),
+          "--model.lr_scheduler.mode", "max"], "mode max treats the worst val/loss as the best"),
     ],
 )  # fmt: skip
 def test_nothing_chooses_by_the_test_set_or_the_worst(
@@ -208,7 +208,10 @@ def test_a_run_can_start_from_weights(run: Run, fails: Run, printed: list[str], 
     one = torch.load(RUN_0 / "model.pth", weights_only=True)
     torch.save(one | {"1.weight": torch.zeros(1000, 3072)}, "thousand.pth")
     run(*FLAT, "--model.weights", "thousand.pth", "--trainer.max_epochs", "1")
-    for told in ("other shapes, so not loaded: 1.weight", "which images thousand.pth was trained"):
+    for told in (
+        "not loaded because the shapes differ: 1.weight",
+        "which images thousand.pth was trained",
+    ):
         assert any(told in line for line in printed)
     other = ("--model.network", "ConvNet", "--model.weights", RUN_0 / "model.pth")
     assert "does not fit the network" in fails("fit", "--config", BASE, *other)
@@ -392,7 +395,7 @@ def test_parts_that_contradict_a_schedule_are_refused(run: Run, fails: Run) -> N
     run("fit", "--ckpt_path", "runs/base/version_1/checkpoints/epoch_01.ckpt")
     assert Rates.kept == unbroken[32:]
     one_cycle = ("--model.lr_scheduler", "OneCycleLR", "--model.lr_scheduler.max_lr", "0.01")
-    assert "OneCycleLR has rates of its own" in fails(
+    assert "OneCycleLR sets its own learning rates" in fails(
         *FLAT, f"{CALLBACK}+=LearningRateFinder", *one_cycle
     )
 

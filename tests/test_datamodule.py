@@ -89,15 +89,17 @@ def test_a_stratified_split_has_the_same_share_of_each_class(arrays: Path) -> No
 
 def test_a_split_without_a_class_is_refused(arrays: Path) -> None:
     with pytest.raises(
-        MisconfigurationException, match="the validation set of 8 images has none of"
+        MisconfigurationException, match="the validation set of 8 images lacks images of"
     ):
         module(arrays, val_size=8)
-    with pytest.raises(MisconfigurationException, match="the training set of 8 images has none of"):
+    with pytest.raises(
+        MisconfigurationException, match="the training set of 8 images lacks images of"
+    ):
         module(arrays, val_size=TRAIN_SIZE - 8)
     module(arrays, val_size=0)
     for wrong in ({"fold": 1}, {"folds": 1}, {"folds": 3, "fold": 3}, {"folds": 3, "val_size": 0}):
         with pytest.raises(
-            MisconfigurationException, match="at least two folds, which count from 0"
+            MisconfigurationException, match="data.folds must be at least 2, data.fold from 0"
         ):
             module(arrays, **wrong)
 
@@ -299,6 +301,6 @@ def test_the_test_set_is_evaluated_in_fit_only_when_asked_for(arrays: Path) -> N
 
 def test_a_split_without_training_images_is_refused(arrays: Path) -> None:
     with pytest.raises(
-        MisconfigurationException, match="leaves no training image of 1000.*at most 999"
+        MisconfigurationException, match="leaves none of 1000 images to train on.*at most 999"
     ):
         module(arrays, val_size=TRAIN_SIZE)

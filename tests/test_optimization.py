@@ -168,17 +168,17 @@ SMALL = [
         (
             "",
             "{a: {parameters: '*.bias', lr: 1}}",
-            "take groups.0.conv1.weight: the patterns of none",
+            ": groups.0.conv1.weight must match exactly one group's pattern, but matches none",
         ),
         (
             ".more",
             "{parameters: '*d.weight', lr: 1}",
-            "take head.weight: the patterns of head and more",
+            ": head.weight must match exactly one group's pattern, but matches head and more",
         ),
         (
             ".more",
             "{parameters: heda, lr: 1}",
-            "group more takes no parameter: the pattern groups.more.parameters is 'heda'",
+            "group more matches no parameter: the pattern groups.more.parameters is 'heda'",
         ),
         (
             ".filters.rule",
@@ -200,7 +200,7 @@ def test_wrong_groups_are_refused_in_one_line(
 
 def test_a_decay_without_an_end_is_refused(fails: Run) -> None:
     endless = ["--trainer.max_epochs", "-1", "--trainer.max_time", "00:00:01:00"]
-    assert "give trainer.max_epochs or max_steps" in fails("fit", *SMALL, *endless)
+    assert "set trainer.max_epochs or max_steps" in fails("fit", *SMALL, *endless)
 
 
 def test_a_schedule_that_ends_before_the_training_is_refused(fails: Run) -> None:

@@ -238,7 +238,7 @@ def test_training_may_start_from_weights_for_other_classes(
     run("fit", "--config", BASE, *NET, "--trainer.max_epochs", "1")
     fit(run, three, "--model.weights", LAST, "--trainer.max_epochs", "4")
     out = "\n".join(printed)
-    assert "of other shapes, so not loaded: dense3.bias, dense3.weight" in out
+    assert "not loaded because the shapes differ: dense3.bias, dense3.weight" in out
     assert f"{LAST} was trained on images of other classes" in out
     assert "best  epoch" in out
 
@@ -322,9 +322,9 @@ def test_other_test_sets_are_tested_on_and_named(run: Run, fails: Run, tmp_path:
         return fails(command, "--ckpt_path", LAST, "--data.test_set", path)
 
     assert "no such folder, and no nothing_data.npy" in refused(tmp_path / "nothing")
-    assert "with several corruptions: use test" in refused(corrupted, "predict")
+    assert "has several corruptions: use test" in refused(corrupted, "predict")
     assert "data.test_set is for test and predict" in refused(corrupted, "validate")
-    assert "data.test_set names no folder" in refused("")
+    assert "data.test_set '' does not name a folder" in refused("")
     (by_class / archive.CLASSES[labels[0]] / "broken.png").touch()
     for command in ("test", "predict"):
         assert "1 files could not be read, and are left out" in refused(by_class, command)
@@ -401,7 +401,7 @@ def test_names_of_folders_are_read_as_they_are(run: Run, photos: Path, tmp_path:
     labels = [np.load(f"own/{part}_labels.npy") for part in ("train", "test")]
     assert [np.bincount(of).tolist() for of in labels] == [[80, 80, 1], [20, 20, 1]]
     words = ["--data.stratify", "true", "--trainer.max_epochs", "1"]
-    with pytest.raises(SystemExit, match="set of 60 images has none of лиса: take more images"):
+    with pytest.raises(SystemExit, match="set of 60 images lacks images of лиса: make it larger"):
         fit(run, Path("own"), *words)
     fit(run, Path("own"), "--data.val_size", "0", "--trainer.max_epochs", "1")
     assert "cat [bold] $x$" in run("test", "--ckpt_path", LAST)

@@ -132,10 +132,10 @@ REFUSED = {
     ),
     "LBFGS, accumulated": (
         [f"{T}accumulate_grad_batches", "2", "--model.optimizer", "LBFGS"],
-        "would add up the gradients of all",
+        "would add up all of these gradients",
     ),
     "two who size": ([*one("BatchSizeFinder"), "--model.lr_scheduler", "OneCycleLR",
-                      "--model.lr_scheduler.max_lr", "0.1"], "use no finder"),
+                      "--model.lr_scheduler.max_lr", "0.1"], "remove LearningRateFinder"),
 }  # fmt: skip
 
 ABSTRACT = {"BaseFinetuning", "Callback", "Checkpoint", "ProgressBar", "Logger", "Profiler"}

@@ -365,9 +365,9 @@ def test_images_grow_with_the_epochs_and_after_resuming(run: Run, fails: Run) ->
     assert "model.network ConvNet does not take images [B, 3, 16, 16]" in message
     no_end = ["--trainer.max_epochs", "-1", "--trainer.max_time", "00:00:01:00"]
     message = fails("fit", *fast, *growing, "--model.lr_scheduler", "null", *no_end)
-    assert "sizes that grow until an end: give trainer.max_epochs" in message
+    assert "data.augment needs to know when training ends: set trainer.max_epochs" in message
     finder = ["--trainer.callbacks+=BatchSizeFinder"]
-    assert "for the smallest images" in fails("fit", *fast, *growing, *finder)
+    assert "only see GrowingResize's smallest images" in fails("fit", *fast, *growing, *finder)
 
 
 def test_the_proxy_picks_what_trains_and_trains_on_it_too() -> None:
@@ -389,7 +389,9 @@ def test_the_proxy_picks_what_trains_and_trains_on_it_too() -> None:
     expected = torch.autograd.grad(of_proxy[hardest].mean(), weight)[0]
     torch.testing.assert_close(gradient, expected)
     for wrong in ({"proxy": proxy, "hardest": 0.0}, {"hardest": 0.5}):
-        with pytest.raises(MisconfigurationException, match="a share above 0 that model.proxy pic"):
+        with pytest.raises(
+            MisconfigurationException, match="needs model.proxy and must be above 0"
+        ):
             ImageClassifier(network, **wrong)
     with pytest.raises(MisconfigurationException, match="model.proxy Linear does not take images"):
         ImageClassifier(network, proxy=nn.Linear(3, 10))

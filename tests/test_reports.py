@@ -398,7 +398,7 @@ def test_without_a_validation_set_probabilities_are_not_calibrated(run: Run, fai
     assert result["as_trained"]["ece"] == result["calibration"]["ece"]
     assert result["accuracy"]["low"] < result["accuracy"]["value"] < result["accuracy"]["high"]
     taken = ("--ckpt_path", LAST, "--model.calibrate", LAST)
-    assert "it has no temperature" in fails("predict", *taken)
+    assert "has no temperature: it was not validated before saving" in fails("predict", *taken)
 
 
 def test_a_part_of_a_test_is_no_result(run: Run, fails: Run) -> None:
@@ -640,7 +640,7 @@ def test_a_file_that_is_no_picture_is_named_and_the_rest_is_done(
     assert "notes [1].txt: not a picture" in printed.err
     assert len(rows(RUN_0 / "predictions.csv")) == 19
     assert "no such file" in fails("predict", "--ckpt_path", LAST, "--data.images", "nowhere.jpg")
-    assert "names no file" in fails("predict", "--ckpt_path", LAST, "--data.images", "")
+    assert "data.images is empty" in fails("predict", "--ckpt_path", LAST, "--data.images", "")
     assert not list(RUN_0.glob(".*"))
 
 

@@ -590,7 +590,7 @@ def test_a_wrong_yaml_is_refused(fails: Run, tmp_path: Path, text: str, message:
             ["--model.network", "timm.create_model", "--model.network.num_classes", "10"],
             "if it takes **kwargs: dict_kwargs.num_classes",
         ),
-        (["--data.val_size", "1000"], "leaves no training image of 1000: choose at most 999"),
+        (["--data.val_size", "1000"], "leaves none of 1000 images to train on: choose at most 999"),
         (["--data.val_size", "-1"], "data.val_size"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--model.optimizer.lr", "-1"], "Invalid learning rate"),
@@ -906,7 +906,7 @@ def test_a_cosine_that_ends_before_the_training_is_told(run: Run) -> None:
 def test_a_diverged_run_in_half_precision_says_so(fails: Run) -> None:
     words = ("--trainer.precision", "16-true", "--model.optimizer.lr", "1e30")
     message = fails("fit", "--config", BASE, *words)
-    assert "learning rate 1e+30 and trainer.precision 16-true, try bf16-mixed" in message
+    assert "learning rate 1e+30 and trainer.precision 16-true: try bf16-mixed" in message
 
 
 @pytest.mark.slow
