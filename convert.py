@@ -40,21 +40,21 @@ PARTS = {"train", "training", "test", "testing", "val", "valid", "validation", "
 def read_folders(source: Path, test_share: float, seed: int) -> tuple[list[str], list[Part], int]:
     """Return the classes of a folder of image files, its training and test parts, and the number of
     skipped files."""
-    whole = {*folders_in(source)}
-    is_split = whole == {"train", "test"}
-    parts = [name for name in sorted(whole) if name.lower() in PARTS]
+    folders = {*folders_in(source)}
+    is_split = folders == {"train", "test"}
+    parts = [name for name in sorted(folders) if name.lower() in PARTS]
     if len(parts) > 1 and not is_split:  # a lone `train` may be a class
         raise MisconfigurationException(
-            f"{source} has {', '.join(sorted(whole))}, and {parts[0]} is no class: name the parts "
-            "train and test, with no other folder beside them (this project holds out a validation "
-            "set by itself)"
+            f"{source} has {', '.join(sorted(folders))}, and {parts[0]} is no class: name the "
+            "parts train and test, with no other folder beside them (this project holds out a "
+            "validation set by itself)"
         )
     parent = source / "train" if is_split else source
     classes = folders_in(parent)
     if not 2 <= len(classes) <= MOST:
-        found = ", ".join(classes[:3]) or "none"
+        names = ", ".join(classes[:3]) or "none"
         raise MisconfigurationException(
-            f"{parent}: expected a folder for each of 2 to {MOST} classes, found {found}"
+            f"{parent}: expected a folder for each of 2 to {MOST} classes, found {names}"
         )
     least = 1 if is_split else 2
     for name in classes:  # before the slow reading
@@ -83,8 +83,8 @@ def read_folders(source: Path, test_share: float, seed: int) -> tuple[list[str],
         held_out = min(count - 1, max(1, round(test_share * count)))
         is_test[places[torch.randperm(count, generator=generator)[:held_out]]] = True
     halves = [
-        Part(train.images[of], train.labels[of], [train.names[i] for i in of.nonzero()[:, 0]])
-        for of in (~is_test, is_test)
+        Part(train.images[mask], train.labels[mask], [train.names[i] for i in mask.nonzero()[:, 0]])
+        for mask in (~is_test, is_test)
     ]
     return classes, halves, skipped
 
@@ -95,23 +95,23 @@ def read_torchvision(name: str, root: Path) -> tuple[list[str], list[Part], int]
     make: Callable[..., Iterator[tuple[object, int]]] | None = getattr(
         torchvision.datasets, name, None
     )
-    takes = inspect.signature(make).parameters if make else {}
-    if make is None or not {"train", "split"} & {*takes}:
+    params = inspect.signature(make).parameters if make else {}
+    if make is None or not {"train", "split"} & {*params}:
         raise MisconfigurationException(
             f"torchvision has no data set {name} with training and test images: try MNIST, "
             "FashionMNIST, SVHN, STL10 or CIFAR100"
         )
     parts, classes, labelled = [], [], None
     for part in ("train", "test"):
-        given: dict[str, Any] = {"train": part == "train"} if "train" in takes else {"split": part}
-        given |= {"download": True} if "download" in takes else {}
+        given: dict[str, Any] = {"train": part == "train"} if "train" in params else {"split": part}
+        given |= {"download": True} if "download" in params else {}
         try:
             labelled = make(str(root), **given)
         except (OSError, RuntimeError, TypeError, ValueError) as error:
             raise MisconfigurationException(
                 f"torchvision's {name} has no plain training and test part here: {error}"
             ) from error
-        pairs = [(to_pixels(of), label) for of, label in bar(labelled, desc=f"{name} {part}")]
+        pairs = [(to_pixels(image), label) for image, label in bar(labelled, desc=f"{name} {part}")]
         images, labels = zip(*pairs, strict=True)
         if not all(isinstance(label, Integral) and 0 <= int(label) < MOST for label in labels):
             raise MisconfigurationException(
@@ -134,21 +134,21 @@ def near_duplicates(train: Tensor, test: Tensor) -> list[tuple[int, int]]:
 
     known, pairs = torch.cat([features(part) for part in torch.split(train, 5000)]), []
     for start, part in enumerate(bar(torch.split(test, 250), desc="near-duplicates")):
-        most, places = (features(part) @ known.T).max(dim=1)
-        found = (most >= NEAR).nonzero()[:, 0].tolist()
-        pairs += [(int(places[i]), 250 * start + i) for i in found]
+        similarity, places = (features(part) @ known.T).max(dim=1)
+        alike = (similarity >= NEAR).nonzero()[:, 0].tolist()
+        pairs += [(int(places[i]), 250 * start + i) for i in alike]
     return pairs
 
 
 def mean_and_std(images: Tensor) -> tuple[list[float], list[float]]:
     """Return mean and standard deviation per channel of uint8 images [N, 3, H, W] / 255."""
-    values, found = torch.arange(256).double() / 255, []
+    values, results = torch.arange(256).double() / 255, []
     for channel in range(3):  # from a histogram: a float copy would take memory
         shares = torch.bincount(images[:, channel].flatten(), minlength=256).double()
         shares /= shares.sum()
         mean = float(shares @ values)
-        found.append((round(mean, 4), round(float(shares @ (values - mean) ** 2) ** 0.5, 4)))
-    means, stds = zip(*found, strict=True)
+        results.append((round(mean, 4), round(float(shares @ (values - mean) ** 2) ** 0.5, 4)))
+    means, stds = zip(*results, strict=True)
     return [*means], [*stds]
 
 

@@ -83,11 +83,11 @@ def load(
     """Return the classifier of a checkpoint, its card, and test images uint8 [N, 3, 32, 32] from
     `root`, by default the checkpoint's `data.root`. `calibrate` overrides `model.calibrate` unless
     it is None. The checkpoint is loaded as data: none of its code runs."""
-    given = {} if calibrate is None else {"calibrate": calibrate}
+    overrides = {} if calibrate is None else {"calibrate": calibrate}
     try:
         # Override the instantiator that the file names.
         builder = "lightning.pytorch.cli.instantiate_module"
-        model = ImageClassifier.load_from_checkpoint(path, _instantiator=builder, **given)
+        model = ImageClassifier.load_from_checkpoint(path, _instantiator=builder, **overrides)
     except ArgumentError as error:
         reason = " ".join(str(innermost(error)).split())
         raise MisconfigurationException(f"{path}: can't build its network: {reason}") from error
@@ -146,11 +146,11 @@ def export_torch(classifier: Classifier, card: Card) -> tuple[bytes, Predict]:
     """Return a `torch.export` program, and a function that predicts with it after loading."""
     program = torch.export.export(classifier, (EXAMPLE,), dynamic_shapes=SHAPES)
     inside = ("mean", "std", "temperature")
-    said = {key: value for key, value in card.items() if key not in inside}
-    said["input"] = "uint8 [B, 3, 32, 32], RGB"
-    said["output"] = "probabilities float32 [B, classes]"
+    metadata = {key: value for key, value in card.items() if key not in inside}
+    metadata["input"] = "uint8 [B, 3, 32, 32], RGB"
+    metadata["output"] = "probabilities float32 [B, classes]"
     file = io.BytesIO()
-    torch.export.save(program, file, extra_files={"card.json": json.dumps(said)})
+    torch.export.save(program, file, extra_files={"card.json": json.dumps(metadata)})
     return file.getvalue(), torch.export.load(io.BytesIO(file.getvalue())).module()
 
 
@@ -163,13 +163,13 @@ def export_safetensors(classifier: Classifier, card: Card) -> tuple[bytes, Predi
     weights = {key: value.clone().contiguous() for key, value in weights.items()}  # unties weights
     content = save(weights, {"card": json.dumps(card)})
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    read = json.loads(header["__metadata__"]["card"])
-    arguments = {"network": read["network"], "tta": read["test_time_augmentation"]}
-    arguments["normalize"] = {key: read[key] for key in ("mean", "std")}
-    arguments["classes"] = read["classes"]
+    stored = json.loads(header["__metadata__"]["card"])
+    arguments = {"network": stored["network"], "tta": stored["test_time_augmentation"]}
+    arguments["normalize"] = {key: stored[key] for key in ("mean", "std")}
+    arguments["classes"] = stored["classes"]
     model = instantiate_module(ImageClassifier, arguments)
     model.network.load_state_dict(load(content))
-    model.temperature = read["temperature"]
+    model.temperature = stored["temperature"]
     return content, Classifier(model).eval()
 
 
@@ -189,15 +189,15 @@ def export_checkpoint(
     weights = checkpoint["state_dict"]
     halves = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
     expected, small = predicted(classifier, images), _shared(checkpoint, halves)
-    read = copy.deepcopy(classifier)
-    read.model.load_state_dict(torch.load(io.BytesIO(small), weights_only=True)["state_dict"])
+    restored = copy.deepcopy(classifier)
+    restored.model.load_state_dict(torch.load(io.BytesIO(small), weights_only=True)["state_dict"])
     if not expected.isfinite().all():
         raise MisconfigurationException("the network's outputs are NaN: it is not exported")
-    others = int((expected.argmax(dim=1) != predicted(read, images).argmax(dim=1)).sum())
-    said = f"half precision changes the class of {others} of {len(images):,} test images"
-    if others <= MAY_DIFFER * len(images):
-        return small, said
-    return _shared(checkpoint, weights), f"{said}, so single is kept"
+    changed = int((expected.argmax(dim=1) != predicted(restored, images).argmax(dim=1)).sum())
+    note = f"half precision changes the class of {changed} of {len(images):,} test images"
+    if changed <= MAY_DIFFER * len(images):
+        return small, note
+    return _shared(checkpoint, weights), f"{note}, so single is kept"
 
 
 def _shared(checkpoint: dict[str, Any], weights: dict[str, Tensor]) -> bytes:
@@ -258,9 +258,9 @@ def page_files(model: bytes, card: Card) -> dict[str, bytes]:
         with tarfile.open(package) as tar:
             members = {name: tar.extractfile(f"package/dist/{name}") for name in RUNTIME_FILES}
             files = {name: member.read() for name, member in members.items() if member}
-    said = json.dumps({key: card[key] for key in CARD_OF_PAGE})
+    card_json = json.dumps({key: card[key] for key in CARD_OF_PAGE})
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    page = page.replace("CARD", said.replace("<", "\\u003c"))
+    page = page.replace("CARD", card_json.replace("<", "\\u003c"))
     return {"index.html": page.encode(), "model.onnx": model, **files}
 
 
@@ -276,10 +276,10 @@ def predicted(predict: Predict, images: Tensor) -> Tensor:
 def compare(expected: Predict, found: Predict, images: Tensor) -> float:
     """Return the largest difference between two predictions of probabilities. Raise if it is 0.001
     or more, or if the class of any image differs, except in near ties."""
-    ours, theirs = predicted(expected, images), predicted(found, images)
-    difference = float((ours - theirs).abs().max())
-    # How much less probable their class is than ours.
-    behind = ours.max(dim=1).values - ours.gather(1, theirs.argmax(dim=1, keepdim=True))[:, 0]
+    target, output = predicted(expected, images), predicted(found, images)
+    difference = float((target - output).abs().max())
+    # How much less probable the export's class is than the checkpoint's.
+    behind = target.max(dim=1).values - target.gather(1, output.argmax(dim=1, keepdim=True))[:, 0]
     if wrong := int((behind > 1e-4).sum()):
         raise MisconfigurationException(
             f"the export names another class for {wrong} of {len(images)} images: it is not kept"
@@ -393,8 +393,8 @@ def main(args: list[str] | None = None) -> None:
         )
     if format_ == "checkpoint":
         content, precision = export_checkpoint(classifier, checkpoint, images)
-        its = settings_of(checkpoint)["model"].get("calibrate", "auto")
-        calibrated = said_of_probabilities(its, classifier.model.temperature_used)
+        saved = settings_of(checkpoint)["model"].get("calibrate", "auto")
+        calibrated = said_of_probabilities(saved, classifier.model.temperature_used)
         described = card_of_file(path, out, content, precision, card, calibrated)
         write_whole(out, content)
         write_whole(out.with_suffix(".md"), described.encode())

@@ -109,16 +109,16 @@ def locked(folder: Path) -> Iterator[None]:
 def code_version() -> dict[str, str]:
     """Return the start of the SHA-256 of every file imported from this project and the user's own
     folders, by module name."""
-    found, pythons = {}, sysconfig.get_path("stdlib")
+    hashes, stdlib = {}, sysconfig.get_path("stdlib")
     for name, module in sorted(sys.modules.copy().items()):  # another thread may import
         file = Path(getattr(module, "__file__", None) or "")
         is_installed = {"site-packages", "dist-packages"} & set(file.parts)
         is_kernel = name.startswith("torch.")  # written to /tmp by torch.compile
-        is_pythons = file.is_relative_to(pythons)
+        is_stdlib = file.is_relative_to(stdlib)
         is_code = file.suffix == ".py" and file.is_file()
-        if is_code and not (is_installed or is_kernel or is_pythons):
-            found[file.stem if name in ("__main__", "__mp_main__") else name] = file_version(file)
-    return found
+        if is_code and not (is_installed or is_kernel or is_stdlib):
+            hashes[file.stem if name in ("__main__", "__mp_main__") else name] = file_version(file)
+    return hashes
 
 
 def file_version(file: Path) -> str:
@@ -132,8 +132,8 @@ def package_versions(settings: dict[str, Any]) -> dict[str, str]:
     classes = [str(v) for key, v in flat(settings).items() if key.endswith("class_path")]
     names = {"torch", "torchvision", "lightning", *(c.partition(".")[0] for c in classes)}
     names = names & sys.modules.keys() | ({settings["model"].get("weights")} - {None})
-    found = {name: package_version(name) for name in sorted(names)}
-    return {name: version for name, version in found.items() if version}
+    packages = {name: package_version(name) for name in sorted(names)}
+    return {name: version for name, version in packages.items() if version}
 
 
 def package_version(name: str) -> str:
@@ -182,8 +182,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         for half_written in path.parent.glob(".*.ckpt.*"):  # left by a killed run
             half_written.unlink(missing_ok=True)
-        now, (place, twin) = (checkpoint["loops"], [*checkpoint]), self.saved
-        if path.name == "last.ckpt" and place == now and twin.parent == path.parent:
+        state, (saved_state, twin) = (checkpoint["loops"], [*checkpoint]), self.saved
+        if path.name == "last.ckpt" and saved_state == state and twin.parent == path.parent:
             scratch = path.with_name(f".{path.name}.{os.getpid()}")
             with contextlib.suppress(OSError):  # the file may be gone, or the disk has no links
                 scratch.hardlink_to(twin)
@@ -192,7 +192,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         content = io.BytesIO()
         torch.save(checkpoint, content)
         write_whole(path, content.getvalue())
-        self.saved = (now, path)
+        self.saved = (state, path)
 
 
 class EpochCheckpoint(ModelCheckpoint):
@@ -310,15 +310,15 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[A
     argument that one side lacks differs unless it is off."""
     before, now = flat(before), flat(now)
     # In JSON, 1 is not 1.0.
-    its, ours = ({k: json.dumps(v, default=str) for k, v in of.items()} for of in (before, now))
-    both, every = its.keys() & ours.keys(), {**its, **ours}
+    old, new = ({k: json.dumps(v, default=str) for k, v in side.items()} for side in (before, now))
+    common, merged = old.keys() & new.keys(), {**old, **new}
     place = re.compile(rf"({'|'.join(map(re.escape, WHERE))})(\..*)?")
     argument = re.compile(r"(\w+\.|.*\.init_args\.)?\w+|.*\.(init_args|dict_kwargs)")
     changed = {}
-    for key in sorted(every):
-        has_no_effect = every[key] in OFF or (key.rpartition(".")[2], every[key]) in LATER
-        is_off = key not in both and has_no_effect and argument.fullmatch(key)
-        if not (its.get(key) == ours.get(key) or is_off or place.fullmatch(key)):
+    for key in sorted(merged):
+        has_no_effect = merged[key] in OFF or (key.rpartition(".")[2], merged[key]) in LATER
+        is_off = key not in common and has_no_effect and argument.fullmatch(key)
+        if not (old.get(key) == new.get(key) or is_off or place.fullmatch(key)):
             changed[key] = [before.get(key), now.get(key)]
     return changed
 
@@ -329,11 +329,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         MisconfigurationException: The file is missing or not a checkpoint.
     """
-    path, what = Path(path), "a checkpoint of this project"
-    checkpoint = _load(path, what)
+    path, kind = Path(path), "a checkpoint of this project"
+    checkpoint = _load(path, kind)
     keys = {"state_dict", "epoch", "global_step", "pytorch-lightning_version"}
     if not (isinstance(checkpoint, dict) and checkpoint.keys() >= keys):
-        raise MisconfigurationException(f"{path} is not {what}")
+        raise MisconfigurationException(f"{path} is not {kind}")
     return migrate(checkpoint)
 
 
@@ -344,12 +344,12 @@ def read_weights(path: str | Path) -> dict[str, Any]:
         MisconfigurationException: The file is missing or has no weights.
     """
     content = _load(Path(path), "a file of weights", mmap=False)  # older files can't be mapped
-    found = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not (isinstance(found, dict) and all(isinstance(v, Tensor) for v in found.values())):
+    weights = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not (isinstance(weights, dict) and all(isinstance(v, Tensor) for v in weights.values())):
         raise MisconfigurationException(f"{path} holds no weights of a network")
-    own = {k.removeprefix("network."): v for k, v in found.items() if k.startswith("network.")}
-    is_modules = "state_dict" in content or len(own) == len(found)  # not the bare network's
-    return own if own and is_modules else found
+    own = {k.removeprefix("network."): v for k, v in weights.items() if k.startswith("network.")}
+    is_module = "state_dict" in content or len(own) == len(weights)  # not the bare network's
+    return own if own and is_module else weights
 
 
 def origin(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -384,18 +384,18 @@ def refuse_other_images(source: str, known: dict[str, str], now: str) -> None:
         )
 
 
-def _load(path: Path, what: str, mmap: bool = True) -> Any:
+def _load(path: Path, kind: str, mmap: bool = True) -> Any:
     """Load a file that PyTorch saved, as plain data."""
     if not path.is_file():
         folders = (path, path / "checkpoints", path.parent)
-        found = sorted({str(file) for folder in folders for file in folder.glob("*.ckpt")})
-        there = f"; there is {' or '.join(found[-2:])}" if found else ""
-        raise MisconfigurationException(f"no checkpoint {path}{there}")
+        candidates = sorted({str(file) for folder in folders for file in folder.glob("*.ckpt")})
+        hint = f"; there is {' or '.join(candidates[-2:])}" if candidates else ""
+        raise MisconfigurationException(f"no checkpoint {path}{hint}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a file that isn't a checkpoint can raise anything
         raise MisconfigurationException(
-            f"{path} is not {what}, or it is damaged; it was not loaded ({type(error).__name__})"
+            f"{path} is not {kind}, or it is damaged; it was not loaded ({type(error).__name__})"
         ) from error
 
 
@@ -441,28 +441,28 @@ def settings_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
     for key, part in (("hyper_parameters", "model"), ("datamodule_hyper_parameters", "data")):
         settings[part] = {k: v for k, v in checkpoint.get(key, {}).items() if k != "_instantiator"}
     root = settings["data"].get("root", "")
-    there = Path(run.get("started_in", ""), root)
-    if not Path(root).is_dir() and there.is_dir():  # run from another folder
-        settings["data"]["root"] = str(there)
+    original = Path(run.get("started_in", ""), root)
+    if not Path(root).is_dir() and original.is_dir():  # run from another folder
+        settings["data"]["root"] = str(original)
     return settings
 
 
 def calibration_notes(file: str, settings: dict[str, Any]) -> list[str]:
     """List how the run that `file` comes from differs from `settings` in ways that affect
     calibration. Raise if the networks differ."""
-    both = settings_of(read_checkpoint(file)), settings
-    its, ours = ({key: of["model"].get(key) for key in CALIBRATED} for of in both)
-    found = differences(its, ours)
-    networks = {*found.get("network.class_path", ())}  # both classes, if they differ
+    configs = settings_of(read_checkpoint(file)), settings
+    saved, current = ({key: config["model"].get(key) for key in CALIBRATED} for config in configs)
+    changed = differences(saved, current)
+    networks = {*changed.get("network.class_path", ())}  # both classes, if they differ
     if networks and not networks & {None, "networks.default_network"}:
         raise MisconfigurationException(
             f"model.calibrate {file} has another network, {' and '.join(sorted(networks))}: "
             "take a run of the same recipe"
         )
-    named = [f"with {key} {there}, not {here}" for key, (there, here) in found.items()]
-    if len({str(of["model"].get("classes")) for of in both}) > 1:
-        named.append("on images of other classes")
-    return [f"model.calibrate {file} was trained {how}" for how in named]
+    notes = [f"with {key} {old}, not {new}" for key, (old, new) in changed.items()]
+    if len({str(config["model"].get("classes")) for config in configs}) > 1:
+        notes.append("on images of other classes")
+    return [f"model.calibrate {file} was trained {difference}" for difference in notes]
 
 
 def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
@@ -477,10 +477,10 @@ def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
 def run_of(checkpoint: Path) -> Path:
     """Return the run folder of a checkpoint; for one outside of a run, the folder next to it that
     has its name."""
-    named = checkpoint if "checkpoints" in checkpoint.parent.parts else checkpoint.absolute()
+    path = checkpoint if "checkpoints" in checkpoint.parent.parts else checkpoint.absolute()
     folders = (
         folder.parent
-        for folder in named.parents
+        for folder in path.parents
         if folder.name == "checkpoints"
         and any((folder.parent / name).exists() for name in ("config.yaml", "hparams.yaml"))
     )
@@ -507,8 +507,8 @@ def named(path: str, parent: Path) -> Path:
         if step >= 0:
             return last if path == "last" else best(last)
     others = sorted(p.name for p in parent.parent.glob("*") if versions(p) and p != parent)
-    there = f"the runs have --name {' or '.join(others)}" if others else "train one, or name a file"
-    raise MisconfigurationException(f"no run in {parent} has a checkpoint: {there}")
+    hint = f"the runs have --name {' or '.join(others)}" if others else "train one, or name a file"
+    raise MisconfigurationException(f"no run in {parent} has a checkpoint: {hint}")
 
 
 def best(last: Path) -> Path:
@@ -517,8 +517,8 @@ def best(last: Path) -> Path:
     if "run" not in checkpoint:
         raise MisconfigurationException(f"--ckpt_path best: {last} does not say: name the file")
     rows = checkpoint["callbacks"]["History"]["rows"]
-    by = checkpoint["run"]["chosen_by"]
-    found = chosen(rows, EpochCheckpoint(dirpath=last.parent, **by)) if by["monitor"] else None
-    if found is None:
+    rule = checkpoint["run"]["chosen_by"]
+    choice = chosen(rows, EpochCheckpoint(dirpath=last.parent, **rule)) if rule["monitor"] else None
+    if choice is None:
         raise MisconfigurationException(f"--ckpt_path best: {run_of(last)} chose no epoch")
-    return last.parent / found[1].relative_to(last.parent.resolve())  # relative if `last` is
+    return last.parent / choice[1].relative_to(last.parent.resolve())  # relative if `last` is

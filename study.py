@@ -54,25 +54,25 @@ def main(args: list[str] | None = None) -> None:
     given = parser.parse_args(args)
     # Flags to pass on must not be instantiated, though some name classes.
     try:
-        asked = parser.instantiate_classes(given).as_dict()
+        values = parser.instantiate_classes(given).as_dict()
     except (ValueError, TypeError) as error:  # from a sampler or a pruner
         raise refused(error) from error
-    asked |= {key: given.as_dict()[key] for key in ("grid", "variants", "fixed")}
-    question = Question(**{field.name: asked[field.name] for field in dataclasses.fields(Question)})
+    values |= {key: given.as_dict()[key] for key in ("grid", "variants", "fixed")}
+    question = Question(**{f.name: values[f.name] for f in dataclasses.fields(Question)})
     folder = Path(given.folder or Path("runs", Path(str(given.file[-1])).stem))
     records = {file: read_records(Path(file)) for file in given["from"]}
     plans = check(question)
-    nothing = MisconfigurationException(f"{folder}: no run has ended yet that counts")
+    no_runs = MisconfigurationException(f"{folder}: no run has ended yet that counts")
     if not (given.jobs or given.storage or records or folder.exists()):
-        raise nothing
+        raise no_runs
     try:
         queue = Queue(question, plans, folder, given.storage, given.any_code)
-        for file, its in records.items():
-            print(f"{file}: {queue.take_over(its)} runs taken")
+        for file, finished in records.items():
+            print(f"{file}: {queue.take_over(finished)} runs taken")
         for reason in queue.other():
-            then = "start anew" if given.jobs else "are left out"
+            action = "start anew" if given.jobs else "are left out"
             hint = ": --any_code true counts them too" if "by other code" in reason else ""
-            print(f"{reason} and {then}{hint}")
+            print(f"{reason} and {action}{hint}")
         if given.jobs:
             Work(queue).do_all(given.jobs)
         settings, done = queue.settings(), queue.records()
@@ -81,7 +81,7 @@ def main(args: list[str] | None = None) -> None:
         reason = f"the storage failed ({text})"
         raise MisconfigurationException(f"{reason}: the same command resumes") from error
     if not done:
-        raise nothing
+        raise no_runs
     if other := sorted({name for record in done.values() for name in other_code(record)}):
         print(f"runs by other code than this are counted: it differs in {', '.join(other)}")
     from studies.figures import write_figures  # Matplotlib is slow to import
@@ -92,8 +92,10 @@ def main(args: list[str] | None = None) -> None:
     answer.write(folder)
     write_figures(answer, folder)
     if given.jobs and (missing := queue.total() - len(done)):
-        why = f"{len(queue.failed)} failed, see above" if queue.failed else "other workers had them"
-        sys.exit(f"error: {missing} runs are missing ({why}): the same command tries again")
+        cause = (
+            f"{len(queue.failed)} failed, see above" if queue.failed else "other workers had them"
+        )
+        sys.exit(f"error: {missing} runs are missing ({cause}): the same command tries again")
 
 
 def _with_file_first(args: list[str]) -> list[str]:
@@ -101,15 +103,15 @@ def _with_file_first(args: list[str]) -> list[str]:
     args = [word for word in args if word != "--file"]
     if {"--help", "-h"} & {*args}:
         return args
-    is_value = [before.startswith("--") and "=" not in before for before in ["", *args]]
-    at = [i for i, word in enumerate(args) if not (word.startswith("-") or is_value[i])]
-    if not at:
+    is_value = [previous.startswith("--") and "=" not in previous for previous in ["", *args]]
+    positions = [i for i, word in enumerate(args) if not (word.startswith("-") or is_value[i])]
+    if not positions:
         raise MisconfigurationException("name the file of a study: python study.py FILE")
-    file = args[at[0]]
+    file = args[positions[0]]
     with contextlib.suppress(OSError, ValueError, TypeError, yaml.YAMLError):  # the parser says why
         if "question" not in (yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}):
             raise MisconfigurationException(f"{file} is not a study: it asks no question")
-    return ["--file", file, *args[: at[0]], *args[at[0] + 1 :]]
+    return ["--file", file, *args[: positions[0]], *args[positions[0] + 1 :]]
 
 
 def _that_ask(args: list[str]) -> list[str]:

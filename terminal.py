@@ -196,8 +196,8 @@ def _about(key: str, root: str, whole: str) -> str:
         return f"{key}: expected {' or '.join(types)}, not {value}"
     if "not correspond to a subclass" in root:
         root += "; a function needs the type that it returns, as in `-> nn.Module`"
-    for said, plain in VALUES:
-        root = re.sub(said, plain, root)
+    for pattern, replacement in VALUES:
+        root = re.sub(pattern, replacement, root)
     is_arguments = re.match(r"\w+: expected ", root)  # of a class
     return f"{key}{'.' if is_arguments else ': '}{root}"
 
@@ -209,10 +209,10 @@ def _no_class(name: str) -> str:
             return f"did you mean {file.stem}.{name}?"
     bases = (nn.Module, Optimizer, LRScheduler, Callback)
     known = {path.rpartition(".")[2] for base in bases for path in get_all_subclass_paths(base)}
-    lower = {of.lower(): of for of in sorted(known)}
-    found = [of for of in lower if of.startswith(name.lower())][:2]
-    found = found or difflib.get_close_matches(name.lower(), lower, n=2, cutoff=0.75)
-    near = " or ".join(lower[of] for of in found)
+    lower = {c.lower(): c for c in sorted(known)}
+    matches = [c for c in lower if c.startswith(name.lower())][:2]
+    matches = matches or difflib.get_close_matches(name.lower(), lower, n=2, cutoff=0.75)
+    near = " or ".join(lower[c] for c in matches)
     return f"no class {name}: " + (f"did you mean {near}?" if near else "name it as file.Class")
 
 
@@ -225,9 +225,9 @@ def short_errors() -> Iterator[None]:
     """Turn a user's mistake into one line and a non-zero exit code; let other errors pass. Quieten
     the frameworks."""
     _quieten()
-    tell = threading.excepthook
+    hook = threading.excepthook
     # TensorBoard's writer thread reports a full disk to the main thread too.
-    threading.excepthook = lambda args: None if _is_full_disk(args.exc_value) else tell(args)
+    threading.excepthook = lambda args: None if _is_full_disk(args.exc_value) else hook(args)
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
@@ -243,15 +243,15 @@ def short_errors() -> Iterator[None]:
             sys.exit(f"error: {text}")
         if (tracker := type(error).__module__.partition(".")[0]) in ("mlflow", "wandb"):
             sys.exit(f"error: {tracker}: {text}")
-        for cause, mend in MENDS.items():
+        for cause, fix in MENDS.items():
             if cause in text:
-                sys.exit(f"error: {mend}")
+                sys.exit(f"error: {fix}")
         if "loading state_dict" not in text:
             raise
         mismatch = textwrap.shorten(str(error).splitlines()[1], 200)
         sys.exit(f"error: the checkpoint does not fit the network of the settings: {mismatch}")
     finally:
-        threading.excepthook = tell
+        threading.excepthook = hook
 
 
 def _quieten() -> None:

@@ -68,7 +68,7 @@ register_type(
 )
 register_type(torch.device, str, torch.device)
 # Some of Lightning's defaults are StrEnums, e.g. Timer's `interval`.
-yaml.SafeDumper.add_multi_representer(StrEnum, lambda dumper, of: dumper.represent_str(of.value))
+yaml.SafeDumper.add_multi_representer(StrEnum, lambda dumper, e: dumper.represent_str(e.value))
 BAREBONES = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
 # Subcommand arguments that are fixed here. A checkpoint is loaded as data: none of its code runs.
 FIXED = {"weights_only": True, "verbose": False, "return_predictions": False}
@@ -78,11 +78,11 @@ CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
 
 
-def _drop_other_arguments(_parser: Any, before: Any, now: Any) -> None:
+def _drop_other_arguments(_parser: Any, previous: Any, new: Any) -> None:
     """Drop the arguments of a class that is replaced, so that the new one has its own defaults.
     jsonargparse keeps those that both classes take, e.g. another optimizer's learning rate."""
-    if before and "init_args" in before and before["class_path"] != now["class_path"]:
-        before["init_args"] = type(before["init_args"])()
+    if previous and "init_args" in previous and previous["class_path"] != new["class_path"]:
+        previous["init_args"] = type(previous["init_args"])()
 
 
 assert hasattr(_typehints, "discard_init_args_on_class_path_change")  # private, so it may disappear
@@ -120,10 +120,10 @@ def _find_checkpoint(args: list[str]) -> Path | None:
     for flag in ("--ckpt_path", "--name", "--trainer.default_root_dir"):
         parser.add_argument(flag, dest=flag.strip("-"))
     parser.add_argument("--config", action="append", type=Path, default=[])
-    found = vars(parser.parse_known_args(args[1:])[0])
-    config, path = (found["config"] or [Path("default")])[-1], found["ckpt_path"]
+    flags = vars(parser.parse_known_args(args[1:])[0])
+    config, path = (flags["config"] or [Path("default")])[-1], flags["ckpt_path"]
     settings: dict[str, Any] = {}
-    for file in found["config"]:
+    for file in flags["config"]:
         try:
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
             _check_keys(content, str(file))
@@ -132,14 +132,14 @@ def _find_checkpoint(args: list[str]) -> Path | None:
             pass  # the parser says why
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise MisconfigurationException(f"{file} is not valid YAML: {error}") from error
-    root = found["trainer.default_root_dir"] or settings.get("trainer.default_root_dir") or "runs"
-    parent = Path(root, found["name"] or settings.get("name") or config.stem)
+    root = flags["trainer.default_root_dir"] or settings.get("trainer.default_root_dir") or "runs"
+    parent = Path(root, flags["name"] or settings.get("name") or config.stem)
     if path is None:
         is_requeued = args[0] == "fit" and os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
-        every = runs.versions(parent).items() if is_requeued else ()
-        jobs = [folder for _, folder in sorted(every) if (folder / ".job").exists()]
-        own = _job(args)
-        jobs = [f for f in jobs if (f / ".job").read_text(encoding="utf-8") == own]
+        folders = runs.versions(parent).items() if is_requeued else ()
+        jobs = [folder for _, folder in sorted(folders) if (folder / ".job").exists()]
+        command = _job(args)
+        jobs = [f for f in jobs if (f / ".job").read_text(encoding="utf-8") == command]
         saved = [file for folder in jobs if (file := folder / "checkpoints" / "last.ckpt").exists()]
         if not saved:
             return None
@@ -150,23 +150,23 @@ def _find_checkpoint(args: list[str]) -> Path | None:
     return runs.named(path, parent)
 
 
-def _check_keys(content: Any, where: str) -> None:
+def _check_keys(content: Any, file: str) -> None:
     """Raise on keys that jsonargparse misreads: a dotted key, which it applies to another class or
     the default one, and an argument next to a class_path."""
     for key, value in content.items() if isinstance(content, dict) else ():
         if "class_path" in content and key not in CLASS_KEYS:
             raise MisconfigurationException(
-                f"{where}: {key} belongs under init_args of {content['class_path']}"
+                f"{file}: {key} belongs under init_args of {content['class_path']}"
             )
         if "." in str(key):
             parent, _, name = str(key).rpartition(".")
             raise MisconfigurationException(
-                f"{where}: {key} has to be nested: {name} below {parent}, and for an argument of a "
+                f"{file}: {key} has to be nested: {name} below {parent}, and for an argument of a "
                 "class below its init_args"
             )
         for item in value if isinstance(value, list) else [value]:
             if key not in ("init_args", "dict_kwargs"):
-                _check_keys(item, where)
+                _check_keys(item, file)
 
 
 def _job(args: list[str]) -> str:
@@ -208,13 +208,13 @@ class CLI(LightningCLI):
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Return Lightning's subcommands without `FIXED`; only the given one, as parsers are slow
         to build."""
-        every = {name: skip | {*FIXED} for name, skip in LightningCLI.subcommands().items()}
-        given = self.args[0] if self.args else ""
-        return {given: every[given]} if given in every else every
+        commands = {name: skip | {*FIXED} for name, skip in LightningCLI.subcommands().items()}
+        command = self.args[0] if self.args else ""
+        return {command: commands[command]} if command in commands else commands
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        takes = inspect.signature(getattr(Trainer, subcommand)).parameters
-        fixed = {name: value for name, value in FIXED.items() if name in takes}
+        parameters = inspect.signature(getattr(Trainer, subcommand)).parameters
+        fixed = {name: value for name, value in FIXED.items() if name in parameters}
         return super()._prepare_subcommand_kwargs(subcommand) | fixed
 
     # ------------------------------------------------------------------------------- settings
@@ -268,8 +268,8 @@ class CLI(LightningCLI):
             text = yaml.safe_dump(settings, sort_keys=False)
             is_named = any(arg.startswith("--ckpt_path") for arg in args)
             # A requeued job repeats its command; what it drew or found is in the checkpoint.
-            at = 1 if is_named else len(args)
-            args = [*args[:at], "--config", text, *args[at:], "--ckpt_path", str(self.path)]
+            index = 1 if is_named else len(args)
+            args = [*args[:index], "--config", text, *args[index:], "--ckpt_path", str(self.path)]
         flags = [arg.partition("=")[0] for arg in self.args if arg.startswith("--")]
         last = max((i for i, flag in enumerate(flags) if flag == "--config"), default=0)
         if set(flags[:last]) - {"--config", "--ckpt_path"}:
@@ -314,9 +314,9 @@ class CLI(LightningCLI):
                 raise MisconfigurationException("there is no validation set: data.val_size is 0")
             if str(config.checkpoint.monitor).startswith("val/"):
                 config.checkpoint.monitor = None  # there is nothing to monitor
-        its = runs.settings_of(self.checkpoint)["model"].get("calibrate", "auto")
-        if its not in ("auto", True, False) and config.model.calibrate in ("auto", True):
-            config.model.calibrate = its  # a file; the checkpoint has its temperature
+        saved = runs.settings_of(self.checkpoint)["model"].get("calibrate", "auto")
+        if saved not in ("auto", True, False) and config.model.calibrate in ("auto", True):
+            config.model.calibrate = saved  # a file; the checkpoint has its temperature
         self._name_classes()
         self._check_origin()
         self._dump_config()
@@ -348,44 +348,44 @@ class CLI(LightningCLI):
         """Record which file the initial weights come from (`source`) and which images they were
         trained on (`seen`). Raise if the validation set includes some of those."""
         config = self.config[self.subcommand]
-        weights, now = config.model.weights, config.data
+        weights, data = config.model.weights, config.data
         self.source, self.seen = str(self.path or weights), dict[str, str]()
-        its: dict[str, Any] = {}
+        saved: dict[str, Any] = {}
         if self.checkpoint:
-            its, self.seen = runs.settings_of(self.checkpoint), runs.images_of(self.checkpoint)
-            if weights != its["model"].get("weights"):
+            saved, self.seen = runs.settings_of(self.checkpoint), runs.images_of(self.checkpoint)
+            if weights != saved["model"].get("weights"):
                 raise MisconfigurationException("model.weights starts a run: leave out --ckpt_path")
         elif weights is not None:
-            its, self.seen = runs.origin(Path(weights))
-            normalize = its.get("model", {}).get("normalize")
-            if its and normalize != config.model.normalize:
+            saved, self.seen = runs.origin(Path(weights))
+            normalize = saved.get("model", {}).get("normalize")
+            if saved and normalize != config.model.normalize:
                 _note(f"{weights} was trained with model.normalize {normalize}, unlike this run")
-            if now.val_size and not its:
+            if data.val_size and not saved:
                 _note(
                     f"nothing says on which images {weights} was trained: if on some of this "
                     "validation set, its accuracy is too high"
                 )
-            if its and its["model"].get("classes") != config.model.classes:
-                its, self.seen = {}, {}
-                if now.val_size:
+            if saved and saved["model"].get("classes") != config.model.classes:
+                saved, self.seen = {}, {}
+                if data.val_size:
                     _note(
                         f"{weights} was trained on images of other classes: if some of them are in "
                         "this validation set, its accuracy is too high"
                     )
-        before = its.get("data", {})
-        if not now.val_size or "val_size" not in before or self.subcommand == "predict":
+        previous = saved.get("data", {})
+        if not data.val_size or "val_size" not in previous or self.subcommand == "predict":
             return
-        before = {"stratify": False, "folds": None, "fold": 0} | before  # for earlier versions
-        if now.val_size > before["val_size"] or any(now[key] != before[key] for key in SPLIT):
-            kept = ", ".join(f"data.{key} {before[key]}" for key in SPLIT)
+        previous = {"stratify": False, "folds": None, "fold": 0} | previous  # for earlier versions
+        if data.val_size > previous["val_size"] or any(data[key] != previous[key] for key in SPLIT):
+            kept = ", ".join(f"data.{key} {previous[key]}" for key in SPLIT)
             raise MisconfigurationException(
                 f"{self.source} was trained on images of this validation set: keep its {kept}, and "
-                f"at most its data.val_size {before['val_size']}"
+                f"at most its data.val_size {previous['val_size']}"
             )
-        if self.subcommand == "fit" and self.checkpoint and now.val_size != before["val_size"]:
+        if self.subcommand == "fit" and self.checkpoint and data.val_size != previous["val_size"]:
             raise MisconfigurationException(
-                f"data.val_size {now.val_size}: epochs before and after would be compared on other "
-                f"images: keep its {before['val_size']}, or use 0 for no validation"
+                f"data.val_size {data.val_size}: epochs before and after would be compared on "
+                f"other images: keep its {previous['val_size']}, or use 0 for no validation"
             )
 
     def instantiate_classes(self) -> None:
@@ -393,8 +393,8 @@ class CLI(LightningCLI):
         model, has_temperature = self.config[self.subcommand].model, False
         if self.checkpoint:  # it has the weights, and a file's temperature
             model.weights = None
-            its = runs.settings_of(self.checkpoint)["model"].get("calibrate", "auto")
-            has_temperature = model.calibrate == its not in ("auto", True, False)
+            saved = runs.settings_of(self.checkpoint)["model"].get("calibrate", "auto")
+            has_temperature = model.calibrate == saved not in ("auto", True, False)
             model.calibrate = "auto" if has_temperature else model.calibrate
         if (file := model.calibrate) not in ("auto", True, False):
             for note in runs.calibration_notes(file, self.config_dump):
@@ -478,8 +478,8 @@ class CLI(LightningCLI):
             raise MisconfigurationException(
                 "srun started several processes for one device: give trainer.devices, or srun -n 1"
             )
-        is_16 = str(trainer.precision).startswith("bf16")
-        if is_16 and isinstance(trainer.accelerator, CPUAccelerator) and bf16_is_slow():
+        is_bf16 = str(trainer.precision).startswith("bf16")
+        if is_bf16 and isinstance(trainer.accelerator, CPUAccelerator) and bf16_is_slow():
             _note(
                 f"this processor is slow in trainer.precision {trainer.precision}: faster with "
                 "--trainer.precision 32-true"
@@ -541,8 +541,8 @@ class CLI(LightningCLI):
         try:
             self.trainer.fit(**kwargs)
             timers = (c for c in self.trainer.callbacks if isinstance(c, Timer))  # type: ignore[attr-defined]
-            left = [seconds for c in timers if (seconds := c.time_remaining()) is not None]
-            if min(left, default=1.0) <= 0:
+            remaining = [seconds for c in timers if (seconds := c.time_remaining()) is not None]
+            if min(remaining, default=1.0) <= 0:
                 self.trainer.print(
                     "stopped after its time; to resume, raise trainer.max_time, which counts the "
                     "time before too"
@@ -561,12 +561,12 @@ class CLI(LightningCLI):
                 raise SystemExit(1) from None  # rank 0 reports it
             raise Diverged(f"{error}; {self._resume(' with a lower learning rate')}") from None
 
-    def _resume(self, how: str = "") -> str:
+    def _resume(self, hint: str = "") -> str:
         """Return the command that resumes from the last checkpoint, or say that there is none."""
         last = self.run_folder / "checkpoints" / "last.ckpt"
         if (good := last if last.exists() else self.path) is None:
-            return f"nothing is kept, as no epoch has ended; start again{how}"
-        return f"to resume{how}: python train.py fit --ckpt_path {shlex.quote(str(good))}"
+            return f"nothing is kept, as no epoch has ended; start again{hint}"
+        return f"to resume{hint}: python train.py fit --ckpt_path {shlex.quote(str(good))}"
 
     def _finish(self, code: str) -> None:
         weights = io.BytesIO()
@@ -586,8 +586,8 @@ class CLI(LightningCLI):
             run["temperature"] = runs.read_checkpoint(path).get("temperature")
         card = model_card(self.run_folder, self.config_dump, run, self.trainer, history.rows, row)
         file = self.run_folder / "model.md"
-        before = file.read_text(encoding="utf-8") if file.exists() else ""
-        results = parts_of(before)[1:]  # still valid: they name their epoch
+        previous = file.read_text(encoding="utf-8") if file.exists() else ""
+        results = parts_of(previous)[1:]  # still valid: they name their epoch
         runs.write_whole(file, "".join((card, *results)).encode())
         print()
         if row:
@@ -607,14 +607,14 @@ class CLI(LightningCLI):
     def after_validate(self) -> None:
         """Print loss and accuracy; write the predictions to the run folder. Raise if the images may
         have been trained on."""
-        now = self.datamodule.identity("train")
-        runs.refuse_other_images(self.source, self.seen, now)
+        images = self.datamodule.identity("train")
+        runs.refuse_other_images(self.source, self.seen, images)
         self._report()
-        found = self.keeper.predictions()
-        is_whole = found is not None and len(found.labels) == len(self.datamodule.val_set)
-        if found and is_whole and self.trainer.is_global_zero:
+        predicted = self.keeper.predictions()
+        is_whole = predicted is not None and len(predicted.labels) == len(self.datamodule.val_set)
+        if predicted and is_whole and self.trainer.is_global_zero:
             file = self.run_folder / "validation.npz"
-            runs.write_whole(file, self._saved(found, now, self._changed()))
+            runs.write_whole(file, self._saved(predicted, images, self._changed()))
             print(f"written to {file}")
         elif self.trainer.is_global_zero:
             print("of a part of the images only: nothing is written")
@@ -623,7 +623,7 @@ class CLI(LightningCLI):
         """Return the content of a file with the predictions for a set of images."""
         logits, labels, indices = (part.numpy() for part in predictions)
         model = f"{self.path}, epoch {self.checkpoint['epoch']}, views: {self.model.tta}"
-        model += "".join(f", {key} {now} (not {its})" for key, (its, now) in changed.items())
+        model += "".join(f", {key} {new} (not {old})" for key, (old, new) in changed.items())
         return Saved(logits, labels, indices, images, model).content()
 
     def before_test(self) -> None:
@@ -640,20 +640,20 @@ class CLI(LightningCLI):
         from reports.results import write_results
 
         metrics, data, model = self._report(), self.datamodule, self.model
-        found = {name: self.keeper.predictions(i) for i, name in enumerate(data.test_sets)}
-        tests = {name: of for name, of in found.items() if of is not None}
-        if not tests or not all(of.logits.isfinite().all() for of in tests.values()):
+        predictions = {name: self.keeper.predictions(i) for i, name in enumerate(data.test_sets)}
+        tests = {name: p for name, p in predictions.items() if p is not None}
+        if not tests or not all(p.logits.isfinite().all() for p in tests.values()):
             reason = "the network's outputs are NaN" if tests else "no image was tested"
             raise MisconfigurationException(f"{self.path}: {reason}")
         if not self.trainer.is_global_zero:
             return
         self._say_if_not_calibrated()
-        now, count = data.identity("test"), sum(len(of.labels) for of in tests.values())
-        is_whole, is_cifar10 = count == sum(map(len, data.test_sets.values())), now == "CIFAR-10"
-        values = {**metrics, "set": now, "tta": model.tta, "changed": self._changed()}
+        images, count = data.identity("test"), sum(len(p.labels) for p in tests.values())
+        is_whole, is_cifar10 = count == sum(map(len, data.test_sets.values())), images == "CIFAR-10"
+        values = {**metrics, "set": images, "tta": model.tta, "changed": self._changed()}
         write = functools.partial(
             write_results, self.run_folder, other=data.other_name, count=f"{count:,} images",
-            step=self.checkpoint["global_step"], is_own=now == self.seen.get("test", now),
+            step=self.checkpoint["global_step"], is_own=images == self.seen.get("test", images),
         )  # fmt: skip
         terminal = Console(highlight=False, markup=False)
         if test := tests.get(""):
@@ -668,7 +668,7 @@ class CLI(LightningCLI):
                 )
             if is_whole:
                 figures = evaluation.figures(data.test_set.images, self._focus)
-                saved = self._saved(test, now, values["changed"])
+                saved = self._saved(test, images, values["changed"])
                 write(values | evaluation.values(), summary, figures, saved)
         elif is_whole:
             corruptions = Corruptions(tests)
@@ -681,13 +681,13 @@ class CLI(LightningCLI):
 
     def _changed(self) -> dict[str, list[Any]]:
         """Return and print where model and precision differ from the run's, as [run's, given]."""
-        before, used = runs.settings_of(self.checkpoint), self.config_dump
+        saved, used = runs.settings_of(self.checkpoint), self.config_dump
         changed = runs.differences(
-            {"model": before["model"], "precision": before.get("trainer", {}).get("precision")},
+            {"model": saved["model"], "precision": saved.get("trainer", {}).get("precision")},
             {"model": used["model"], "precision": used["trainer"]["precision"]},
         )
-        for key, (its, given) in changed.items():
-            print(f"with {key} {given}, not the run's {its}")
+        for key, (old, new) in changed.items():
+            print(f"with {key} {new}, not the run's {old}")
         return changed
 
     def _exit_if_skipped(self, count: int) -> None:
