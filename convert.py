@@ -45,9 +45,9 @@ def read_folders(source: Path, test_share: float, seed: int) -> tuple[list[str],
     parts = [name for name in sorted(folders) if name.lower() in PARTS]
     if len(parts) > 1 and not is_split:  # a lone `train` may be a class
         raise MisconfigurationException(
-            f"{source} has {', '.join(sorted(folders))}, and {parts[0]} is no class: name the "
-            "parts train and test, with no other folder beside them (this project holds out a "
-            "validation set by itself)"
+            f"{source} has {', '.join(sorted(folders))}, and {parts[0]} is not a class: name "
+            "the parts train and test, without other folders next to them (`fit` holds out the "
+            "validation set)"
         )
     parent = source / "train" if is_split else source
     classes = folders_in(parent)
@@ -60,18 +60,18 @@ def read_folders(source: Path, test_share: float, seed: int) -> tuple[list[str],
     for name in classes:  # before the slow reading
         if len(files_in(parent / name)) < least:
             raise MisconfigurationException(
-                f"{parent / name} has fewer than {least} files: add pictures, or remove the folder"
+                f"{parent / name} has fewer than {least} files: add images, or remove the folder"
             )
     if is_split and (others := {*folders_in(source / "test")} - {*classes}):
         raise MisconfigurationException(
-            f"{source}/test has {', '.join(sorted(others))}, train has not"
+            f"{source}/test has {', '.join(sorted(others))}, which train lacks"
         )
     train, skipped = read_by_class(parent, classes)
     counts = torch.bincount(train.labels, minlength=len(classes)).tolist()
     for name, count in zip(classes, counts, strict=True):
         if count < least:
             raise MisconfigurationException(
-                f"{parent / name}: {count} readable pictures, expected at least {least}"
+                f"{parent / name}: {count} readable images, expected at least {least}"
             )
     if is_split:
         test, more = read_by_class(source / "test", classes)
@@ -104,12 +104,13 @@ def read_torchvision(name: str, root: Path) -> tuple[list[str], list[Part], int]
     parts, classes, labelled = [], [], None
     for part in ("train", "test"):
         given: dict[str, Any] = {"train": part == "train"} if "train" in params else {"split": part}
-        given |= {"download": True} if "download" in params else {}
+        if "download" in params:
+            given["download"] = True
         try:
             labelled = make(str(root), **given)
         except (OSError, RuntimeError, TypeError, ValueError) as error:
             raise MisconfigurationException(
-                f"torchvision's {name} has no plain training and test part here: {error}"
+                f"torchvision's {name}: can't load its training and test sets: {error}"
             ) from error
         pairs = [(to_pixels(image), label) for image, label in bar(labelled, desc=f"{name} {part}")]
         images, labels = zip(*pairs, strict=True)
@@ -170,13 +171,13 @@ def write(out: Path, classes: list[str], train: Part, test: Part) -> None:
 @short_errors()
 def main(args: list[str] | None = None) -> None:
     """Run the command line. A user's mistake prints one line and exits with a non-zero code."""
-    parser = ShortParser(prog="convert.py", description="Make arrays of pictures.")
+    parser = ShortParser(prog="convert.py", description="Convert images to a folder of arrays.")
     parser.add_argument("source", type=str, help="a folder, or torchvision:NAME")
     parser.add_argument("--out", type=str, required=True, help="a new folder, for --data.root")
-    text = "the share of each class for testing, without a folder test"
+    text = "share of each class to hold out for testing, if there is no test folder"
     parser.add_argument("--test_share", type=OpenUnitInterval, default=0.2, help=text)
-    parser.add_argument("--seed", type=NonNegativeInt, default=0, help="which images these are")
-    text = "where torchvision's data sets lie, or are downloaded to"
+    parser.add_argument("--seed", type=NonNegativeInt, default=0, help="picks the held-out images")
+    text = "folder of torchvision's data sets, downloaded if missing"
     parser.add_argument("--root", type=str, default="data/torchvision", help=text)
     options = parser.parse_args(args)
     out, source = Path(options.out), Path(options.source)
@@ -188,11 +189,11 @@ def main(args: list[str] | None = None) -> None:
     elif source.is_dir():
         classes, (train, test), skipped = read_folders(source, options.test_share, options.seed)
     else:
-        raise MisconfigurationException(f"no folder {source}, and not torchvision:NAME")
+        raise MisconfigurationException(f"{source} is neither a folder nor torchvision:NAME")
     pairs = near_duplicates(train.images, test.images)
     write(out, classes, train, test)
     sizes = [len(part.names) for part in (train, test)]
-    named = ", ".join(classes[:SHOWN]) + ", ..." * (len(classes) > SHOWN)
+    named = ", ".join(classes[:SHOWN]) + (", ..." if len(classes) > SHOWN else "")
     print(
         f"written to {out}: {len(classes)} classes ({named}), {sizes[0]:,} training and "
         f"{sizes[1]:,} test images"
@@ -201,8 +202,8 @@ def main(args: list[str] | None = None) -> None:
         print(f"no test image of {', '.join(untested)}")
     if pairs:
         print(
-            f"{len(pairs):,} test images look very much like a training image: of photos these may "
-            "be copies, of drawings\nthey need not"
+            f"{len(pairs):,} test images look very much like a training image: photos may be "
+            "copies, drawings need not be"
         )
         for known, new in pairs[:SHOWN]:
             print(f"  {test.names[new]}  {train.names[known]}")
@@ -217,7 +218,7 @@ def main(args: list[str] | None = None) -> None:
         words += ["--data.batch_size", "16"]
     print(f"train    {shlex.join(words)}")
     if skipped:
-        sys.exit(f"error: {skipped} files could not be read, and are left out")
+        sys.exit(f"error: {skipped} files could not be read and were skipped")
 
 
 if __name__ == "__main__":

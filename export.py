@@ -96,7 +96,8 @@ def load(
     data = {key: data[key] for key in ("root", "download", "sources", "verify") if key in data}
     unchanged = torch.zeros(3), torch.ones(3)
     mean, std = (model.mean, model.std) if model.is_normalizing else unchanged
-    metrics: dict[str, float] = dict(*_own_rows(checkpoint)[:1])
+    rows = _own_rows(checkpoint)
+    metrics = rows[0] if rows else {}
     card: Card = {
         "network": settings["model"]["network"],
         "classes": model.classes,
@@ -116,7 +117,7 @@ def load(
     images, folder = archive.load(**data).test_images, data.get("root", "data")
     if (classes_in(folder) or archive.CLASSES) != model.classes:
         raise MisconfigurationException(
-            f"the images in {folder} are not of the model's classes: give --data.root"
+            f"the images in {folder} have other classes than the model: set --data.root"
         )
     return Classifier(model).eval(), card, images
 
@@ -241,7 +242,7 @@ def card_of_file(
     text += f"{precision}\n{DIGEST}{hashlib.sha256(content).hexdigest()}\n"
     if f"Of epoch {card['epoch']} (" in result:
         return text + result
-    print(f"the card has no result of epoch {card['epoch']}: run `train.py test` first")
+    print(f"the card has no test result of epoch {card['epoch']}: run `train.py test` first")
     return text
 
 
@@ -252,8 +253,8 @@ def page_files(model: bytes, card: Card) -> dict[str, bytes]:
             package = archive.npm_pack(RUNTIME, Path(scratch), total=RUNTIME_BYTES)
         except archive.CIFAR10Error as error:
             raise MisconfigurationException(
-                f"--format page needs {RUNTIME} from npm, but {error}: install npm, or see that it "
-                "reaches its registry"
+                f"--format page needs {RUNTIME} from npm, but {error}: install npm, or check that "
+                "it reaches its registry"
             ) from error
         with tarfile.open(package) as tar:
             members = {name: tar.extractfile(f"package/dist/{name}") for name in RUNTIME_FILES}
@@ -282,11 +283,11 @@ def compare(expected: Predict, found: Predict, images: Tensor) -> float:
     behind = target.max(dim=1).values - target.gather(1, output.argmax(dim=1, keepdim=True))[:, 0]
     if wrong := int((behind > 1e-4).sum()):
         raise MisconfigurationException(
-            f"the export names another class for {wrong} of {len(images)} images: it is not kept"
+            f"the export predicts another class for {wrong} of {len(images)} images: not written"
         )
     if not difference < 1e-3:  # NaN included
         raise MisconfigurationException(
-            f"the export's probabilities differ by {difference:.1e}: it is not kept"
+            f"the export's probabilities differ by {difference:.1e}: not written"
         )
     return difference
 
@@ -309,7 +310,7 @@ def _check(format_: str, out: Path, overwrite: bool) -> None:
         expected = "a new folder" if is_page else f"a file that ends in {suffix}"
         raise MisconfigurationException(f"--out {out}: name {expected}")
     is_shared = format_ == "checkpoint"
-    for path in (out, out.with_suffix(".md"))[: 1 + is_shared]:
+    for path in (out, out.with_suffix(".md")) if is_shared else (out,):
         if not path.exists():
             continue
         if is_page:
@@ -321,7 +322,9 @@ def _check(format_: str, out: Path, overwrite: bool) -> None:
             if is_shared and is_export:
                 is_export = "optimizer_states" not in read_checkpoint(path)
         if not is_export:
-            raise MisconfigurationException(f"--out {path} is no earlier export: name a new one")
+            raise MisconfigurationException(
+                f"--out {path} exists and is not an export: choose another path"
+            )
         if not overwrite:
             raise MisconfigurationException(f"--out {path} exists: add --overwrite to replace it")
 
@@ -338,8 +341,8 @@ def _exporting(format_: str, network: nn.Module) -> Iterator[None]:
         cause = error.__cause__ or error
         reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
         raise MisconfigurationException(
-            f"--format {format_} can't hold {type(network).__name__} ({reason})"
-            + (": --format safetensors can" if format_ != "safetensors" else "")
+            f"--format {format_} does not support {type(network).__name__} ({reason})"
+            + (": use --format safetensors" if format_ != "safetensors" else "")
         ) from error
 
 
@@ -367,10 +370,10 @@ def main(args: list[str] | None = None) -> None:
         "--name", type=str, default="default", help="with --ckpt_path best or last: the recipe"
     )
     parser.add_argument("--format", type=str, required=True, help=" | ".join(SUFFIXES))
-    parser.add_argument("--out", type=str, required=True, help="a file; for a page a folder")
+    parser.add_argument("--out", type=str, required=True, help="a file, or a folder for page")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
-    parser.add_argument("--data.root", type=str | None, default=None, help="the images' folder")
-    text = "false: not calibrated; a checkpoint: by its temperature (default: as the run was)"
+    parser.add_argument("--data.root", type=str | None, default=None, help="the data folder")
+    text = "false: don't calibrate; a checkpoint: use its temperature (default: as in the run)"
     parser.add_argument("--model.calibrate", type=bool | str | None, default=None, help=text)
     options = parser.parse_args(args)
     out, format_ = Path(options.out), options.format
@@ -379,8 +382,8 @@ def main(args: list[str] | None = None) -> None:
     checkpoint = read_checkpoint(path)
     if (calibrate := options.model.calibrate) is not None and format_ == "checkpoint":
         raise MisconfigurationException(
-            "a checkpoint to share keeps its run's calibration: whoever tests or exports it gives "
-            "--model.calibrate"
+            "--format checkpoint keeps its run's calibration: give --model.calibrate when the file "
+            "is tested or exported"
         )
     if calibrate not in (None, "auto", True, False):
         for note in calibration_notes(calibrate, settings_of(checkpoint)):
@@ -388,9 +391,7 @@ def main(args: list[str] | None = None) -> None:
     classifier, card, images = load(path, checkpoint, options.data.root, calibrate)
     classifier(EXAMPLE)  # a bug in the network shows its traceback here
     if not card["calibrated"]:
-        print(
-            "its probabilities are not calibrated: the checkpoint has no temperature that is used"
-        )
+        print("probabilities are not calibrated: no temperature is applied")
     if format_ == "checkpoint":
         content, precision = export_checkpoint(classifier, checkpoint, images)
         saved = settings_of(checkpoint)["model"].get("calibrate", "auto")

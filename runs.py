@@ -103,7 +103,7 @@ def locked(folder: Path) -> Iterator[None]:
             finally:
                 Path(lock.lock_file).unlink(missing_ok=True)
     except Timeout:
-        raise MisconfigurationException(f"another process trains in {folder}") from None
+        raise MisconfigurationException(f"{folder}: another process is training in it") from None
 
 
 def code_version() -> dict[str, str]:
@@ -199,7 +199,7 @@ class EpochCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint; by default it keeps every epoch and names the best one.
 
     Args:
-        monitor: The metric that decides the best epoch: `val/acc`, `val/loss`, or any logged one.
+        monitor: Chooses the best epoch: `val/acc`, `val/loss`, or any logged metric.
         mode: `auto`: `min` for a metric with `loss` or `error` in its name, otherwise `max`.
         filename: File name of an epoch's checkpoint.
         save_top_k: How many of the best epochs to keep; -1: all.
@@ -270,7 +270,9 @@ def check_monitors(settings: dict[str, Any]) -> None:
         name = f"{key.removesuffix('monitor')}mode"
         mode, natural = values.get(name), natural_mode(monitor)
         if str(monitor).startswith("test/"):
-            raise MisconfigurationException(f"{key} {monitor}: test images choose nothing")
+            raise MisconfigurationException(
+                f"{key} {monitor} would choose on the test set: use val/acc or val/loss"
+            )
         if mode in ("min", "max") and natural not in (None, mode):
             raise MisconfigurationException(
                 f"{name} {mode} would choose the worst {monitor}: set it to {natural}"
@@ -343,10 +345,10 @@ def read_weights(path: str | Path) -> dict[str, Any]:
     Raises:
         MisconfigurationException: The file is missing or has no weights.
     """
-    content = _load(Path(path), "a file of weights", mmap=False)  # older files can't be mapped
+    content = _load(Path(path), "a weights file", mmap=False)  # older files can't be mapped
     weights = content.get("state_dict", content) if isinstance(content, dict) else None
     if not (isinstance(weights, dict) and all(isinstance(v, Tensor) for v in weights.values())):
-        raise MisconfigurationException(f"{path} holds no weights of a network")
+        raise MisconfigurationException(f"{path} contains no network weights")
     own = {k.removeprefix("network."): v for k, v in weights.items() if k.startswith("network.")}
     is_module = "state_dict" in content or len(own) == len(weights)  # not the bare network's
     return own if own and is_module else weights
@@ -356,7 +358,7 @@ def origin(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the config of the run that wrote a weights file, and the images it was trained on:
     from the checkpoint, or from `config.yaml` and `run.json` next to `model.pth`. Empty if unknown.
     """
-    content = _load(path, "a file of weights", mmap=False)
+    content = _load(path, "a weights file", mmap=False)
     settings, made_by = path.with_name("config.yaml"), path.with_name("run.json")
     if isinstance(content, dict) and "val_size" in content.get("datamodule_hyper_parameters", {}):
         return settings_of(migrate(content)), images_of(content)
@@ -395,7 +397,7 @@ def _load(path: Path, kind: str, mmap: bool = True) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a file that isn't a checkpoint can raise anything
         raise MisconfigurationException(
-            f"{path} is not {kind}, or it is damaged; it was not loaded ({type(error).__name__})"
+            f"{path} is not {kind}, or is damaged: not loaded ({type(error).__name__})"
         ) from error
 
 
@@ -456,8 +458,8 @@ def calibration_notes(file: str, settings: dict[str, Any]) -> list[str]:
     networks = {*changed.get("network.class_path", ())}  # both classes, if they differ
     if networks and not networks & {None, "networks.default_network"}:
         raise MisconfigurationException(
-            f"model.calibrate {file} has another network, {' and '.join(sorted(networks))}: "
-            "take a run of the same recipe"
+            f"model.calibrate {file} has another network ({' and '.join(sorted(networks))}): "
+            "use a run of the same recipe"
         )
     notes = [f"with {key} {old}, not {new}" for key, (old, new) in changed.items()]
     if len({str(config["model"].get("classes")) for config in configs}) > 1:
@@ -507,7 +509,7 @@ def named(path: str, parent: Path) -> Path:
         if step >= 0:
             return last if path == "last" else best(last)
     others = sorted(p.name for p in parent.parent.glob("*") if versions(p) and p != parent)
-    hint = f"the runs have --name {' or '.join(others)}" if others else "train one, or name a file"
+    hint = f"the runs have --name {' or '.join(others)}" if others else "train one, or give a file"
     raise MisconfigurationException(f"no run in {parent} has a checkpoint: {hint}")
 
 
@@ -515,10 +517,14 @@ def best(last: Path) -> Path:
     """Return the checkpoint that validation chose in the run whose last one is `last`."""
     checkpoint = read_checkpoint(last)
     if "run" not in checkpoint:
-        raise MisconfigurationException(f"--ckpt_path best: {last} does not say: name the file")
+        raise MisconfigurationException(
+            f"--ckpt_path best: {last} does not record the best epoch: give the file's path"
+        )
     rows = checkpoint["callbacks"]["History"]["rows"]
     rule = checkpoint["run"]["chosen_by"]
     choice = chosen(rows, EpochCheckpoint(dirpath=last.parent, **rule)) if rule["monitor"] else None
     if choice is None:
-        raise MisconfigurationException(f"--ckpt_path best: {run_of(last)} chose no epoch")
+        raise MisconfigurationException(
+            f"--ckpt_path best: {run_of(last)} has no best epoch: use last, or give a file's path"
+        )
     return last.parent / choice[1].relative_to(last.parent.resolve())  # relative if `last` is

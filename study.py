@@ -27,7 +27,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from studies.answer import Answer
 from studies.question import Question, check
-from studies.queue import STORAGE_ERRORS, Queue, without_password
+from studies.queue import CODE, STORAGE_ERRORS, Queue, without_password
 from studies.record import other_code, read_records
 from studies.work import Work
 from terminal import ShortParser, innermost, refused, short_errors
@@ -42,15 +42,15 @@ def main(args: list[str] | None = None) -> None:
         sys.path.append("")  # the current folder, for the user's classes
     os.environ.pop("SLURM_NTASKS", None)  # a run is one process, however many a job has
     args = _with_file_first(sys.argv[1:] if args is None else args)
-    parser = ShortParser(prog="study.py", description="Answer a question by many runs.")
+    parser = ShortParser(prog="study.py", description="Answer a question with many runs.")
     add = parser.add_argument
-    add("--file", action=ActionConfigFile, help="the question: the first word that is no flag's")
+    add("--file", action=ActionConfigFile, help="the study's YAML file (positional)")
     parser.add_class_arguments(Question)
     add("--jobs", type=NonNegativeInt, default=1, help="runs at a time; 0: the answer so far")
     add("--storage", type=str | None, help="journal:FILE or a database's URL")
     add("--folder", type=str | None, help="default: runs/<name of the file>")
-    add("--from", action="append", default=[], help="take the runs of a runs.jsonl as done")
-    add("--any_code", type=bool, default=False, help="also those by other code")
+    add("--from", action="append", default=[], help="count the runs of a runs.jsonl as done")
+    add("--any_code", type=bool, default=False, help="also count runs by other code")
     given = parser.parse_args(args)
     # Flags to pass on must not be instantiated, though some name classes.
     try:
@@ -62,16 +62,16 @@ def main(args: list[str] | None = None) -> None:
     folder = Path(given.folder or Path("runs", Path(str(given.file[-1])).stem))
     records = {file: read_records(Path(file)) for file in given["from"]}
     plans = check(question)
-    no_runs = MisconfigurationException(f"{folder}: no run has ended yet that counts")
+    no_runs = MisconfigurationException(f"{folder}: no finished run counts yet")
     if not (given.jobs or given.storage or records or folder.exists()):
         raise no_runs
     try:
         queue = Queue(question, plans, folder, given.storage, given.any_code)
         for file, finished in records.items():
-            print(f"{file}: {queue.take_over(finished)} runs taken")
+            print(f"{file}: {queue.take_over(finished)} runs added")
         for reason in queue.other():
-            action = "start anew" if given.jobs else "are left out"
-            hint = ": --any_code true counts them too" if "by other code" in reason else ""
+            action = "restart" if given.jobs else "are left out"
+            hint = ": --any_code true counts them too" if CODE in reason else ""
             print(f"{reason} and {action}{hint}")
         if given.jobs:
             Work(queue).do_all(given.jobs)
@@ -79,11 +79,11 @@ def main(args: list[str] | None = None) -> None:
     except STORAGE_ERRORS as error:
         text = without_password(str(innermost(error)).splitlines()[0])
         reason = f"the storage failed ({text})"
-        raise MisconfigurationException(f"{reason}: the same command resumes") from error
+        raise MisconfigurationException(f"{reason}: run the same command to resume") from error
     if not done:
         raise no_runs
     if other := sorted({name for record in done.values() for name in other_code(record)}):
-        print(f"runs by other code than this are counted: it differs in {', '.join(other)}")
+        print(f"counting runs by other code, which differs in {', '.join(other)}")
     from studies.figures import write_figures  # Matplotlib is slow to import
 
     command = shlex.join(["python", "study.py", *_that_ask(args[1:])])
@@ -92,10 +92,9 @@ def main(args: list[str] | None = None) -> None:
     answer.write(folder)
     write_figures(answer, folder)
     if given.jobs and (missing := queue.total() - len(done)):
-        cause = (
-            f"{len(queue.failed)} failed, see above" if queue.failed else "other workers had them"
-        )
-        sys.exit(f"error: {missing} runs are missing ({cause}): the same command tries again")
+        failed = f"{len(queue.failed)} failed, see above"
+        cause = failed if queue.failed else "other workers have them"
+        sys.exit(f"error: {missing} runs are missing ({cause}): run the same command to retry")
 
 
 def _with_file_first(args: list[str]) -> list[str]:
@@ -106,11 +105,11 @@ def _with_file_first(args: list[str]) -> list[str]:
     is_value = [previous.startswith("--") and "=" not in previous for previous in ["", *args]]
     positions = [i for i, word in enumerate(args) if not (word.startswith("-") or is_value[i])]
     if not positions:
-        raise MisconfigurationException("name the file of a study: python study.py FILE")
+        raise MisconfigurationException("name the study's file: python study.py FILE")
     file = args[positions[0]]
     with contextlib.suppress(OSError, ValueError, TypeError, yaml.YAMLError):  # the parser says why
         if "question" not in (yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}):
-            raise MisconfigurationException(f"{file} is not a study: it asks no question")
+            raise MisconfigurationException(f"{file} is not a study: it has no `question`")
     return ["--file", file, *args[: positions[0]], *args[positions[0] + 1 :]]
 
 

@@ -37,11 +37,11 @@ MENDS = {
     " by peer": "another process of this run has ended: resume from its last checkpoint",
     "Early stopping conditioned on metric": "EarlyStopping's monitor is not logged: use val/loss "
     "or val/acc, with data.val_size above 0",
-    "or equal to the number of the training batches": "trainer.val_check_interval is more than an "
-    "epoch has batches: add --trainer.check_val_every_n_epoch null, which counts on over epochs",
+    "or equal to the number of the training batches": "trainer.val_check_interval exceeds the "
+    "batches of an epoch: add --trainer.check_val_every_n_epoch null to count across epochs",
     "codec can't decode": "a config file is not in this system's encoding: set PYTHONUTF8=1",
-    "more than one stateful callback": "two of trainer.callbacks are of one class, with the same "
-    "arguments: give one of them another monitor, or leave it out",
+    "more than one stateful callback": "two trainer.callbacks have the same class and arguments: "
+    "give one of them another monitor, or remove it",
     "does not allow for gradient clipping": "trainer.gradient_clip_val with mixed precision needs "
     "an optimizer that is not fused: add --model.optimizer.fused false",
 }
@@ -58,8 +58,8 @@ MEANT = {
 
 # jsonargparse's messages about values, and plainer ones.
 VALUES = (
-    (r"Expected a <class '[\w.]*Sequence'>\. Got value: (.*)", r"expected a list, not \1: in the "
-     r"YAML one item a line, on the command line one += for each"),
+    (r"Expected a <class '[\w.]*Sequence'>\. Got value: (.*)", r"expected a list, not \1: in "
+     r"YAML one item per line, on the command line one += per item"),
     (r"Expected a <class '(?:\w+\.)*(\w+)'>\. Got value: ", r"expected \1, not "),
     (r"Expected a typing\.Literal\[(.*)\]\. Got value: ", r"expected one of \1, not "),
     (r"invalid literal for int\(\) with base 10: ", "expected int, not "),
@@ -79,12 +79,12 @@ COMMANDS = {
     "fit": "Train, and keep a checkpoint of every epoch.",
     "validate": "Evaluate a checkpoint on the validation set.",
     "test": "Evaluate a checkpoint on the test set.",
-    "predict": "Classify pictures of your own, or the test set, by a checkpoint.",
+    "predict": "Classify your own images, or the test set, with a checkpoint.",
 }
 HELP = {
-    "trainer.max_epochs": "How many epochs; -1: no end but that of max_steps or max_time.",
+    "trainer.max_epochs": "Number of epochs; -1: unlimited, except by max_steps or max_time.",
     "ckpt_path": "A checkpoint; or `last` or `best` of the newest run of --name.",
-    "model.optimizer": "Makes the optimizer from the parameters. Arguments of a class are flags "
+    "model.optimizer": "Builds the optimizer from the parameters. The class's arguments are flags "
     "too: --model.optimizer SGD --model.optimizer.lr 0.05; --model.optimizer.help SGD lists them.",
 }
 
@@ -130,7 +130,7 @@ class ShortParser(LightningArgumentParser):
                     action.help = SUPPRESS
                 action.help = HELP.get(name, action.help)
             if others := [name for name in others if not name.endswith(".help")]:
-                group.description = f"Lightning's others: {', '.join(others)}"
+                group.description = f"Other Lightning flags: {', '.join(others)}"
         self._action_groups = sorted(
             self._action_groups, key=lambda g: any("trainer" in a.dest for a in g._group_actions)
         )
@@ -153,7 +153,7 @@ class ShortParser(LightningArgumentParser):
             message += (
                 f": did you mean --config {words}?"
                 if is_config
-                else ": quote patterns of files; several are a list, --data.images '[a.jpg, b.jpg]'"
+                else ": quote file patterns; several are a list, --data.images '[a.jpg, b.jpg]'"
             )
         if not self.exit_on_error:  # a class's parser: the outer one prints it
             raise ArgumentError(None, message) from None
@@ -170,15 +170,15 @@ def _unknown(name: str, parser: LightningArgumentParser) -> str:
     elif last == "class_path":
         hint = ": arguments of a class belong under its init_args"
     elif last in ("num_workers", "pin_memory"):
-        hint = ": a batch is cut from tensors in memory, which takes no workers"
+        hint = ": batches are taken from tensors in memory, so there are no workers"
     elif "fixed" in known and "." in name:  # in a study
-        hint = ": flags of fit go into fixed, grid or variants of its file"
+        hint = ": put flags of fit under fixed, grid or variants in the study's file"
     elif near := difflib.get_close_matches(name, known, n=1, cutoff=0.75):
         hint = f": did you mean {near[0]}?"
     elif len(known) < 12:
-        hint = f": there are {', '.join(known)}" if known else ": that class takes none"
-        is_class = known and not parser.exit_on_error
-        hint += f"; if it takes **kwargs: dict_kwargs.{name}" * bool(is_class)
+        hint = f": options are {', '.join(known)}" if known else ": that class takes no arguments"
+        if known and not parser.exit_on_error:  # a class
+            hint += f"; if it takes **kwargs: dict_kwargs.{name}"
     else:
         hint = ""
     return f"unknown option {name}{hint}"
@@ -195,7 +195,7 @@ def _about(key: str, root: str, whole: str) -> str:
         types = [name for name in map("".join, kinds) if name != "NoneType"]
         return f"{key}: expected {' or '.join(types)}, not {value}"
     if "not correspond to a subclass" in root:
-        root += "; a function needs the type that it returns, as in `-> nn.Module`"
+        root += "; a function needs a return annotation, e.g. `-> nn.Module`"
     for pattern, replacement in VALUES:
         root = re.sub(pattern, replacement, root)
     is_arguments = re.match(r"\w+: expected ", root)  # of a class
@@ -249,7 +249,7 @@ def short_errors() -> Iterator[None]:
         if "loading state_dict" not in text:
             raise
         mismatch = textwrap.shorten(str(error).splitlines()[1], 200)
-        sys.exit(f"error: the checkpoint does not fit the network of the settings: {mismatch}")
+        sys.exit(f"error: the checkpoint does not fit the configured network: {mismatch}")
     finally:
         threading.excepthook = hook
 

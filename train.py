@@ -161,8 +161,8 @@ def _check_keys(content: Any, file: str) -> None:
         if "." in str(key):
             parent, _, name = str(key).rpartition(".")
             raise MisconfigurationException(
-                f"{file}: {key} has to be nested: {name} below {parent}, and for an argument of a "
-                "class below its init_args"
+                f"{file}: {key} must be nested: put {name} under {parent}, or under its init_args "
+                "if that is a class"
             )
         for item in value if isinstance(value, list) else [value]:
             if key not in ("init_args", "dict_kwargs"):
@@ -221,17 +221,17 @@ class CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add `--name`, `predict --explain` and the ModelCheckpoint; set the default network."""
-        text = "The run's folder is runs/<name>/version_<n>/ (default: the config file's name)."
+        text = "Run folder: runs/<name>/version_<n>/ (default: the config file's name)."
         parser.add_argument("--name", type=str | None, default=None, help=text)
         if self.args[:1] == ["predict"]:
-            text = "Draw what in each picture speaks for its class (Grad-CAM), into explained/."
+            text = "Draw a Grad-CAM map of each image into explained/."
             parser.add_argument("--explain", type=bool, default=False, help=text)
         parser.add_class_arguments(runs.EpochCheckpoint, "checkpoint", skip={"dirpath"})
         parser.set_defaults({"model.network": {"class_path": "networks.default_network"}})
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the seed."""
-        text = "Seed of everything random; true: draw one; false: leave PyTorch's alone."
+        text = "Seed of all random numbers; true: draw one; false: leave PyTorch's alone."
         parser.add_argument("--seed_everything", type=bool | Seed, default=0, help=text)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -258,12 +258,13 @@ class CLI(LightningCLI):
                 settings["trainer"] = {"precision": precision}
             elif "optimizer_states" not in self.checkpoint:
                 raise MisconfigurationException(
-                    f"{self.path} holds weights only, and can't be resumed: to start from them, "
-                    "--model.weights"
+                    f"{self.path} holds weights only, so it can't be resumed: to start from them, "
+                    "use --model.weights"
                 )
             elif "network" not in self.checkpoint.get("hyper_parameters", {}):
                 raise MisconfigurationException(
-                    f"{self.path} was made in Python, so it names no network: resume it there"
+                    f"{self.path} was saved from Python and does not name its network: resume it "
+                    "from Python"
                 )
             text = yaml.safe_dump(settings, sort_keys=False)
             is_named = any(arg.startswith("--ckpt_path") for arg in args)
@@ -296,10 +297,11 @@ class CLI(LightningCLI):
             raise MisconfigurationException("ckpt_path belongs on the command line: --ckpt_path")
         if self.subcommand != "fit" and config.trainer.barebones:
             raise MisconfigurationException(
-                f"{self.subcommand}: trainer.barebones measures nothing"
+                f"{self.subcommand}: trainer.barebones computes no metrics"
             )
         if self.checkpoint and "network" not in self.checkpoint.get("hyper_parameters", {}):
-            _note(f"{self.path} names no network: {config.model.network.class_path} is taken")
+            network = config.model.network.class_path
+            _note(f"{self.path} does not name its network: using {network}")
         if self.subcommand != "fit" and not self.checkpoint:
             raise MisconfigurationException(f"{self.subcommand} needs --ckpt_path CHECKPOINT")
         options = config.trainer
@@ -362,7 +364,7 @@ class CLI(LightningCLI):
                 _note(f"{weights} was trained with model.normalize {normalize}, unlike this run")
             if data.val_size and not saved:
                 _note(
-                    f"nothing says on which images {weights} was trained: if on some of this "
+                    f"{weights} does not record its training images: if some of them are in this "
                     "validation set, its accuracy is too high"
                 )
             if saved and saved["model"].get("classes") != config.model.classes:
@@ -380,12 +382,12 @@ class CLI(LightningCLI):
             kept = ", ".join(f"data.{key} {previous[key]}" for key in SPLIT)
             raise MisconfigurationException(
                 f"{self.source} was trained on images of this validation set: keep its {kept}, and "
-                f"at most its data.val_size {previous['val_size']}"
+                f"a data.val_size of at most {previous['val_size']}"
             )
         if self.subcommand == "fit" and self.checkpoint and data.val_size != previous["val_size"]:
             raise MisconfigurationException(
-                f"data.val_size {data.val_size}: epochs before and after would be compared on "
-                f"other images: keep its {previous['val_size']}, or use 0 for no validation"
+                f"data.val_size {data.val_size}: earlier and later epochs would be compared on "
+                f"different images: keep {previous['val_size']}, or use 0 for no validation"
             )
 
     def instantiate_classes(self) -> None:
@@ -394,7 +396,7 @@ class CLI(LightningCLI):
         if self.checkpoint:  # it has the weights, and a file's temperature
             model.weights = None
             saved = runs.settings_of(self.checkpoint)["model"].get("calibrate", "auto")
-            has_temperature = model.calibrate == saved not in ("auto", True, False)
+            has_temperature = model.calibrate == saved and saved not in ("auto", True, False)
             model.calibrate = "auto" if has_temperature else model.calibrate
         if (file := model.calibrate) not in ("auto", True, False):
             for note in runs.calibration_notes(file, self.config_dump):
@@ -432,7 +434,8 @@ class CLI(LightningCLI):
         skipped += () if saves else (Checkpoint,)
         given = _listed(options.callbacks)
         for finder in (c for c in given if isinstance(c, FINDERS) and self.checkpoint):
-            _note(f"a resumed run keeps its rate and batch size: no {type(finder).__name__}")
+            name = type(finder).__name__
+            _note(f"a resumed run keeps its learning rate and batch size: {name} is skipped")
         callbacks = [c for c in given if not isinstance(c, skipped)]
         callbacks += [History(writes=not options.fast_dev_run)]
         if has_bar and not any(isinstance(c, ProgressBar) for c in callbacks):
@@ -445,7 +448,8 @@ class CLI(LightningCLI):
             command = shlex.join(["python", "train.py", *self.args])
             saved = SaveSettings(settings, self.checkpoint, command, self.source, self.seen)
             callbacks += [Board(), saved]
-            callbacks += [LearningRateMonitor("epoch")] if loggers else []
+            if loggers:
+                callbacks.append(LearningRateMonitor("epoch"))
         if saves and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
             callbacks += [config.checkpoint, *config.checkpoint.also_last()]
         elif saves:
@@ -476,12 +480,12 @@ class CLI(LightningCLI):
             raise MisconfigurationException(f"trainer: {error}") from error
         if trainer.world_size == 1 and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
             raise MisconfigurationException(
-                "srun started several processes for one device: give trainer.devices, or srun -n 1"
+                "srun started several processes for one device: set trainer.devices, or srun -n 1"
             )
         is_bf16 = str(trainer.precision).startswith("bf16")
         if is_bf16 and isinstance(trainer.accelerator, CPUAccelerator) and bf16_is_slow():
             _note(
-                f"this processor is slow in trainer.precision {trainer.precision}: faster with "
+                f"trainer.precision {trainer.precision} is slow on this processor: use "
                 "--trainer.precision 32-true"
             )
         return trainer
@@ -506,7 +510,7 @@ class CLI(LightningCLI):
             if "SLURM_JOB_ID" in os.environ:
                 (self.claimed / ".job").write_text(_job(self.args), encoding="utf-8")
             if self.path:
-                print(f"resumes {self.path} in {self.claimed}")
+                print(f"resuming {self.path} in {self.claimed}")
         return self.claimed or parent
 
     # ------------------------------------------------------------------------------ subcommands
@@ -524,7 +528,7 @@ class CLI(LightningCLI):
             )
         is_cut = done and not loops["epoch_loop.batch_progress"]["is_last_batch"]  # by max_steps
         if is_cut and done == progress["ready"]:
-            _note(f"epoch {done - 1} was stopped before its last batch: its rest is left out")
+            _note(f"epoch {done - 1} stopped before its last batch: the remaining ones are skipped")
         if self.checkpoint and done == max_epochs:
             self.trainer.print(
                 f"all {done} epochs are done: to train for longer, raise --trainer.max_epochs"
@@ -544,8 +548,8 @@ class CLI(LightningCLI):
             remaining = [seconds for c in timers if (seconds := c.time_remaining()) is not None]
             if min(remaining, default=1.0) <= 0:
                 self.trainer.print(
-                    "stopped after its time; to resume, raise trainer.max_time, which counts the "
-                    "time before too"
+                    "stopped at the time limit; to resume, raise trainer.max_time, which includes "
+                    "the time already spent"
                 )
             for reason in early_stops(self.trainer):
                 self.trainer.print(f"stopped early: {reason}")
@@ -564,9 +568,10 @@ class CLI(LightningCLI):
     def _resume(self, hint: str = "") -> str:
         """Return the command that resumes from the last checkpoint, or say that there is none."""
         last = self.run_folder / "checkpoints" / "last.ckpt"
-        if (good := last if last.exists() else self.path) is None:
-            return f"nothing is kept, as no epoch has ended; start again{hint}"
-        return f"to resume{hint}: python train.py fit --ckpt_path {shlex.quote(str(good))}"
+        newest = last if last.exists() else self.path
+        if newest is None:
+            return f"nothing was saved, as no epoch has finished; start again{hint}"
+        return f"to resume{hint}: python train.py fit --ckpt_path {shlex.quote(str(newest))}"
 
     def _finish(self, code: str) -> None:
         weights = io.BytesIO()
@@ -617,7 +622,7 @@ class CLI(LightningCLI):
             runs.write_whole(file, self._saved(predicted, images, self._changed()))
             print(f"written to {file}")
         elif self.trainer.is_global_zero:
-            print("of a part of the images only: nothing is written")
+            print("only part of the images was evaluated: nothing is written")
 
     def _saved(self, predictions: Predictions, images: str, changed: dict[str, list[Any]]) -> bytes:
         """Return the content of a file with the predictions for a set of images."""
@@ -649,7 +654,8 @@ class CLI(LightningCLI):
             return
         self._say_if_not_calibrated()
         images, count = data.identity("test"), sum(len(p.labels) for p in tests.values())
-        is_whole, is_cifar10 = count == sum(map(len, data.test_sets.values())), images == "CIFAR-10"
+        is_whole = count == sum(map(len, data.test_sets.values()))
+        is_cifar10 = images == "CIFAR-10"
         values = {**metrics, "set": images, "tta": model.tta, "changed": self._changed()}
         write = functools.partial(
             write_results, self.run_folder, other=data.other_name, count=f"{count:,} images",
@@ -663,8 +669,8 @@ class CLI(LightningCLI):
             terminal.print(summary, evaluation.table(), sep="\n", soft_wrap=True)
             if is_cifar10 and people is None:
                 print(
-                    "left out: near-duplicates, doubtful labels, which mistakes people make too; "
-                    f"python -m reports.judges --root {shlex.quote(data.root)} fetches them"
+                    "not reported: near-duplicates, doubtful labels, mistakes that people make "
+                    f"too; python -m reports.judges --root {shlex.quote(data.root)} fetches them"
                 )
             if is_whole:
                 figures = evaluation.figures(data.test_set.images, self._focus)
@@ -676,7 +682,7 @@ class CLI(LightningCLI):
             terminal.print(corruptions.table(), summary, sep="\n", soft_wrap=True)
             write(values | corruptions.values(), summary, corruptions.figures())
         if not is_whole:
-            print(f"of {count} images only: nothing is written")
+            print(f"only {count} images were tested: nothing is written")
         self._exit_if_skipped(data.skipped)
 
     def _changed(self) -> dict[str, list[Any]]:
@@ -692,7 +698,7 @@ class CLI(LightningCLI):
 
     def _exit_if_skipped(self, count: int) -> None:
         if count:
-            sys.exit(f"error: {count} files could not be read, and are left out")
+            sys.exit(f"error: {count} files could not be read and were skipped")
 
     def _focus(self, pixels: Tensor, classes: Tensor) -> Tensor | None:
         from reports.focus import grad_cam
@@ -714,20 +720,20 @@ class CLI(LightningCLI):
     def _say_if_not_calibrated(self) -> None:
         if self.model.calibrate and self.model.temperature is None:
             print(
-                "probabilities are not calibrated: the checkpoint has no temperature, as it was "
-                "not validated when it was\nsaved, was right for every validation image, or is of "
-                "an earlier version; --model.calibrate CHECKPOINT\ntakes another one's"
+                "probabilities are not calibrated: the checkpoint has no temperature (not "
+                "validated when saved,\nno validation mistakes, or an earlier version); "
+                "--model.calibrate CHECKPOINT uses another one's"
             )
 
     def before_predict(self) -> None:
         """Set up `predictions.csv` in the run folder: a line per image file or test image."""
         if self.trainer.world_size > 1:
-            raise MisconfigurationException("predict takes one device: --trainer.devices 1")
+            raise MisconfigurationException("predict runs on one device: use --trainer.devices 1")
         data, config = self.datamodule, self.config.predict
         files = data.pictures.files if config.data.images else None
         if config.explain and files is None:
             raise MisconfigurationException(
-                "--explain needs --data.images; of the test set `test` draws mistakes, focus.png"
+                "--explain needs --data.images; `test` draws the test set's mistakes in focus.png"
             )
         self.table = PredictionTable(self.run_folder, files, explain=config.explain)
         if not config.trainer.fast_dev_run:
@@ -741,7 +747,7 @@ class CLI(LightningCLI):
         data, skipped = self.datamodule, self.table.skipped
         total = len(data.pictures if self.config.predict.data.images else data.test_set)
         if (done := len(self.table.rows) + skipped) < total:
-            print(f"the first {done} of {total} only: trainer.limit_predict_batches")
+            print(f"only the first {done} of {total}: trainer.limit_predict_batches is set")
         if skipped:
             sys.exit(f"error: {skipped} of {total} files skipped")
         self._exit_if_skipped(data.skipped)
@@ -758,16 +764,16 @@ def _check_trainer(options: Any) -> None:
     callbacks = _listed(options.callbacks)
     if any(c.class_path.endswith(".Timer") and c.init_args.interval == "step" for c in callbacks):
         raise MisconfigurationException(
-            "a Timer that stops in the middle of an epoch leaves out its rest: give it interval "
-            "epoch, or use --trainer.max_time, which does"
+            "a Timer in trainer.callbacks with interval step cuts an epoch short: set its interval "
+            "to epoch, or use --trainer.max_time"
         )
     if re.search("spawn|fork|notebook", str(options.strategy)):
         raise MisconfigurationException(
-            f"trainer.strategy {options.strategy} loses what its processes measure: use ddp"
+            f"trainer.strategy {options.strategy} loses the metrics of its processes: use ddp"
         )
     if any(c.class_path.endswith(".BackboneFinetuning") for c in callbacks):
         raise MisconfigurationException(
-            "BackboneFinetuning needs a module with a `backbone`: here it is the whole network"
+            "BackboneFinetuning needs a module with a `backbone`, which ImageClassifier lacks"
         )
 
 

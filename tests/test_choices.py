@@ -33,7 +33,7 @@ FLAT = ("fit", "--config", BASE, "--model.network", "tests.small.Flat")
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([f"{CALLBACK}+=EarlyStopping", f"{CALLBACK}.monitor", "test/acc"], "choose nothing"),
+        ([f"{CALLBACK}+=EarlyStopping", f"{CALLBACK}.monitor", "test/acc"], "choose on the test"),
         ([f"{CALLBACK}+=EarlyStopping", f"{CALLBACK}.monitor", "val/acc"], "mode min would choose"),
         ([f"{CALLBACK}+=ModelCheckpoint", f"{CALLBACK}.monitor", "val/loss",
           f"{CALLBACK}.mode", "max"], "callbacks.0.init_args.mode max would choose the worst"),
@@ -155,13 +155,13 @@ def test_the_best_is_what_the_run_said(run: Run, fails: Run) -> None:
     epoch = re.findall(r"best  epoch (\d+), val/loss", out)[0]
     assert f"epoch {epoch}:" in run("validate", "--name", "base", "--ckpt_path", "best")
     run(*FLAT, "--checkpoint.monitor", "null")
-    assert "chose no epoch" in fails("validate", "--name", "base", "--ckpt_path", "best")
+    assert "has no best epoch" in fails("validate", "--name", "base", "--ckpt_path", "best")
 
 
 def test_weights_alone_do_not_say_which_epoch_was_best(run: Run, fails: Run) -> None:
     run(*FLAT, "--checkpoint.save_weights_only", "true")
     message = fails("test", "--name", "base", "--ckpt_path", "best")
-    assert "does not say: name the file" in message
+    assert "does not record the best epoch: give the file's path" in message
 
 
 def test_epochs_are_compared_on_the_same_images(run: Run, fails: Run) -> None:
@@ -203,7 +203,7 @@ def test_a_run_can_start_from_weights(run: Run, fails: Run, printed: list[str], 
     message = fails(*FLAT, "--model.weights", RUN_0 / file, "--data.split_seed", "1")
     assert "was trained on images of this validation set" in message
     torch.save([1.0], "list.pth")
-    assert "list.pth holds no weights" in fails(*FLAT, "--model.weights", "list.pth")
+    assert "list.pth contains no network weights" in fails(*FLAT, "--model.weights", "list.pth")
     assert "no checkpoint nowhere.pth" in fails(*FLAT, "--model.weights", "nowhere.pth")
     one = torch.load(RUN_0 / "model.pth", weights_only=True)
     torch.save(one | {"1.weight": torch.zeros(1000, 3072)}, "thousand.pth")
@@ -214,7 +214,7 @@ def test_a_run_can_start_from_weights(run: Run, fails: Run, printed: list[str], 
     ):
         assert any(told in line for line in printed)
     other = ("--model.network", "ConvNet", "--model.weights", RUN_0 / "model.pth")
-    assert "does not fit the network" in fails("fit", "--config", BASE, *other)
+    assert "does not fit the configured network" in fails("fit", "--config", BASE, *other)
 
 
 def test_weights_of_other_images_are_not_validated_on_them(
@@ -285,7 +285,7 @@ def test_a_processor_that_is_slow_in_bfloat16_is_told_of(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can, raising=False)
     for precision in ("bf16-mixed", "32-true"):
         run(*FLAT, "--trainer.fast_dev_run", "true", "--trainer.precision", precision)
-    note = "note: this processor is slow in trainer.precision bf16-mixed"
+    note = "note: trainer.precision bf16-mixed is slow on this processor"
     assert sum(line.startswith(note) for line in printed) == is_slow
 
 
@@ -296,7 +296,10 @@ def test_what_a_setting_leaves_out_is_told(run: Run, printed: list[str]) -> None
     last = "runs/base/version_1/checkpoints/last.ckpt"
     finder = f"{CALLBACK}+=LearningRateFinder"
     run("fit", "--ckpt_path", last, "--trainer.max_epochs", "2", finder)
-    assert "note: a resumed run keeps its rate and batch size: no LearningRateFinder" in printed
+    assert (
+        "note: a resumed run keeps its learning rate and batch size: LearningRateFinder is skipped"
+        in printed
+    )
 
 
 def test_other_code_is_told_in_the_card(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,7 +321,7 @@ def test_a_part_of_the_images_is_said_to_be_one(run: Run) -> None:
     assert "only" not in run("predict", "--ckpt_path", LAST, "--trainer.fast_dev_run", "true")
     run(*FLAT, "--trainer.max_epochs", "1", "--data.augment", "[]")
     out = run("predict", "--ckpt_path", LAST, "--trainer.limit_predict_batches", "0")
-    assert "the first 0 of 200 only" in out
+    assert "only the first 0 of 200" in out
 
 
 # ------------------------------------------------------------------ learning rates and schedules
@@ -436,7 +439,7 @@ def test_a_model_trained_in_python_keeps_its_arguments(
     images = archive.load(arrays, verify=False).test_images[:8] / 255
     mean, std = model.mean, model.std
     torch.testing.assert_close(model(images), nn.Sequential(*network)((images - mean) / std))
-    assert "made in Python" in fails("fit", "--ckpt_path", tmp_path / "own.ckpt")
+    assert "was saved from Python" in fails("fit", "--ckpt_path", tmp_path / "own.ckpt")
 
 
 def test_a_disk_that_fills_up_under_tensorboard_is_one_line(

@@ -74,7 +74,7 @@ def test_commands_of_the_documentation_run(
         Path("my-batches", file).write_bytes(content)
 
     def ask(*words: str) -> None:
-        with pytest.raises(SystemExit, match="no run has ended yet"):
+        with pytest.raises(SystemExit, match="no finished run counts yet"):
             study.main([*words, "--jobs", "0"])
 
     programs: dict[str, Callable[..., Any]] = {

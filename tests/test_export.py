@@ -234,7 +234,7 @@ def test_a_checkpoint_of_weights_only_is_exported(out: Out) -> None:
 def test_a_checkpoint_to_share_needs_nothing_of_its_run(
     out: Out, arrays: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "no result of epoch 1" in out("checkpoint", "before.ckpt")
+    assert "no test result of epoch 1" in out("checkpoint", "before.ckpt")
     train.main(["test", "--ckpt_path", str(CHECKPOINT)])
     said = out("checkpoint", "share/small.ckpt")
     assert "half precision changes the class of 0 of 200 test images" in said
@@ -263,7 +263,7 @@ def test_a_checkpoint_to_share_needs_nothing_of_its_run(
     start = ["--model.weights", "share/small.ckpt", "--trainer.max_epochs", "1"]
     config = ["--config", str(BASE), "--config", "normalised.yaml"]
     train.main(["fit", *config, *on(arrays), *start, "--name", "from"])
-    with pytest.raises(SystemExit, match="weights only, and can't be resumed: to start from them"):
+    with pytest.raises(SystemExit, match="weights only, so it can't be resumed: to start from"):
         train.main(["fit", "--ckpt_path", "share/small.ckpt"])
 
     Image.new("RGB", (40, 32), "red").save("photo.png")
@@ -310,7 +310,9 @@ def test_the_card_of_a_shared_checkpoint_tells_of_its_own_epoch(
     more = ["--trainer.max_epochs", "3", "--data.root", str(tmp_path / "moved")]
     lr = ["--model.optimizer.lr", "1e-4"]
     train.main(["fit", "--ckpt_path", str(last), *more, *lr])
-    assert "no result of epoch 2: run `train.py test` first" in out("checkpoint", "a.ckpt", last)
+    assert "no test result of epoch 2: run `train.py test` first" in out(
+        "checkpoint", "a.ckpt", last
+    )
     card = Path("a.md").read_text()
     assert "Of epoch" not in card
     assert "`a.ckpt`, epoch 2, validation accuracy " in card
@@ -406,7 +408,7 @@ def test_an_export_that_differs_is_not_kept(out: Out, monkeypatch: pytest.Monkey
     def less_sure(images: Tensor) -> Tensor:
         return 0.9 * expected(images) + 0.01
 
-    for wrong, message in ((one_class, "names another class for"), (less_sure, "differ by")):
+    for wrong, message in ((one_class, "predicts another class for"), (less_sure, "differ by")):
         monkeypatch.setitem(export.FORMATS, "onnx", lambda *_, wrong=wrong: (b"", wrong))
         with pytest.raises(SystemExit, match=f"error: the export.* {message}"):
             out("onnx", "model.onnx", CHECKPOINT, "--overwrite")
@@ -435,8 +437,8 @@ def test_what_a_format_cannot_hold_is_refused_in_one_line(out: Out) -> None:
         with pytest.raises(SystemExit) as stopped:
             out(format_, file, branching)
         message = str(stopped.value.code)
-        assert message.startswith(f"error: --format {format_} can't hold Branching (")
-        assert message.endswith("): --format safetensors can")
+        assert message.startswith(f"error: --format {format_} does not support Branching (")
+        assert message.endswith("): use --format safetensors")
         assert len(message.splitlines()) == 1
     nn.init.constant_(layer.bias, float("nan"))
     diverged = changed("diverged.ckpt", Branching(layer), **settings)
@@ -509,17 +511,17 @@ def test_wrong_calls_are_refused_in_one_line_and_leave_nothing(
     refused("name a file that ends in .pt2", "torch", "m.torch")
     refused("mine exists", "page", "mine")
     refused("--format keras: expected onnx", "keras", "m")
-    refused("link.ckpt is no earlier export", "checkpoint", "link.ckpt", CHECKPOINT, "--overwrite")
-    refused("is no earlier export", "checkpoint", str(CHECKPOINT), *always)
+    refused("link.ckpt exists and is not an export", "checkpoint", "link.ckpt", *always)
+    refused("exists and is not an export", "checkpoint", str(CHECKPOINT), *always)
     Path("notes.md").write_text("my own notes")
     before = files()
-    refused("notes.md is no earlier export", "checkpoint", "notes.ckpt", *always)
-    refused("model.md is no earlier export", "checkpoint", str(run / "model.ckpt"), *always)
+    refused("notes.md exists and is not an export", "checkpoint", "notes.ckpt", *always)
+    refused("model.md exists and is not an export", "checkpoint", str(run / "model.ckpt"), *always)
     refused("--format weights: expected onnx, torch, safetensors (for weights)", "weights", "m.pth")
-    refused("full.onnx is no earlier export", "onnx", "full.onnx", *always)
-    refused("full.onnx is no earlier export", "page", "full.onnx", *always)
-    refused(f"{run} is no earlier export", "page", str(run), *always)
-    refused("config.yaml is no earlier export", "page", str(run / "config.yaml"), *always)
+    refused("full.onnx exists and is not an export", "onnx", "full.onnx", *always)
+    refused("full.onnx exists and is not an export", "page", "full.onnx", *always)
+    refused(f"{run} exists and is not an export", "page", str(run), *always)
+    refused("config.yaml exists and is not an export", "page", str(run / "config.yaml"), *always)
     refused("name a file that ends in .onnx", "onnx", str(CHECKPOINT), *always)
     refused("name a file that ends in .onnx", "onnx", str(CHECKPOINT), Path("link.ckpt"), always[1])
     refused("name a file that ends in .onnx", "onnx", str(run / "model.pth"), *always)

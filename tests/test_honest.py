@@ -125,7 +125,7 @@ def test_a_card_tells_how_a_run_was_resumed_and_trained(
 def test_a_run_is_trained_by_one_process(run: Run, fails: Run) -> None:
     run("fit", "--config", BASE, "--trainer.max_epochs", "1", once=True)
     with locked(RUN_0):
-        assert f"another process trains in {RUN_0}" in fails(
+        assert f"{RUN_0}: another process is training in it" in fails(
             "fit", "--ckpt_path", LAST, "--trainer.max_epochs", "2"
         )
     assert len(rows(RUN_0)) == 1

@@ -188,7 +188,7 @@ SMALL = [
         (".filters.lr", "-1", "lr: expected a value v>0, not -1"),
         (".norms.momentum", "1.5", "momentum: expected a value v>=0 and v<=1, not 1.5"),
         (".whitening.until", "0", "until: expected a value v>0, not 0"),
-        (".head.rate", "1", "unknown option rate: there are parameters, rule,"),
+        (".head.rate", "1", "unknown option rate: options are parameters, rule,"),
         (".norms.rule", "muon", "groups.0.norm1.bias is a vector, which rule muon cannot update"),
     ],
 )

@@ -112,7 +112,7 @@ def test_what_is_not_a_folder_of_classes_is_refused(
         assert not [*tmp_path.glob(".new*")]
         return str(stopped.value.code)
 
-    assert "no folder nothing" in refused("nothing")
+    assert "nothing is neither a folder" in refused("nothing")
     assert "expected a folder for each of 2 to 256 classes, found none" in refused(photos / "cat")
     assert "exists: name a new folder" in refused(photos, "photos")
     assert "torchvision has no data set Nope" in refused("torchvision:Nope")
@@ -120,19 +120,19 @@ def test_what_is_not_a_folder_of_classes_is_refused(
     assert f"{photos / 'empty'} has fewer than 2 files" in refused(photos)
     for i in range(2):
         (photos / "empty" / f"{i}.txt").touch()
-    assert f"{photos / 'empty'}: 0 readable pictures" in refused(photos)
+    assert f"{photos / 'empty'}: 0 readable images" in refused(photos)
     shutil.rmtree(photos / "empty")
     two = tmp_path / "two"
     for part, name in (("train", "a"), ("train", "b"), ("test", "c")):
         (two / part / name).mkdir(parents=True)
         (two / part / name / "a.png").touch()
-    assert "test has c, train has not" in refused(two)
+    assert "test has c, which train lacks" in refused(two)
     shutil.copytree(photos / "cat", tmp_path / "vehicles" / "car")
     shutil.copytree(photos / "cat", tmp_path / "vehicles" / "train")
     convert.main([str(tmp_path / "vehicles"), "--out", str(tmp_path / "of_train")])
     assert json.loads((tmp_path / "of_train" / NAMES).read_text()) == ["car", "train"]
     (two / "Val").mkdir()
-    assert "has Val, test, train, and Val is no class" in refused(two)
+    assert "has Val, test, train, and Val is not a class" in refused(two)
     with pytest.raises(SystemExit, match=f"has pictures: python convert.py {photos} --out FOLDER"):
         train.main(["fit", "--config", str(BASE), "--data.root", str(photos)])
 
@@ -222,7 +222,7 @@ def test_a_model_and_images_of_other_classes_do_not_go_together(
     for command, more in (("test", ""), ("validate", ""), ("fit", "--trainer.max_epochs=2")):
         assert message in fails(command, "--ckpt_path", LAST, *other, *filter(None, [more]))
     words = ["--ckpt_path", LAST, "--format", "torch", "--out", "m.pt2", "--data.root", str(arrays)]
-    with pytest.raises(SystemExit, match="are not of the model's classes: give --data.root"):
+    with pytest.raises(SystemExit, match="have other classes than the model: set --data.root"):
         export.main(words)
     settings = ["fit", "--config", BASE, "--data.val_size", "60"]
     assert "returns [2, 10] for 2 images, expected logits [2, 3]" in fails(*settings, data=three)
@@ -315,7 +315,7 @@ def test_other_test_sets_are_tested_on_and_named(run: Run, fails: Run, tmp_path:
     np.save(corrupted / "labels.npy", np.tile(labels[:40], 50))
     for array in corrupted.glob("[gn]*.npy"):
         np.save(array, np.concatenate([np.load(array)] * 10))
-    assert " images only: nothing is written" in run("test", "--ckpt_path", LAST, *few)
+    assert " images were tested: nothing is written" in run("test", "--ckpt_path", LAST, *few)
     assert not file.exists()
 
     def refused(path: object, command: str = "test") -> str:
@@ -327,7 +327,7 @@ def test_other_test_sets_are_tested_on_and_named(run: Run, fails: Run, tmp_path:
     assert "data.test_set '' does not name a folder" in refused("")
     (by_class / archive.CLASSES[labels[0]] / "broken.png").touch()
     for command in ("test", "predict"):
-        assert "1 files could not be read, and are left out" in refused(by_class, command)
+        assert "1 files could not be read and were skipped" in refused(by_class, command)
     (by_class / "unicorn").mkdir()
     assert "unicorn: not among the classes airplane, automobile" in refused(by_class)
     np.save(corrupted / "labels.npy", np.arange(2000) % 11)

@@ -117,7 +117,7 @@ REFUSED = {
     "LitLogger": ([f"{T}logger", "lightning.pytorch.loggers.LitLogger"],
                   "does not correspond to a subclass of Logger"),  # LightningCLI refuses it too
     "XLAProfiler": ([f"{T}profiler", "XLAProfiler"], "torch_xla"),
-    "Timer": (one("Timer", duration="01:00:00:00"), "give it interval epoch"),
+    "Timer": (one("Timer", duration="01:00:00:00"), "set its interval to epoch"),
     "ddp_fork": ([f"{T}strategy", "ddp_fork"], "use ddp"),
     "ddp_notebook": ([f"{T}strategy", "ddp_notebook"], "use ddp"),
     "ddp_spawn": ([f"{T}strategy", "ddp_spawn", f"{T}devices", "2"], "use ddp"),
@@ -190,7 +190,7 @@ def test_a_run_that_max_steps_cuts_short_says_so(run: Run, printed: list[str]) -
     assert "the last one stopped after 4 of its batches" in (RUN_0 / "model.md").read_text()
     printed.clear()
     run("fit", "--ckpt_path", LAST, f"{T}max_steps", "32")
-    assert "epoch 1 was stopped before its last batch" in printed[0]
+    assert "epoch 1 stopped before its last batch" in printed[0]
 
 
 def test_a_bare_trainer_trains(run: Run) -> None:
@@ -222,7 +222,7 @@ def test_what_callbacks_and_profilers_say_is_shown(
 def test_a_run_out_of_time_ends_with_an_epoch(run: Run) -> None:
     many = (f"{T}max_time", "00:00:00:01", f"{T}max_epochs", "100000")
     out = run("fit", "--config", BASE, *many, "--data.batch_size", "2")
-    assert "stopped after its time" in out
+    assert "stopped at the time limit" in out
     assert torch.load(LAST, weights_only=True)["global_step"] % 400 == 0
     assert "the last one stopped" not in (RUN_0 / "model.md").read_text()
 

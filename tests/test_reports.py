@@ -315,7 +315,7 @@ def test_a_model_that_is_right_everywhere_has_no_temperature(run: Run, fails: Ru
     (row,) = (r for r in checkpoint["callbacks"]["History"]["rows"] if r["epoch"] == 5)
     assert row["val/acc"] == 1
     assert checkpoint["temperature"] is None
-    assert "right for every validation image" in run("predict", "--ckpt_path", LAST)
+    assert "no validation mistakes" in run("predict", "--ckpt_path", LAST)
 
 
 def test_a_temperature_is_of_the_weights_that_it_is_saved_with(run: Run, arrays: Path) -> None:

@@ -240,12 +240,12 @@ def test_adding_a_seed_runs_the_new_one_only_and_another_folder_takes_all(
     # elsewhere, from the record alone
     record = FOLDER.rename("kept") / "runs.jsonl"
     study.main([str(file), "--jobs", "2", "--from", str(record)])
-    assert "kept/runs.jsonl: 6 runs taken\n" in capsys.readouterr().out
+    assert "kept/runs.jsonl: 6 runs added\n" in capsys.readouterr().out
     assert runs() == {}
     assert (FOLDER / "answer.md").read_text() == answer
     assert (FOLDER / "runs.jsonl").read_text() == record.read_text()
     study.main([str(file), "--from", str(record)])
-    assert "0 runs taken" in capsys.readouterr().out, "once"
+    assert "0 runs added" in capsys.readouterr().out, "once"
 
 
 def test_a_record_by_other_code_is_taken_only_if_asked_and_the_answer_says_so(
@@ -260,11 +260,11 @@ def test_a_record_by_other_code_is_taken_only_if_asked_and_the_answer_says_so(
     take = [str(file), "--jobs", "0", "--from", "record.jsonl"]
     study.main(take)
     said = capsys.readouterr().out
-    assert "record.jsonl: 3 runs taken\n1 runs are by other code (tests.small) and are left" in said
+    assert "record.jsonl: 3 runs added\n1 runs are by other code (tests.small) and are left" in said
     assert len(table()) == 3
     assert "Not all runs" not in (FOLDER / "answer.md").read_text()
     study.main([*take, "--any_code", "true"])
-    assert "1 runs taken" in capsys.readouterr().out
+    assert "1 runs added" in capsys.readouterr().out
     answer = (FOLDER / "answer.md").read_text()
     assert "**Not all runs are by the same code**: it differs in tests.small." in answer
     assert len(table()) == 4
@@ -281,7 +281,7 @@ def test_a_record_by_other_code_is_taken_only_if_asked_and_the_answer_says_so(
         other[part][key] = value
         Path("record.jsonl").write_text(json.dumps(other))
         shutil.rmtree(FOLDER)
-        with pytest.raises(SystemExit, match="no run has ended yet"):
+        with pytest.raises(SystemExit, match="no finished run counts yet"):
             study.main(take)
     Path("record.jsonl").write_text('{"seed": 0}\n')
     with pytest.raises(SystemExit, match=r"--from record.jsonl is no runs.jsonl"):
@@ -304,7 +304,7 @@ def test_a_record_is_taken_only_for_the_settings_that_it_had(
         file = after(TWO | fixed, **asked)
         with contextlib.suppress(SystemExit):
             study.main([str(file), "--jobs", "0", "--from", "record.jsonl"])
-        match = re.search(r"record.jsonl: (\d) runs taken", capsys.readouterr().out)
+        match = re.search(r"record.jsonl: (\d) runs added", capsys.readouterr().out)
         assert match
         return int(match[1])
 
@@ -436,7 +436,7 @@ def test_a_run_that_fails_stops_nothing_and_is_tried_again(
     }
     file = ask(variants=variants)
     Path("fail").touch()
-    with pytest.raises(SystemExit, match="no run has ended yet"):
+    with pytest.raises(SystemExit, match="no finished run counts yet"):
         study.main([str(file), "--jobs", "2"])
     out = capsys.readouterr().out
     assert "fails,seed=0: failed: RuntimeError: out of luck, see runs/question/fails" in out
@@ -494,7 +494,7 @@ def test_a_search_resumes_with_what_it_picked_and_ends_when_all_is_picked(
     network = {"model.network": {"class_path": "tests.small.Fails"}}
     file = ask(network, search=search, trials=9)
     Path("fail").touch()
-    with pytest.raises(SystemExit, match="no run has ended yet"):
+    with pytest.raises(SystemExit, match="no finished run counts yet"):
         study.main([str(file), "--jobs", "2"])
     Path("fail").unlink()
     study.main([str(file), "--jobs", "2"])
@@ -583,7 +583,7 @@ def test_what_a_result_depends_on_tells_settings_apart(
     # changed code restarts its runs, and only those
     Path("mynet.py").write_text(network.replace("pass", "changed = True"))
     said = command(file, "--jobs", "2").communicate()[0]
-    assert "2 runs are by other code (mynet) and start anew" in said
+    assert "2 runs are by other code (mynet) and restart" in said
     assert starts() == 4 + 2, "mynet's"
     Path("mynet.py").write_text(network)
     said = command(file, "--jobs", "2").communicate()[0]
@@ -690,7 +690,7 @@ def test_other_settings_in_the_same_folder_are_another_run(
     file = after({"trainer.max_epochs": 1}, grid={"model.optimizer.lr": [0.002, "2e-3"]})
     study.main([str(file)])
     said = capsys.readouterr().out
-    assert "have other settings (trainer.max_epochs) and start anew" in said
+    assert "have other settings (trainer.max_epochs) and restart" in said
     assert "1 runs in runs/question: 0 done, 1 to do" in said
     assert "[1/1] lr=0.002,seed=0" in said, "it is one setting"
     assert "There is one setting only" in said
@@ -832,12 +832,12 @@ def test_wrong_calls_are_refused_in_one_line(
 ) -> None:
     file = ask(grid={"data.batch_size": [100]})
     assert "nowhere.yaml" in fails(capsys, "nowhere.yaml")
-    assert "name the file" in fails(capsys)
+    assert "name the study's file" in fails(capsys)
     assert "jobs" in fails(capsys, file, "--jobs", "-1")
     assert "did you mean jobs?" in fails(capsys, file, "--job", "2")
-    assert "flags of fit go into fixed" in fails(capsys, file, "--trainer.max_epochs", "2")
+    assert "put flags of fit under fixed" in fails(capsys, file, "--trainer.max_epochs", "2")
     assert "--from nowhere.jsonl: No such file" in fails(capsys, file, "--from", "nowhere.jsonl")
-    assert "base.yaml is not a study: it asks no question" in fails(capsys, BASE)
+    assert "base.yaml is not a study: it has no `question`" in fails(capsys, BASE)
 
 
 def test_a_storage_that_cannot_be_opened_is_refused_in_one_line(
@@ -855,7 +855,7 @@ def test_the_answer_so_far_runs_nothing_and_leaves_nothing(after: Callable[..., 
     study.main(["--jobs", "0", str(file)])
     assert starts() == 4
     assert list(table()) == [("lr=0.002", 0), ("lr=0.0001", 0)]
-    with pytest.raises(SystemExit, match="no run has ended yet"):
+    with pytest.raises(SystemExit, match="no finished run counts yet"):
         study.main(["--folder=runs/b", "--jobs", "0", str(file)])
     assert not Path("runs/b").exists()
 
@@ -872,7 +872,7 @@ def test_every_study_of_the_project_can_run(
         "learning_curve_improved", "learning_rate", "regularisation", "remedies", "softmax",
     ]  # fmt: skip
     for file in files:
-        with pytest.raises(SystemExit, match="no run has ended yet"):
+        with pytest.raises(SystemExit, match="no finished run counts yet"):
             study.main([str(file), "--jobs", "0"])
 
 

@@ -217,7 +217,7 @@ def test_what_is_typed_wins_over_the_checkpoint(run: Run, fails: Run, tmp_path: 
     config = tmp_path / "other.yaml"
     config.write_text("data:\n  val_size: 100\n")
     assert first != run("validate", "--config", config, "--ckpt_path", last)
-    assert "does not fit the network" in fails(
+    assert "does not fit the configured network" in fails(
         "test", "--ckpt_path", last, "--model.network.dense_units", "80"
     )
 
@@ -358,7 +358,7 @@ def test_a_signal_stops_a_run_that_can_go_on(
     assert stopped.value.code == 128 + number
     out = capsys.readouterr().out
     if epoch == 0:
-        assert "nothing is kept" in out
+        assert "nothing was saved" in out
         assert not Path("runs").exists()
     else:
         last = RUN_0 / "checkpoints/last.ckpt"
@@ -513,7 +513,7 @@ def test_predict_writes_a_class_for_every_test_image(run: Run) -> None:
         ("model:\n  optimizer:\n    class_path: torch.optim.Adma\n", "no attribute 'Adma'"),
         (
             "model:\n  optimizer: SGD\n  optimizer.lr: 0.05\n",
-            "optimizer.lr has to be nested: lr below optimizer",
+            "optimizer.lr must be nested: put lr under optimizer, or",
         ),
         (
             "model:\n  optimizer:\n    class_path: torch.optim.SGD\n    lr: 0.05\n",
@@ -543,8 +543,8 @@ def test_a_wrong_yaml_is_refused(fails: Run, tmp_path: Path, text: str, message:
         (["--data.batch_size", "many"], "data.batch_size"),
         (["--data.bath_size", "3"], "did you mean data.batch_size?"),
         (["mine.yaml"], "did you mean --config mine.yaml?"),
-        (["a.jpg", "b.jpg"], "quote patterns of files; several are a list"),
-        (["--model.network", "tests.small.untyped"], "a function needs the type that it returns"),
+        (["a.jpg", "b.jpg"], "quote file patterns; several are a list"),
+        (["--model.network", "tests.small.untyped"], "a function needs a return annotation"),
         (["--model.optimizer.lr", "x"], "model.optimizer.lr: expected float, not x"),
         (
             ["--model.lr_scheduler", "Cos"],
@@ -559,7 +559,7 @@ def test_a_wrong_yaml_is_refused(fails: Run, tmp_path: Path, text: str, message:
             "model.lr_scheduler needs --model.lr_scheduler.T_max",
         ),
         (["--lr", "1"], "did you mean model.optimizer.lr?"),
-        (["--data.num_workers", "4"], "which takes no workers"),
+        (["--data.num_workers", "4"], "in memory, so there are no workers"),
         (
             ["--trainer.gradient_clip_val", "x"],
             "trainer.gradient_clip_val: expected int or float, not x",
@@ -571,7 +571,7 @@ def test_a_wrong_yaml_is_refused(fails: Run, tmp_path: Path, text: str, message:
         (["--zzz", "4"], "unknown option zzz"),
         (
             ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks+=ModelCheckpoint"],
-            "two of trainer.callbacks are of one class, with the same arguments",
+            "two trainer.callbacks have the same class and arguments",
         ),
         (["--epochs", "1"], "did you mean trainer.max_epochs?"),
         (["--seed", "1"], "did you mean seed_everything?"),
@@ -584,7 +584,7 @@ def test_a_wrong_yaml_is_refused(fails: Run, tmp_path: Path, text: str, message:
         ),
         (
             ["--model.network", "tests.small.Small", "--model.network.width", "2"],
-            "unknown option width: that class takes none",
+            "unknown option width: that class takes no arguments",
         ),
         (
             ["--model.network", "timm.create_model", "--model.network.num_classes", "10"],
@@ -606,7 +606,7 @@ def test_a_wrong_yaml_is_refused(fails: Run, tmp_path: Path, text: str, message:
         ),
         (["--seed_everything", "-1"], "-1"),
         (["--data.split_seed", "-1"], "data.split_seed"),
-        (["--checkpoint.monitor", "test/acc"], "test images choose nothing"),
+        (["--checkpoint.monitor", "test/acc"], "test/acc would choose on the test set"),
         (["--checkpoint.mode", "min"], "would choose the worst val/acc"),
         (["--data.verify", "true"], "train_images are not CIFAR-10's"),
         (["--data.root", "empty", "--data.download", "false"], "no CIFAR-10 in empty"),
@@ -856,7 +856,7 @@ def test_a_run_without_a_number_for_its_loss_stops_and_keeps_nothing_of_it(
         run("fit", *start, "--trainer.max_epochs", "3")
         assert [row["epoch"] for row in rows(RUN_0)] == [0, 1, 2]
     else:
-        assert "nothing is kept, as no epoch has ended; start again with a lower" in message
+        assert "nothing was saved, as no epoch has finished; start again with a lower" in message
 
 
 @pytest.mark.parametrize(
