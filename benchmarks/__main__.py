@@ -63,9 +63,9 @@ def turns(
                 time.sleep(0.05)  # a delay is harmless: the file's mtime counts
                 times = common.checkpoint_times(folder)
             os.killpg(process.pid, signal.SIGSTOP)
-            stopped, before, cpu = time.time(), cpu, cpu_seconds(process.pid)
+            stopped, previous, cpu = time.time(), cpu, cpu_seconds(process.pid)
             epochs = len(times) - done
-            yield (times[-1] - began) / epochs, (cpu - before) / epochs
+            yield (times[-1] - began) / epochs, (cpu - previous) / epochs
             began = times[-1] + time.time() - stopped  # excludes the pause
             os.killpg(process.pid, signal.SIGCONT)
 
@@ -73,7 +73,7 @@ def turns(
 def cpu_seconds(pid: int) -> float:
     """Return user and system seconds of a process and its children, including those that ended."""
     process = psutil.Process(pid)
-    return sum(sum(one.cpu_times()[:4]) for one in (process, *process.children(recursive=True)))
+    return sum(sum(p.cpu_times()[:4]) for p in (process, *process.children(recursive=True)))
 
 
 def programs(args: argparse.Namespace, scratch: Path, network: str) -> dict[str, list[str]]:
@@ -108,14 +108,14 @@ def measure(
             for way in sorted(ways, reverse=number % 2 == 1):
                 print(f"{number}/{rounds} {way}", end="\r", file=sys.stderr, flush=True)
                 taken[way].append(next(programs[way]))
-    found: dict[str, Any] = {way: {} for way in ways}
+    figures: dict[str, Any] = {way: {} for way in ways}
     for number, clock in enumerate(("wall", "cpu")):
-        of = {way: [unit * turn[number] for turn in taken[way][1:]] for way in ways}
+        times = {way: [unit * turn[number] for turn in taken[way][1:]] for way in ways}
         for way, other in product(ways, "ce"):
-            ratios = [mine / its for mine, its in zip(of[way], of[other], strict=True)]
-            found[way][clock] = common.summary(of[way])
-            found[way][f"{clock} / {other}"] = common.summary(ratios)
-    return found
+            ratios = [a / b for a, b in zip(times[way], times[other], strict=True)]
+            figures[way][clock] = common.summary(times[way])
+            figures[way][f"{clock} / {other}"] = common.summary(ratios)
+    return figures
 
 
 def main() -> None:
@@ -142,8 +142,8 @@ def main() -> None:
     console, result = Console(width=110), {"machine": common.machine(args.device)}
     console.print(", ".join(f"{key} {value}" for key, value in result["machine"].items()))
 
-    def report(part: str, found: Any, title: str, columns: list[str], rows: dict[str, Any]) -> None:
-        result[part] = found
+    def report(part: str, data: Any, title: str, columns: list[str], rows: dict[str, Any]) -> None:
+        result[part] = data
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         table = Table("", *columns, title=title, box=box.SIMPLE)
         for name, figures in rows.items():
@@ -158,9 +158,9 @@ def main() -> None:
             args.val_size = args.synthetic // 5
             common.make_synthetic(Path(args.root), args.synthetic)
         if args.minutes:
-            found = gpu.measure(args, args.keep or scratch)
-            rows = {name: {"figures": figures} for name, figures in found.items()}
-            report("gpu", found, "medians (range)", ["figures"], rows)
+            data = gpu.measure(args, args.keep or scratch)
+            rows = {name: {"figures": figures} for name, figures in data.items()}
+            report("gpu", data, "medians (range)", ["figures"], rows)
             return
         images = (args.synthetic or 50_000) - args.val_size
         at_least = args.seconds or (1.0 if args.device == "cpu" else 10.0)
@@ -169,14 +169,14 @@ def main() -> None:
             ("steps", "Tiny", "c", 1000 / -(-images // 128), "milliseconds a step, tiny network"),
         ):
             commands = programs(args, scratch / part, network)
-            found = measure(commands, scratch / part, args.rounds, at_least, unit)
+            data = measure(commands, scratch / part, args.rounds, at_least, unit)
             rows = {}
-            for way, figures in found.items():
+            for way, figures in data.items():
                 wall, cpu = (figures[clock]["median"] for clock in ("wall", "cpu"))
                 figures["images/s"] = round(images * unit / wall)
                 rows[f"{way}  {NAMES[way]}"] = figures | {"wall": wall, "cpu": cpu}
             columns = ["wall", f"wall / {other}", "cpu", f"cpu / {other}", "images/s"]
-            report(part, found, f"{title}; ratios turn by turn (range)", columns, rows)
+            report(part, data, f"{title}; ratios turn by turn (range)", columns, rows)
 
 
 if __name__ == "__main__":

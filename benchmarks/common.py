@@ -80,8 +80,8 @@ def machine(device: str) -> dict[str, Any]:
 
 def summary(turns: Sequence[float]) -> dict[str, Any]:
     """Return the median and range of a figure, with all turns."""
-    found = {"median": statistics.median(turns), "low": min(turns), "high": max(turns)}
-    return {**{key: round(value, 4) for key, value in found.items()}, "turns": list(turns)}
+    figures = {"median": statistics.median(turns), "low": min(turns), "high": max(turns)}
+    return {**{key: round(value, 4) for key, value in figures.items()}, "turns": list(turns)}
 
 
 def shown(figure: Any) -> str:

@@ -61,7 +61,7 @@ def steps(is_real: bool, on_gpu: bool) -> list[tuple[str, float, str]]:
     if not is_real:
         fast = "--model.network.widths [16,16,16] --trainer.precision 32-true"
         fast += " --trainer.max_epochs {epochs}"
-    fast, of_one_size = (
+    fast, airbench = (
         f"--config configs/{recipe}.yaml {RUN} {fast} {compiled}"
         for recipe in ("fast94", "airbench94")
     )
@@ -81,7 +81,7 @@ def steps(is_real: bool, on_gpu: bool) -> list[tuple[str, float, str]]:
         ("base_compiled", 90, f"train.py fit {BASE} {EAGER} {compiled}"),
         ("bare", 90, f"{common.PEER} --way c --epochs {{epochs}}"),
         ("bare_best", 90, f"{common.PEER} --way d --epochs {{epochs}}"),
-        ("airbench94_trace", 90, f"-m benchmarks.gpu trace {of_one_size} {GRAPH}"),
+        ("airbench94_trace", 90, f"-m benchmarks.gpu trace {airbench} {GRAPH}"),
         ("resnet18", 180, f"train.py fit {RESNET18} {on_all}"),
         ("resnet18", 60, TEST),
     ]
@@ -89,7 +89,7 @@ def steps(is_real: bool, on_gpu: bool) -> list[tuple[str, float, str]]:
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Run the steps until time runs out; return their figures."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     runs, end = (folder / "runs").absolute(), time.monotonic() + 60 * args.minutes
     runs.mkdir(parents=True)
     is_real = not args.synthetic
@@ -102,7 +102,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for name, limit, command in steps(is_real, args.device == "cuda"):
         if args.only and name not in args.only:
             continue
-        figures, log, began = found.setdefault(name, {}), folder / f"{name}.log", time.monotonic()
+        figures, log, began = results.setdefault(name, {}), folder / f"{name}.log", time.monotonic()
         limit = min(limit if args.device == "cuda" else 3600 * limit, end - began)
         if limit < 5:
             figures.setdefault("failed", "left out: no time")
@@ -110,19 +110,19 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         words = common.words(command, **values, name=name, out=runs / name)
         with common.running(words, log) as process:
             try:
-                why = f"exit code {code}" if (code := process.wait(limit)) else ""
+                failure = f"exit code {code}" if (code := process.wait(limit)) else ""
             except subprocess.TimeoutExpired:
-                why = f"took over {limit:.0f} s"
-        seconds, said = time.monotonic() - began, log.read_text(errors="replace")
+                failure = f"took over {limit:.0f} s"
+        seconds, output = time.monotonic() - began, log.read_text(errors="replace")
         figures.setdefault("process s", round(seconds, 1))
         try:
-            figures |= read(name, runs / name, said, seconds)  # perhaps partial, if it failed
+            figures |= read(name, runs / name, output, seconds)  # perhaps partial, if it failed
         except (OSError, LookupError, ValueError):
-            why = why or "no figures"
-        if why:
-            figures.setdefault("failed", f"{why}: {said[-300:]}")
-        print(f"{name}: {seconds:.0f} s {why}", flush=True)
-    return found
+            failure = failure or "no figures"
+        if failure:
+            figures.setdefault("failed", f"{failure}: {output[-300:]}")
+        print(f"{name}: {seconds:.0f} s {failure}", flush=True)
+    return results
 
 
 def read(name: str, out: Path, log: str, seconds: float) -> dict[str, Any]:
@@ -137,10 +137,10 @@ def read(name: str, out: Path, log: str, seconds: float) -> dict[str, Any]:
     if rows := [json.loads(line) for line in log.splitlines() if line.startswith('{"')]:
         return {key: common.summary([row[key] for row in rows]) for key in rows[0]}
     epoch = common.summary([round(b - a, 4) for a, b in pairwise(common.checkpoint_times(out))])
-    found = {"s an epoch": epoch, "30 epochs s": round(30 * epoch["median"], 2)}
+    figures = {"s an epoch": epoch, "30 epochs s": round(30 * epoch["median"], 2)}
     if (test := out / "version_0" / "test.json").exists():
-        found["test/acc"] = json.loads(test.read_text(encoding="utf-8"))["test/acc"]
-    return found
+        figures["test/acc"] = json.loads(test.read_text(encoding="utf-8"))["test/acc"]
+    return figures
 
 
 # -------------------------------------------------------------------------- programs run by steps
@@ -170,14 +170,14 @@ class Trace(Callback):
         on_gpu = [event for event in events if event.device_type == DeviceType.CUDA]
         kernels = [event for event in on_gpu if not event.is_user_annotation]
         busy = sum(event.time_range.elapsed_us() for event in kernels) / 1000
-        found = {
+        figures = {
             "ms a step": self.ms,
             "ms of kernels": round(busy / steps, 4),
             "kernels a step": round(len(kernels) / steps, 1),
             "waits an epoch": sum(event.name.endswith("Synchronize") for event in events),
         }
         print(self.profiler.key_averages().table("self_device_time_total", row_limit=25))
-        print(json.dumps(found))
+        print(json.dumps(figures))
 
 
 def _now() -> float:
@@ -190,8 +190,8 @@ def _now() -> float:
 def fast94(runs: str, turns: str, path: str, *flags: str) -> None:
     """Train and test the reference and `fast94` in turn, on all images; print each turn as JSON."""
     data = archive.load(flags[flags.index("--data.root") + 1], verify=False)
-    theirs = reference(path, data, runs) if path != "None" else repeat(dict[str, float]())
-    for seed, row in zip(range(int(turns)), theirs, strict=False):
+    references = reference(path, data, runs) if path != "None" else repeat(dict[str, float]())
+    for seed, row in zip(range(int(turns)), references, strict=False):
         out = Path(runs, f"fast94_{seed}")
         fit = ["train.py", "fit", *flags, "--data.val_size", "0", "--seed_everything", str(seed)]
         for command in ([*fit, "--name", out.name], common.words(TEST, out=out)):
@@ -199,11 +199,11 @@ def fast94(runs: str, turns: str, path: str, *flags: str) -> None:
         with (out / "version_0/metrics.csv").open() as file:
             rates = [float(epoch["images_per_second"]) for epoch in csv.DictReader(file)]
         seconds = sum(len(data.train_labels) / rate for rate in rates)
-        found = json.loads((out / "version_0/test.json").read_text(encoding="utf-8"))
-        found = {**row, "ours s": round(seconds, 4), "ours test/acc": found["test/acc"]}
+        figures = json.loads((out / "version_0/test.json").read_text(encoding="utf-8"))
+        figures = {**row, "ours s": round(seconds, 4), "ours test/acc": figures["test/acc"]}
         if row:
-            found["ours / reference"] = seconds / row["reference s"]
-        print(json.dumps(found), flush=True)
+            figures["ours / reference"] = seconds / row["reference s"]
+        print(json.dumps(figures), flush=True)
 
 
 def reference(path: str, data: archive.Arrays, folder: str) -> Iterator[dict[str, float]]:
@@ -218,8 +218,8 @@ def reference(path: str, data: archive.Arrays, folder: str) -> Iterator[dict[str
         torch.save({**content, "classes": list(archive.CLASSES)}, f"cifar10/{part}.pt")
     text, has_gpu = Path(path).read_text(encoding="utf-8"), torch.cuda.is_available()
     in_32 = optimization.bf16_is_slow()
-    for there, here in {} if has_gpu else ON_CPU.items():
-        text = text.replace(there, here.replace("bfloat16", "float") if in_32 else here)
+    for old, new in {} if has_gpu else ON_CPU.items():
+        text = text.replace(old, new.replace("bfloat16", "float") if in_32 else new)
     module: Any = ModuleType("reference")
     module.Clock = Clock
     exec(compile(text, path, "exec"), vars(module))

@@ -59,28 +59,28 @@ def measured(logits: Tensor, labels: Tensor, temperature: float, least: float) -
     is_known = labels < KNOWN
     probability = (logits / temperature).softmax(dim=1).max(dim=1).values
     is_right = (logits.argmax(dim=1) == labels)[is_known]
-    found = {"accuracy": is_right.double().mean()}
+    metrics = {"accuracy": is_right.double().mean()}
     for name, score in (("probability", probability), ("energy", logits.logsumexp(dim=1))):
         wins = mannwhitneyu(score[is_known], score[~is_known]).statistic  # ties count half
-        found[f"{name}_auroc"] = wins / (is_known.sum() * (~is_known).sum())
-        kept = score[is_known].quantile(0.05)  # by 95 % of the known images
-        found[f"{name}_fpr95"] = (score[~is_known] >= kept).double().mean()
-    for name, of in (("known", is_known), ("unknown", ~is_known)):
-        found[f"sure_of_{name}"] = (probability[of] >= least).double().mean()
-    return {key: float(value) for key, value in found.items()}
+        metrics[f"{name}_auroc"] = wins / (is_known.sum() * (~is_known).sum())
+        threshold = score[is_known].quantile(0.05)  # by 95 % of the known images
+        metrics[f"{name}_fpr95"] = (score[~is_known] >= threshold).double().mean()
+    for name, mask in (("known", is_known), ("unknown", ~is_known)):
+        metrics[f"sure_of_{name}"] = (probability[mask] >= least).double().mean()
+    return {key: float(value) for key, value in metrics.items()}
 
 
 def run(configs: list[Path], split: int, data: archive.Arrays, more: list[str]) -> dict[str, float]:
     """Train and test on a split, unless that was done before; return the measurements."""
     known = sorted(np.random.default_rng(split).permutation(10)[:KNOWN].tolist())
     texts = [config.read_text(encoding="utf-8") for config in configs]
-    what = hashlib.sha256("\0".join([*texts, *more]).encode()).hexdigest()[:6]
-    parent = Path("runs", "open_set", f"{configs[-1].stem}_{what}_{split}")
+    digest = hashlib.sha256("\0".join([*texts, *more]).encode()).hexdigest()[:6]
+    parent = Path("runs", "open_set", f"{configs[-1].stem}_{digest}_{split}")
     tested = sorted(parent.glob("version_*/test.npz"))
     if not tested:
         size = write_split(parent / "data", data, known)
-        where = ["--data.root", str(parent / "data")]
-        flags = [*where, "--data.verify", "false", "--data.val_size", str(size // 5)]
+        root = ["--data.root", str(parent / "data")]
+        flags = [*root, "--data.verify", "false", "--data.val_size", str(size // 5)]
         flags += ["--name", f"open_set/{parent.name}", "--seed_everything", str(split), *more]
         layers = [word for config in configs for word in ("--config", str(config))]
         subprocess.run([sys.executable, "train.py", "fit", *layers, *flags], check=True)
@@ -89,8 +89,8 @@ def run(configs: list[Path], split: int, data: archive.Arrays, more: list[str]) 
         subprocess.run(test, check=True)
         tested = sorted(parent.glob("version_*/test.npz"))
     folder = tested[-1].parent
-    found = json.loads((folder / "test.json").read_text(encoding="utf-8"))
-    checkpoint = read_checkpoint(folder / "checkpoints" / found["checkpoint"])
+    result = json.loads((folder / "test.json").read_text(encoding="utf-8"))
+    checkpoint = read_checkpoint(folder / "checkpoints" / result["checkpoint"])
     with np.load(folder / "test.npz") as content:
         logits, labels = torch.from_numpy(content["logits"]), torch.from_numpy(content["labels"])
     least = checkpoint["unsure_below"]
@@ -108,18 +108,18 @@ def main() -> None:
     if missing := [config for config in args.config if not config.is_file()]:
         parser.error(f"no such file: {missing[0]}")
     data = archive.load(args.root)
-    found = [run(args.config, split, data, more) for split in range(args.splits)]
+    results = [run(args.config, split, data, more) for split in range(args.splits)]
     table = Table(box=box.SIMPLE, header_style="bold")
     table.add_column(args.config[-1].name)
-    table.add_column(f"mean of {len(found)}", justify="right")
+    table.add_column(f"mean of {len(results)}", justify="right")
     table.add_column("of each split")
     for key, title in TITLES.items():
-        values = [100 * of[key] for of in found]
+        values = [100 * result[key] for result in results]
         each = ", ".join(f"{value:.1f}" for value in values)
         table.add_row(title, f"{np.mean(values):.1f} %", each)
     Console().print(table)
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

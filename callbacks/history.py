@@ -34,8 +34,8 @@ class History(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rows, plus one for a validation in the current epoch."""
-        inside = [self.evaluated] if self.evaluated else []
-        return {"rows": self.rows + inside, "is_inside": bool(inside)}
+        unfinished = [self.evaluated] if self.evaluated else []
+        return {"rows": self.rows + unfinished, "is_inside": bool(unfinished)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the rows from the checkpoint."""
@@ -130,8 +130,8 @@ class History(Callback):
     def best(self, trainer: Trainer) -> Row | None:
         """Return the epoch that validation chose (`runs.chosen`)."""
         callback = keeper(trainer)
-        found = chosen(self.rows, callback) if callback else None
-        return found[0] if found else None
+        choice = chosen(self.rows, callback) if callback else None
+        return choice[0] if choice else None
 
     def _report(self, trainer: Trainer) -> None:
         """Print the newest row once, with a star if it is the best so far."""

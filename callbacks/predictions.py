@@ -124,17 +124,17 @@ class PredictionTable(Callback):
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int, *_: Any
     ) -> None:
         """Keep the probabilities [B, classes]; print the files that could not be read."""
-        least = pl_module.unsure_below if pl_module.temperature_used else None
+        limit = pl_module.unsure_below if pl_module.temperature_used else None
         names, best, indices = pl_module.classes, outputs.topk(2), batch.indices.tolist()
         columns = indices, outputs.tolist(), best.indices.tolist(), batch.labels.tolist()
-        for index, of_classes, (first, second), label in zip(*columns, strict=True):
-            is_sure = "" if least is None else "yes" if of_classes[first] >= least else "no"
-            every = [f"{p:.6f}" for p in of_classes]
-            row = [names[first], every[first], names[second], every[second], is_sure]
+        for index, values, (first, second), label in zip(*columns, strict=True):
+            is_sure = "" if limit is None else "yes" if values[first] >= limit else "no"
+            texts = [f"{p:.6f}" for p in values]
+            row = [names[first], texts[first], names[second], texts[second], is_sure]
             if self.files is None:
-                self.rows.append([str(index), *row, names[label], *every])
+                self.rows.append([str(index), *row, names[label], *texts])
             else:
-                self.rows.append([_printable(self.files[index]), *row, *every])
+                self.rows.append([_printable(self.files[index]), *row, *texts])
         if self.explain and len(indices):
             self._explain(pl_module, batch, best.indices[:, 0])
         start = BATCH_SIZE * batch_idx
@@ -150,9 +150,9 @@ class PredictionTable(Callback):
         from reports.focus import grad_cam
 
         assert self.files is not None
-        parts = [torch.split(of, AT_ONCE) for of in (batch.images, batch.indices, classes)]
-        for images, indices, its in zip(*parts, strict=True):
-            focus = grad_cam(model.network, model.normalized(images / 255), its)
+        parts = [torch.split(tensor, AT_ONCE) for tensor in (batch.images, batch.indices, classes)]
+        for images, indices, predicted in zip(*parts, strict=True):
+            focus = grad_cam(model.network, model.normalized(images / 255), predicted)
             if focus is None:
                 raise MisconfigurationException(
                     "--explain needs a network with maps of at least 3 x 3 pixels"
@@ -161,8 +161,8 @@ class PredictionTable(Callback):
                 self._forget()
                 self.has_drawn = True
             pictures = images.permute(0, 2, 3, 1).cpu().numpy()
-            bright = (255 * with_focus(images, focus)).astype(np.uint8)
-            for index, *pair in zip(indices.tolist(), pictures, bright, strict=True):
+            overlays = (255 * with_focus(images, focus)).astype(np.uint8)
+            for index, *pair in zip(indices.tolist(), pictures, overlays, strict=True):
                 name = self.files[index].stem[:50]  # may be too long
                 content = io.BytesIO()
                 picture = Image.fromarray(np.concatenate(pair, axis=1))
@@ -197,8 +197,8 @@ class PredictionTable(Callback):
             if (more := len(self.rows) - SHOWN) > 0:
                 print(f"and {more} more")
         if model.temperature_used and model.unsure_below:
-            least = f"{model.unsure_below:.1%}"
-            print(f"sure: at least {least}, which 95 % of the validation images reach")
+            limit = f"{model.unsure_below:.1%}"
+            print(f"sure: at least {limit}, which 95 % of the validation images reach")
         print(f"written to {self.path}" + (f", {self.explained}/" if self.explain else ""))
 
 

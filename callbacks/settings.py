@@ -66,18 +66,18 @@ class SaveSettings(Callback):
             "machine": machine(device),
         }
         if (weights := self.settings["model"]["weights"]) and self.earlier:  # not read on resume
-            its = self.earlier.get("versions", {}).get(weights, "")
-            self.made_by["versions"][weights] = its
-        before, now = _versions(self.earlier), _versions(self.made_by)
-        self.changed |= {k: [v, now.get(k)] for k, v in before.items() if v != now.get(k)}
+            version = self.earlier.get("versions", {}).get(weights, "")
+            self.made_by["versions"][weights] = version
+        previous, current = _versions(self.earlier), _versions(self.made_by)
+        self.changed |= {k: [v, current.get(k)] for k, v in previous.items() if v != current.get(k)}
         if data.val_size:
             refuse_other_images(self.source, self.seen, self.made_by["images"]["train"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write `config.yaml`; keep that of a part with another config under another name. Log the
         arguments that Lightning doesn't: those of the run and its trainer."""
-        of_run = flat({key: self.settings[key] for key in RUN_SETTINGS})
-        given = {k: v for k, v in of_run.items() if v is not None and ".logger" not in k}
+        run_settings = flat({key: self.settings[key] for key in RUN_SETTINGS})
+        given = {k: v for k, v in run_settings.items() if v is not None and ".logger" not in k}
         for logger in others(trainer):
             logger.log_hyperparams({**given, "run": str(trainer.default_root_dir)})
         files = {"config.yaml": self.settings}
@@ -92,7 +92,7 @@ class SaveSettings(Callback):
         if trainer.is_global_zero and folder and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             if self.changed:  # the logger rewrites it only if missing
                 (Path(folder) / "hparams.yaml").unlink(missing_ok=True)
-            texts = {n: yaml.safe_dump(of, sort_keys=False) for n, of in files.items()}
+            texts = {n: yaml.safe_dump(config, sort_keys=False) for n, config in files.items()}
             texts["run.json"] = json.dumps({**self.made_by, "parts": self.parts}, indent=1)
             for name, text in texts.items():
                 write_whole(Path(folder) / name, text.encode())
@@ -127,7 +127,7 @@ def _versions(made_by: dict[str, Any]) -> dict[str, str]:
     """Return the code, packages, images and kind of device that a part was trained with, if its
     version recorded them."""
     kinds = {"code": "code", "versions": "version", "images": "images"}
-    found = {
-        f"{n} {word}": v for kind, word in kinds.items() for n, v in made_by.get(kind, {}).items()
+    versions = {
+        f"{n} {label}": v for kind, label in kinds.items() for n, v in made_by.get(kind, {}).items()
     }
-    return found | ({"device": made_by["device"]} if "device" in made_by else {})
+    return versions | ({"device": made_by["device"]} if "device" in made_by else {})

@@ -91,14 +91,14 @@ class Board(Callback):
 def _settings(trainer: Trainer) -> dict[str, Any]:
     """Return the hyperparameters that affect a result, named as on the command line."""
     module, data = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
-    found = flat({"model": dict(module.hparams), "data": dict(data.hparams)}) | {
+    settings = flat({"model": dict(module.hparams), "data": dict(data.hparams)}) | {
         "seed_everything": getattr(module, "seed", None),
         "trainer.max_epochs": trainer.max_epochs,
         "trainer.precision": trainer.precision_plugin.precision,
     }
     return {
-        key.replace(".init_args", ""): of if isinstance(of, bool | int | float) else str(of)
-        for key, of in found.items()
+        key.replace(".init_args", ""): v if isinstance(v, bool | int | float) else str(v)
+        for key, v in settings.items()
         if not {*key.split(".")} & ELSEWHERE
     }
 

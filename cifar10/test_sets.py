@@ -59,16 +59,16 @@ def read_test_sets(path: Path, classes: Sequence[str]) -> dict[str, TestSet]:
         return {"": TestSet(data.test_images, data.test_labels)}
     arrays, labels = sorted(path.glob("*.npy")), path / "labels.npy"
     if labels in arrays:
-        found = {f.stem: _read(f, labels, len(classes)) for f in arrays if f != labels}
-        if not found:
+        test_sets = {f.stem: _read(f, labels, len(classes)) for f in arrays if f != labels}
+        if not test_sets:
             raise refused("labels.npy, but no images")
-        if len(found) == 1:
-            return {"": next(iter(found.values()))}
-        if (count := len(next(iter(found.values())).labels)) % SEVERITIES:
+        if len(test_sets) == 1:
+            return {"": next(iter(test_sets.values()))}
+        if (count := len(next(iter(test_sets.values())).labels)) % SEVERITIES:
             raise refused(
                 f"{count} images a file, expected {SEVERITIES} severities of equally many"
             )
-        return found
+        return test_sets
     if arrays:
         raise refused(
             "no labels.npy beside its arrays; of a pair, give what both names begin with, such as "
@@ -84,12 +84,12 @@ def other_classes(expected: Sequence[str], found: Sequence[str]) -> str:
     """Say how the images' classes differ from the model's; nothing if they are the same."""
     if len(expected) != len(found):
         sizes = (
-            f"{len(of)} classes ({', '.join(of[:3])}{', ...' * (len(of) > 3)})"
-            for of in (expected, found)
+            f"{len(names)} classes ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+            for names in (expected, found)
         )
         return "the model has {}, the images have {}".format(*sizes)
-    differ = (i for i, (a, b) in enumerate(zip(expected, found, strict=True)) if a != b)
-    first = next(differ, None)
+    differing = (i for i, (a, b) in enumerate(zip(expected, found, strict=True)) if a != b)
+    first = next(differing, None)
     if first is None:
         return ""
     return f"label {first} is {expected[first]} for the model, {found[first]} for the images"
@@ -113,5 +113,5 @@ def _read(images: Path, labels: Path, classes: int) -> TestSet:
         raise CIFAR10Error(
             f"{labels}: labels from {values.min()} to {values.max()}, expected 0 to {classes - 1}"
         )
-    found = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    return TestSet(found, torch.from_numpy(values.astype(np.uint8)))
+    tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    return TestSet(tensor, torch.from_numpy(values.astype(np.uint8)))

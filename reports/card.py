@@ -32,10 +32,10 @@ RESULT, OTHERS = "\n## On the test set\n", "\n## On other test sets\n"
 
 def commit() -> str:
     """Return the git commit of this code, and whether it has changed since."""
-    said = _git("ls-files", "train.py") and _git(
+    description = _git("ls-files", "train.py") and _git(
         "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty= with changes"
     )
-    return said or "unknown: not in a git checkout"
+    return description or "unknown: not in a git checkout"
 
 
 def untracked(code: dict[str, str]) -> dict[str, str]:
@@ -49,11 +49,11 @@ def untracked(code: dict[str, str]) -> dict[str, str]:
 
 def _git(*command: str) -> str:
     """Return git's output in this project's folder; nothing without git or a checkout."""
-    here = Path(__file__).parents[1]
+    project = Path(__file__).parents[1]
     if not shutil.which("git"):
         return ""
-    git = subprocess.run(["git", *command], cwd=here, capture_output=True, text=True)
-    return git.stdout.strip()
+    result = subprocess.run(["git", *command], cwd=project, capture_output=True, text=True)
+    return result.stdout.strip()
 
 
 def model_card(
@@ -73,7 +73,7 @@ def model_card(
     is_cifar10 = set(images.values()) == {"CIFAR-10"}
     module: Any = trainer.lightning_module
     size = sum(p.numel() for p in module.network.parameters())
-    some, every = trainer.num_training_batches, len(trainer.train_dataloader)  # type: ignore[arg-type]
+    used, total = trainer.num_training_batches, len(trainer.train_dataloader)  # type: ignore[arg-type]
     done: int = trainer.fit_loop.epoch_loop.batch_progress.current.completed
     defaults = inspect.signature(Trainer.__init__).parameters
     limits = {key: settings["trainer"][key] for key in LIMITS}
@@ -103,8 +103,8 @@ def model_card(
         "Augmentation": ", ".join(_call(step) for step in data["augment"]),
         "Normalisation": model["normalize"] or "",
         "Epochs": f"{len(rows)} of {settings['trainer']['max_epochs']}"
-        + f", of {some} of {every} batches an epoch" * (some < every)
-        + f", the last one stopped after {done} of its batches" * (done < some)
+        + f", of {used} of {total} batches an epoch" * (used < total)
+        + f", the last one stopped after {done} of its batches" * (done < used)
         + "".join(f"; stopped early: {reason}" for reason in early_stops(trainer)),
         "Batches": f"{batch_size} images"
         + ", found by BatchSizeFinder" * (batch_size != data["batch_size"]),
@@ -126,7 +126,7 @@ def model_card(
         "Probabilities": said_of_probabilities(model["calibrate"], run["temperature"]),
     }
     for i, part in enumerate(parts[1:], 1):
-        changes = ", ".join(f"{k} {now} (was {old})" for k, (old, now) in part["changed"].items())
+        changes = ", ".join(f"{k} {new} (was {old})" for k, (old, new) in part["changed"].items())
         lines[f"Resumed ({i})"] = f"from epoch {part['from_epoch']} with {changes}"
     lines |= {
         "Time": f"{sum(row['seconds'] for row in rows):.0f} s on {run['machine']}",
@@ -154,8 +154,8 @@ def said_of_probabilities(calibrate: bool | str, temperature: float | None) -> s
     """Say whether probabilities are calibrated, given `model.calibrate`, and how."""
     if not calibrate or temperature is None:
         return "not calibrated"
-    how = "fitted on validation" if calibrate in ("auto", True) else f"of {calibrate}"
-    return f"calibrated, by a temperature {how}"
+    source = "fitted on validation" if calibrate in ("auto", True) else f"of {calibrate}"
+    return f"calibrated, by a temperature {source}"
 
 
 def early_stops(trainer: Trainer) -> list[str]:
@@ -172,17 +172,17 @@ def with_result(
     """Return a card with a test result, replacing an earlier one. It names the epoch, the images,
     and arguments that differ from the run's."""
     lines = "\n".join(f"- {line}" for line in summary.splitlines())
-    how = "".join(f", with {k} {now} (not {old})" for k, (old, now) in changed.items())
-    on = f"Of {epoch} on the test images of {images}{how}:"
+    changes = "".join(f", with {k} {new} (not {old})" for k, (old, new) in changed.items())
+    heading = f"Of {epoch} on the test images of {images}{changes}:"
     text, _, others = parts_of(card)
-    return f"{text}{RESULT}\n{on}\n\n{lines}\n{others}"
+    return f"{text}{RESULT}\n{heading}\n\n{lines}\n{others}"
 
 
 def with_other(card: str, name: str, line: str) -> str:
     """Return a card with a line for another test set, replacing one of that name."""
     text, result, others = parts_of(card)
     earlier = others.removeprefix(OTHERS).splitlines(True)
-    kept = [of for of in earlier if of.strip() and f"**{name}**" not in of]
+    kept = [old for old in earlier if old.strip() and f"**{name}**" not in old]
     return f"{text}{result}{OTHERS}\n{''.join([*kept, line])}"
 
 
@@ -198,5 +198,5 @@ def _call(settings: Any) -> str:
     if not isinstance(settings, dict):
         return f"`{settings}`"
     arguments = settings.get("init_args", {})
-    said = ", ".join(f"{key}={value}" for key, value in arguments.items() if value is not None)
-    return f"`{settings['class_path'].rpartition('.')[2]}({said})`"
+    listed = ", ".join(f"{key}={value}" for key, value in arguments.items() if value is not None)
+    return f"`{settings['class_path'].rpartition('.')[2]}({listed})`"

@@ -26,11 +26,11 @@ def comparison(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
     # If all gains are equal, there is nothing to resample.
     low = high = float(gains.mean())
     if gains.min() < gains.max():
-        found = bootstrap(
+        resampled = bootstrap(
             (gains,), np.mean, n_resamples=RESAMPLES, method="percentile", batch=100,
             rng=np.random.default_rng(0),
         )  # fmt: skip
-        low, high = map(float, found.confidence_interval)
+        low, high = map(float, resampled.confidence_interval)
     p = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
     return {
         "first": float(first.mean()),
@@ -51,20 +51,22 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("first", type=str, help="a run that was tested, or its test.npz")
     parser.add_argument("second", type=str, help="another one")
     given = parser.parse_args(args)
-    one, other = (read_saved(Path(path)) for path in (given.first, given.second))
-    if one.images != other.images or not np.array_equal(one.indices, other.indices):
+    first, second = (read_saved(Path(path)) for path in (given.first, given.second))
+    if first.images != second.images or not np.array_equal(first.indices, second.indices):
         raise MisconfigurationException(
-            f"not of the same images: {given.first} has {one.images}, {given.second} {other.images}"
+            f"not of the same images: {given.first} has {first.images}, "
+            f"{given.second} {second.images}"
         )
-    of = comparison(one.is_right, other.is_right)
-    p = "< 0.0001" if of["p"] < 0.0001 else f"= {of['p']:.4f}"
+    result = comparison(first.is_right, second.is_right)
+    p = "< 0.0001" if result["p"] < 0.0001 else f"= {result['p']:.4f}"
     print(
-        f"first       {of['first']:.2%} of {len(one.labels):,} images of {one.images}; "
-        f"only this one is right: {of['only_first']:,} ({one.model})\n"
-        f"second      {of['second']:.2%}; only this one is right: {of['only_second']:,} "
-        f"({other.model})\n"
-        f"difference  {100 * of['difference']:+.2f} points, 95 % interval {100 * of['low']:+.2f} "
-        f"to {100 * of['high']:+.2f} (paired bootstrap), p {p} (McNemar, exact)\n"
+        f"first       {result['first']:.2%} of {len(first.labels):,} images of {first.images}; "
+        f"only this one is right: {result['only_first']:,} ({first.model})\n"
+        f"second      {result['second']:.2%}; only this one is right: {result['only_second']:,} "
+        f"({second.model})\n"
+        f"difference  {100 * result['difference']:+.2f} points, 95 % interval "
+        f"{100 * result['low']:+.2f} to {100 * result['high']:+.2f} (paired bootstrap), "
+        f"p {p} (McNemar, exact)\n"
         "two trained models, not two recipes: with other seeds the difference is another one, and "
         "study.py compares recipes"
     )

@@ -22,11 +22,11 @@ class Corruptions:
         for name, (logits, labels, _) in predictions.items():
             is_right = (logits.argmax(dim=1) == labels).double().numpy()
             self.accuracies[name] = is_right.reshape(SEVERITIES, -1).mean(axis=1)
-        self.mean = float(np.mean([of.mean() for of in self.accuracies.values()]))
+        self.mean = float(np.mean([row.mean() for row in self.accuracies.values()]))
 
     def values(self) -> dict[str, Any]:
         """Return all numbers as plain data, as fractions."""
-        accuracies = {name: of.round(6).tolist() for name, of in self.accuracies.items()}
+        accuracies = {name: row.round(6).tolist() for name, row in self.accuracies.items()}
         return {"mean_accuracy": round(self.mean, 6), "accuracies": accuracies}
 
     def summary(self) -> str:
@@ -39,23 +39,23 @@ class Corruptions:
         table.add_column("accuracy, by severity")
         for header in ("mean", *(str(i + 1) for i in range(SEVERITIES))):
             table.add_column(header, justify="right")
-        for name, of in self.accuracies.items():
-            each = (f"{value:.1%}" for value in of)
-            table.add_row(name.replace("_", " "), f"{of.mean():.1%}", *each)
+        for name, row in self.accuracies.items():
+            cells = (f"{value:.1%}" for value in row)
+            table.add_row(name.replace("_", " "), f"{row.mean():.1%}", *cells)
         return table
 
     def figures(self) -> dict[str, Figure]:
         """Draw accuracy over severity, for each corruption and for their mean."""
         figure = Figure(figsize=(9, 5), layout="constrained")
         axes = figure.subplots()
-        places = range(1, SEVERITIES + 1)
-        for i, (name, of) in enumerate(self.accuracies.items()):
+        severities = range(1, SEVERITIES + 1)
+        for i, (name, row) in enumerate(self.accuracies.items()):
             style = ("-", "--", ":")[i // 10 % 3]  # there are only ten colours
-            axes.plot(places, of, style, linewidth=1, label=name.replace("_", " "))
+            axes.plot(severities, row, style, linewidth=1, label=name.replace("_", " "))
         mean = np.mean([*self.accuracies.values()], axis=0)
-        axes.plot(places, mean, "o-", color="black", linewidth=2.5, label="mean")
+        axes.plot(severities, mean, "o-", color="black", linewidth=2.5, label="mean")
         figure.legend(loc="outside right upper", fontsize=8)
-        axes.set(xlabel="severity", ylabel="accuracy", ylim=(0, 1), xticks=places)
+        axes.set(xlabel="severity", ylabel="accuracy", ylim=(0, 1), xticks=severities)
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.grid(alpha=0.3)
         return {"severity": figure}

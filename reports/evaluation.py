@@ -74,7 +74,7 @@ class Probabilities:
         """Return the expected calibration error [R] for R sets of outcomes `is_right` [R, N]: the
         gap between confidence and accuracy in equal-mass bins, averaged over images (Roelofs et
         al., arXiv 2012.08668)."""
-        gaps = [abs(self.confidence[of].sum() - is_right[:, of].sum(axis=1)) for of in self.bins]
+        gaps = [abs(self.confidence[i].sum() - is_right[:, i].sum(axis=1)) for i in self.bins]
         return np.sum(gaps, axis=0) / len(self.confidence)
 
     def by_chance(self) -> dict[str, float]:
@@ -135,13 +135,13 @@ class Evaluation:
         self.chance = self.probabilities.by_chance()
         predicted, confidence = logits.argmax(dim=1), self.probabilities.confidence
         self.confidences = [  # mean, of the images predicted as each class
-            float(confidence[of].mean()) if of.any() else None
-            for of in (predicted.numpy() == i for i in range(count))
+            float(confidence[mask].mean()) if mask.any() else None
+            for mask in (predicted.numpy() == i for i in range(count))
         ]
 
     def values(self) -> dict[str, Any]:
         """Return all numbers as plain data; accuracies are fractions."""
-        found: dict[str, Any] = {
+        numbers: dict[str, Any] = {
             "images": len(self.test.labels),
             "accuracy": {"value": self.accuracy, "low": self.low, "high": self.high},
             "top2_accuracy": self.top2,
@@ -150,7 +150,7 @@ class Evaluation:
                 **self.probabilities.values(),
                 "ece_by_chance": self.chance,
                 "aurc": self.probabilities.aurc(),
-                "confident": {str(least): self.probabilities.at(least) for least in SURE},
+                "confident": {str(limit): self.probabilities.at(limit) for limit in SURE},
             },
             "as_trained": self.as_trained.values(),
             "classes": {
@@ -169,7 +169,7 @@ class Evaluation:
             "confusion": self.confusion.tolist(),
             "people": self.fair,
         }
-        return _rounded(found)
+        return _rounded(numbers)
 
     def _share(self, value: float, i: int, dim: int) -> dict[str, float]:
         """Return a class's precision or recall, a share of its column (`dim` 0) or row (`dim` 1) of
@@ -179,23 +179,23 @@ class Evaluation:
 
     def summary(self) -> str:
         """Return the main results in a few lines."""
-        found, chance = self.probabilities, self.chance
-        how = "not calibrated"
+        probs, chance = self.probabilities, self.chance
+        scaling = "not calibrated"
         if self.temperature is not None:
             trained = f"ECE {self.as_trained.ece:.2%}, NLL {self.as_trained.nll:.4f}"
-            how = f"divided by temperature {self.temperature:.2f} (as trained: {trained})"
+            scaling = f"divided by temperature {self.temperature:.2f} (as trained: {trained})"
         sure = []
-        for least in SURE:
-            at = found.at(least)
-            right = "" if at["accuracy"] is None else f", {at['accuracy']:.2%} correct"
-            sure.append(f"at least {least:.0%}: {at['coverage']:.1%} of the images{right}")
+        for limit in SURE:
+            share = probs.at(limit)
+            right = "" if share["accuracy"] is None else f", {share['accuracy']:.2%} correct"
+            sure.append(f"at least {limit:.0%}: {share['coverage']:.1%} of the images{right}")
         lines = [
             f"accuracy     {self.accuracy:.2%}, 95 % interval {100 * self.low:.2f} to "
             f"{100 * self.high:.2f} (Wilson); top-2 accuracy {self.top2:.2%}",
-            f"calibration  ECE {found.ece:.2%} (a perfectly calibrated model: {chance['mean']:.2%} "
-            f"on average, below {chance['most']:.2%} in 95 of 100 test sets); NLL {found.nll:.4f}, "
-            f"Brier score {found.brier:.4f}; {how}",
-            f"confidence   {'; '.join(sure)}; AURC {found.aurc():.2%}",
+            f"calibration  ECE {probs.ece:.2%} (a perfectly calibrated model: {chance['mean']:.2%} "
+            f"on average, below {chance['most']:.2%} in 95 of 100 test sets); NLL {probs.nll:.4f}, "
+            f"Brier score {probs.brier:.4f}; {scaling}",
+            f"confidence   {'; '.join(sure)}; AURC {probs.aurc():.2%}",
         ]
         return "\n".join(lines if self.fair is None else [*lines, summary_of(self.fair)])
 
@@ -222,10 +222,10 @@ class Evaluation:
             interval = f"{100 * recall['low']:.1f}-{100 * recall['high']:.1f}"
             confidence = self.confidences[i]
             columns = self.recall[i], self.precision[i] if confidence else None, confidence
-            found, precision, confident = ("" if of is None else f"{of:.1%}" for of in columns)
+            recalled, precision, confident = ("" if v is None else f"{v:.1%}" for v in columns)
             count, other = wrong[i].max(dim=0)
-            taken = f"{self.classes[int(other)]} ({count / counts[i]:.1%})" if count else ""
-            table.add_row(name, found, interval, precision, confident, taken)
+            confused_with = f"{self.classes[int(other)]} ({count / counts[i]:.1%})" if count else ""
+            table.add_row(name, recalled, interval, precision, confident, confused_with)
         return table
 
     def figures(
@@ -240,25 +240,25 @@ class Evaluation:
             panels[title] = _bins(self.probabilities)
         worst = most_confident_mistakes(logits, labels)
         mistakes = logits[worst], labels[worst], images[worst.to(images.device)]
-        found = {
+        figures = {
             "confusion": confusion_figure(self.confusion, self.classes),
             "reliability": reliability_figure(panels),
             "coverage": coverage_figure(self.probabilities.risks(), self.probabilities.aurc()),
             "mistakes": mistakes_figure(*mistakes, self.classes),
         }
-        where = focus(mistakes[2], mistakes[0].argmax(dim=1)) if len(worst) else None
-        if where is not None:
-            found["focus"] = mistakes_figure(*mistakes, self.classes, where)
-        return found
+        maps = focus(mistakes[2], mistakes[0].argmax(dim=1)) if len(worst) else None
+        if maps is not None:
+            figures["focus"] = mistakes_figure(*mistakes, self.classes, maps)
+        return figures
 
 
-def _bins(of: Probabilities) -> np.ndarray:
+def _bins(probs: Probabilities) -> np.ndarray:
     """Return each bin's mean confidence, accuracy, and the ends of its interval, [4, bins]."""
     rows = []
-    for places in equal_mass_bins(of.confidence):
-        right = of.is_right[places]
+    for members in equal_mass_bins(probs.confidence):
+        right = probs.is_right[members]
         rows.append(
-            (of.confidence[places].mean(), right.mean(), *wilson(int(right.sum()), len(right)))
+            (probs.confidence[members].mean(), right.mean(), *wilson(int(right.sum()), len(right)))
         )
     return np.array(rows).T
 

@@ -119,8 +119,8 @@ def with_focus(images: Tensor, focus: Tensor) -> np.ndarray:
     """Return images uint8 [M, 3, H, W] as float [M, H, W, 3] in [0, 1], bright where `focus`, float
     [M, H, W] in [0, 1], is high."""
     colors = colormaps["inferno"](focus.cpu().numpy())[..., :3]
-    found: np.ndarray = 0.4 * images.permute(0, 2, 3, 1).cpu().numpy() / 255 + 0.6 * colors
-    return found
+    blended: np.ndarray = 0.4 * images.permute(0, 2, 3, 1).cpu().numpy() / 255 + 0.6 * colors
+    return blended
 
 
 def mistakes_figure(
@@ -144,10 +144,10 @@ def mistakes_figure(
         row, column = divmod(place, 6)
         top = 1.25 * row
         axes.imshow(picture, extent=(column, column + 0.9, top + 0.9, top))
-        taken, true = (_short(classes[int(of[place])]) for of in (predicted, labels))
-        title = f"{taken} {confidence[place]:.0%}\nlabel: {true}"
+        guess, true = (_short(classes[int(numbers[place])]) for numbers in (predicted, labels))
+        title = f"{guess} {confidence[place]:.0%}\nlabel: {true}"
         axes.text(column + 0.45, top - 0.03, title, fontsize=10, ha="center", va="bottom")
     axes.set(xlim=(0, 5.9), ylim=(1.25 * rows - 0.3, -0.35), aspect="equal")
-    looks = "" if focus is None else ": what speaks for the class predicted (Grad-CAM)"
-    figure.suptitle(f"The {len(images)} most confident mistakes{looks}", fontsize=14)
+    note = "" if focus is None else ": what speaks for the class predicted (Grad-CAM)"
+    figure.suptitle(f"The {len(images)} most confident mistakes{note}", fontsize=14)
     return figure

@@ -40,6 +40,6 @@ def grad_cam(network: nn.Module, images: Tensor, classes: Tensor) -> Tensor | No
     score = logits.gather(1, classes[:, None].clone()).sum()
     (gradients,) = torch.autograd.grad(score, maps[-1])
     shares = gradients.float().mean(dim=(2, 3), keepdim=True)
-    found = (shares * maps[-1].detach()).sum(dim=1, keepdim=True).relu()
-    found = found / found.amax(dim=(2, 3), keepdim=True).clamp(min=1e-12)
-    return F.interpolate(found, images.shape[2:], mode="bilinear")[:, 0]
+    heat = (shares * maps[-1].detach()).sum(dim=1, keepdim=True).relu()
+    heat = heat / heat.amax(dim=(2, 3), keepdim=True).clamp(min=1e-12)
+    return F.interpolate(heat, images.shape[2:], mode="bilinear")[:, 0]

@@ -26,7 +26,7 @@ def joined(parts: list[Saved]) -> Saved:
     if len({part.images for part in parts}) > 1:
         raise MisconfigurationException("the folds are of different sets of images")
     logits, labels, indices = (
-        np.concatenate(of) for of in zip(*(p[:3] for p in parts), strict=True)
+        np.concatenate(arrays) for arrays in zip(*(p[:3] for p in parts), strict=True)
     )
     order = indices.argsort()
     if len(np.unique(indices)) < len(indices):
@@ -43,18 +43,18 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--out", type=str, default="out_of_fold.npz", help="file for all of them")
     given = parser.parse_args(args)
     parts = [read_saved(Path(path), "validation.npz") for path in given.runs]
-    whole = joined(parts)
+    merged = joined(parts)
     for path, part in zip(given.runs, parts, strict=True):
         print(f"{path}: accuracy {part.is_right.mean():.2%} of {len(part.labels):,} images")
-    right, count = int(whole.is_right.sum()), len(whole.labels)
-    if missing := int(whole.indices.max()) + 1 - count:
+    right, count = int(merged.is_right.sum()), len(merged.labels)
+    if missing := int(merged.indices.max()) + 1 - count:
         print(f"at least {missing:,} images are in none of these folds: give all of them")
     low, high = wilson(right, count)
     print(
-        f"together: accuracy {right / count:.2%} of {count:,} images of {whole.images}, 95 % "
+        f"together: accuracy {right / count:.2%} of {count:,} images of {merged.images}, 95 % "
         f"interval {100 * low:.2f} to {100 * high:.2f} (Wilson, of these models)"
     )
-    write_whole(Path(given.out), whole.content())
+    write_whole(Path(given.out), merged.content())
     print(f"written to {given.out}")
 
 

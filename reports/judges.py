@@ -98,8 +98,8 @@ def fair(test: Predictions, judgements: Judgements) -> dict[str, Any]:
     mistaken = shares[rows, predicted][~is_right]
     return {
         **{
-            name: {"accuracy": float(is_right[of].mean()), "images": int(of.sum())}
-            for name, of in parts.items()
+            name: {"accuracy": float(is_right[mask].mean()), "images": int(mask.sum())}
+            for name, mask in parts.items()
         },
         "mistakes": int((~is_right).sum()),
         "mistakes_of_some_people": int((mistaken >= FEW).sum()),

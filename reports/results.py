@@ -51,13 +51,13 @@ def write_results(
                 board.add_image(f"test/{name}", pixels, step, dataformats="HWC")
     if not (card := folder / "model.md").exists() or (suffix and not other):
         return
-    which = f"epoch {values['epoch']} (`{values['checkpoint']}`)"
+    checkpoint = f"epoch {values['epoch']} (`{values['checkpoint']}`)"
     text = card.read_text(encoding="utf-8")
     if other:
-        how = "".join(f", {key} {now} (not {old})" for key, (old, now) in changed.items())
-        said = " ".join(summary.partition(";")[0].split())
+        changes = "".join(f", {key} {new} (not {old})" for key, (old, new) in changed.items())
+        result = " ".join(summary.partition(";")[0].split())
         name = f"{other}, {images}"
-        text = with_other(text, name, f"- **{name}** ({count}), {which}{how}: {said}\n")
+        text = with_other(text, name, f"- **{name}** ({count}), {checkpoint}{changes}: {result}\n")
     else:
-        text = with_result(text, which, summary, images, changed)
+        text = with_result(text, checkpoint, summary, images, changed)
     write_whole(card, text.encode())

@@ -22,8 +22,8 @@ class Saved(NamedTuple):
     @property
     def is_right(self) -> np.ndarray:
         """Whether each image is classified correctly, bool [N]."""
-        found: np.ndarray = self.logits.argmax(axis=1) == self.labels
-        return found
+        is_right: np.ndarray = self.logits.argmax(axis=1) == self.labels
+        return is_right
 
     def content(self) -> bytes:
         """Return the content of a file that `read_saved` reads."""

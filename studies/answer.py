@@ -120,20 +120,20 @@ class Answer:
         self.seeds = sorted({seed for _, seed in records})
         parts = [record["code"] | record["versions"] for record in records.values()]
         versions = {name: {p[name] for p in parts if name in p} for part in parts for name in part}
-        self.other = sorted(name for name, its in versions.items() if len(its) > 1)
+        self.other = sorted(name for name, values in versions.items() if len(values) > 1)
         # Excludes modules that only some settings import, such as a custom network.
         modules = {*self.other, *(name for name in versions if all(name in p for p in parts))}
         self.runs = [Run(name, r, self.choose, modules) for (name, _), r in records.items()]
         self.whole = {name: [run for run in self.runs if run.setting == name
                              and not run.record["ended"]] for name in settings}  # fmt: skip
         self.names = list(next(iter(settings.values())))  # of factors
-        self.factors = [f for f in self.names if len({of[f] for of in settings.values()}) > 1]
+        self.factors = [f for f in self.names if len({s[f] for s in settings.values()}) > 1]
         self.differences = self._compared()
 
     def ended(self, setting: str) -> str:
         """Say how many runs of a setting are excluded from the means, and why; "" if none."""
-        why = [run.record["ended"] for run in self.runs if run.setting == setting]
-        counts = {word: sum(ended.startswith(word) for ended in why) for word in ENDINGS}
+        reasons = [run.record["ended"] for run in self.runs if run.setting == setting]
+        counts = {word: sum(ended.startswith(word) for ended in reasons) for word in ENDINGS}
         return ", ".join(f"{count} {word}" for word, count in counts.items() if count)
 
     def ranked(self) -> list[str]:
@@ -147,44 +147,44 @@ class Answer:
 
     def values(self, setting: str, key: str) -> Floats:
         """Return a number of a setting's completed runs, float64 [seeds]; NaN if missing."""
-        found = {r.record["seed"]: r.numbers.get(key, math.nan) for r in self.whole[setting]}
-        return np.array([found.get(seed, math.nan) for seed in self.seeds])
+        by_seed = {r.record["seed"]: r.numbers.get(key, math.nan) for r in self.whole[setting]}
+        return np.array([by_seed.get(seed, math.nan) for seed in self.seeds])
 
     def _by_level(self, factor: str, key: str) -> dict[str, Floats]:
         """Return a number for each level of a factor, float64 [seeds], averaged over the levels of
         the other factors; NaN for a seed that lacks one of these settings."""
-        found: dict[str, list[Floats]] = {}
+        by_level: dict[str, list[Floats]] = {}
         for setting, levels in self.settings.items():
-            found.setdefault(levels[factor], []).append(self.values(setting, key))
-        return {level: np.mean(values, axis=0) for level, values in found.items()}
+            by_level.setdefault(levels[factor], []).append(self.values(setting, key))
+        return {level: np.mean(values, axis=0) for level, values in by_level.items()}
 
     def _compared(self) -> list[Difference]:
         """Compare the levels of each factor, in pairs or all with the baseline."""
-        found, baseline = [], self.question.baseline
+        compared, baseline = [], self.question.baseline
         for factor in self.factors:
             chosen, test = self._by_level(factor, self.choose), self._by_level(factor, "test/acc")
             for one, other in itertools.combinations(chosen, 2):
                 gains, tested = chosen[other] - chosen[one], test[other] - test[one]
                 difference = Difference(factor, one, other, gains, tested)
                 if difference.mean.count > 1 and baseline in (None, one, other):
-                    found.append(difference.against(baseline or one))
-        if found:
-            p = corrected_p(np.stack([difference.gains for difference in found], axis=1))
-            found = [replace(d, p=float(its)) for d, its in zip(found, p, strict=True)]
-        return found
+                    compared.append(difference.against(baseline or one))
+        if compared:
+            all_p = corrected_p(np.stack([difference.gains for difference in compared], axis=1))
+            compared = [replace(d, p=float(p)) for d, p in zip(compared, all_p, strict=True)]
+        return compared
 
     def _best(self, factor: str) -> str:
         """Return the level that the fewest others beat on shared seeds; "" if none is compared. A
         level that lost more runs than another can't be the best, because runs aren't lost by
         chance; one whose runs are still to come can."""
-        ours = [d for d in self.differences if d.factor == factor]
+        group = [d for d in self.differences if d.factor == factor]
         lost = Counter(self.settings[r.setting][factor] for r in self.runs if r.record["ended"])
-        compared = dict.fromkeys(level for d in ours for level in (d.one, d.other))
+        compared = dict.fromkeys(level for d in group for level in (d.one, d.other))
         fewest = min((lost[level] for level in compared), default=0)
-        able = [level for level in compared if lost[level] == fewest]
-        gains = [(self.sign * d.mean.value, d) for d in ours if {d.one, d.other} <= {*able}]
+        valid = [level for level in compared if lost[level] == fewest]
+        gains = [(self.sign * d.mean.value, d) for d in group if {d.one, d.other} <= {*valid}]
         beaten = Counter(d.other if gain < 0 else d.one for gain, d in gains if gain)
-        return min(able, key=lambda level: beaten[level], default="")
+        return min(valid, key=lambda level: beaten[level], default="")
 
     def verdict(self, difference: Difference) -> str:
         """Say whether the other level is significantly better or worse."""
@@ -197,16 +197,16 @@ class Answer:
         lines = [] if self.factors else ["There is one setting only, so nothing to compare."]
         for factor in self.factors:
             level = self.question.baseline or self._best(factor)
-            ours = [d for d in self.differences if d.factor == factor]
-            against = [d.against(level) for d in ours if level in (d.one, d.other)]
+            group = [d for d in self.differences if d.factor == factor]
+            against = [d.against(level) for d in group if level in (d.one, d.other)]
             line = f"Too few runs to compare {factor}".rstrip()
             if against:
                 mean = Mean.of(self._by_level(factor, self.choose)[level]).value
-                which = "Baseline" if self.question.baseline else f"Best {factor}".rstrip()
-                line = f"{which}: {level} ({self._text(Mean(mean))})"
+                label = "Baseline" if self.question.baseline else f"Best {factor}".rstrip()
+                line = f"{label}: {level} ({self._text(Mean(mean))})"
             for verdict, words in VERDICTS.items():
-                said = [d for d in against if self.verdict(d) == verdict]
-                gains = [f"{d.other} ({self._text(d.mean, '+')})" for d in said]
+                matching = [d for d in against if self.verdict(d) == verdict]
+                gains = [f"{d.other} ({self._text(d.mean, '+')})" for d in matching]
                 line += f"; {words}: {', '.join(gains)}" if gains else ""
             lines.append(f"{line}.")
         pairs = max((d.mean.count for d in self.differences), default=0)
@@ -232,11 +232,11 @@ class Answer:
         ends = [((d.factor, d.one), (d.factor, d.other)) for d in self.differences]
         names = list(dict.fromkeys(itertools.chain(*ends)))
         pairs = [(names.index(one), names.index(other)) for one, other in ends]
-        found: dict[tuple[str, int], float] = {}
+        effects: dict[tuple[str, int], float] = {}
         for d, pair in zip(self.differences, pairs, strict=True):
-            if (key := (d.factor, d.mean.count)) not in found:
-                found[key] = detectable(key[1], [pair, *(p for p in pairs if p != pair)])
-        return found
+            if (key := (d.factor, d.mean.count)) not in effects:
+                effects[key] = detectable(key[1], [pair, *(p for p in pairs if p != pair)])
+        return effects
 
     def _text(self, mean: Mean, sign: str = "") -> str:
         """Format a mean of the `choose` metric or, with `sign`, of differences in it."""
@@ -251,14 +251,14 @@ class Answer:
         table["runs"] = [_joined(str(len(self.whole[s])), self.ended(s)) for s in order]
         return table | self._numbers([self.whole[s] for s in order], ".1f")
 
-    def _numbers(self, groups: list[list[Run]], of_epochs: str) -> Columns:
+    def _numbers(self, groups: list[list[Run]], epoch_format: str) -> Columns:
         """Return columns of means over groups of runs."""
         table = {self.choose: (self.choose, ".4f", 1)} if not self.is_percent else {}
         table |= {
             "val/acc, %": ("val/acc", ".2f", 100),
             "test/acc, %": ("test/acc", ".2f", 100),
-            "best epoch": ("epoch", of_epochs, 1),
-            "lowest val/loss at epoch": ("lowest", of_epochs, 1),
+            "best epoch": ("epoch", epoch_format, 1),
+            "lowest val/loss at epoch": ("lowest", epoch_format, 1),
             "seconds": ("seconds", ".0f", 1),
         }
         return {
@@ -302,25 +302,25 @@ class Answer:
         given, defaults = settings["trainer"], inspect.signature(Trainer.__init__).parameters
         recipe = [f"`{file}`" for file in question.files()]
         recipe += [f"`{key}` {json.dumps(value)}" for key, value in question.fixed.items()]
-        asked = (question.fixed, question.grid, question.search, *question.variants.values())
-        named = {flag for of in asked for flag in of}
+        all_flags = (question.fixed, question.grid, question.search, *question.variants.values())
+        named = {flag for flags in all_flags for flag in flags}
         recipe += [
             f"{key} {given[key]}"
             for key in LIMITS
             if given[key] != defaults[key].default and f"trainer.{key}" not in named
         ]
-        of_data = [run.record["settings"]["data"] for run in self.runs]
-        sizes = sorted({of["val_size"] for of in of_data if not of.get("folds")})
-        sizes += sorted({f"1/{of['folds']} of the training" for of in of_data if of.get("folds")})
-        splits = {(of["split_seed"], of.get("fold", 0)) for of in of_data}
+        data = [run.record["settings"]["data"] for run in self.runs]
+        sizes = sorted({d["val_size"] for d in data if not d.get("folds")})
+        sizes += sorted({f"1/{d['folds']} of the training" for d in data if d.get("folds")})
+        splits = {(d["split_seed"], d.get("fold", 0)) for d in data}
         split = "One split" if len(splits) == 1 else "Several splits"
         split = "Each seed has its own split" if "split" in question.vary else split
         text = f"Recipe: {', '.join(recipe)}. {split}, {' or '.join(map(str, sizes))} images for "
         made_by = Counter(run.made_by for run in self.runs)
         runs = [f"{count} on {machine_and_code}" for machine_and_code, count in made_by.items()]
         images = {name for run in self.runs for name in run.record["images"].values()}
-        of = "" if images <= {"CIFAR-10"} else f" Images: {', '.join(sorted(images))}."
-        text += f"validation.{of} Runs: {'; '.join(runs)}."
+        note = "" if images <= {"CIFAR-10"} else f" Images: {', '.join(sorted(images))}."
+        text += f"validation.{note} Runs: {'; '.join(runs)}."
         if self.other:
             text += (
                 f" **Not all runs are by the same code**: it differs in {', '.join(self.other)}."

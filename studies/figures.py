@@ -29,12 +29,12 @@ def write_figures(answer: Answer, folder: Path) -> None:
 def summary(answer: Answer, labels: dict[str, str]) -> Figure:
     """Draw the runs of each setting in `labels`, with mean and interval."""
     figure = Figure(figsize=(8, 1.6 + 0.45 * len(labels)), layout="constrained")
-    axes, every = figure.subplots(), list[float]()
+    axes, shown = figure.subplots(), list[float]()
     for stage, use, shift in (("val", "chooses", -0.12), ("test", "not used", 0.12)):
         for y, setting in enumerate(labels):
             values = answer.values(setting, answer.choose.replace("val", stage))
             values, height = values * (100 if answer.is_percent else 1), y + shift
-            every += values[np.isfinite(values)].tolist()
+            shown += values[np.isfinite(values)].tolist()
             axes.plot(values, np.full(len(values), height), "o", color=COLORS[stage], alpha=0.35,
                       markersize=5)  # fmt: skip
             mean, label = Mean.of(values), None if y else f"{stage} ({use})"
@@ -42,9 +42,9 @@ def summary(answer: Answer, labels: dict[str, str]) -> Figure:
                           capsize=4, label=label)  # fmt: skip
     axes.set_yticks(range(len(labels)), list(labels.values()))
     axes.set_ylim(len(labels) - 0.5, -0.5)
-    if every:  # ignores the intervals, which can be huge with two seeds
-        margin = 0.3 * (max(every) - min(every)) or 1.0
-        axes.set_xlim(min(every) - margin, max(every) + margin)
+    if shown:  # ignores the intervals, which can be huge with two seeds
+        margin = 0.3 * (max(shown) - min(shown)) or 1.0
+        axes.set_xlim(min(shown) - margin, max(shown) + margin)
     quantity = "accuracy, %" if answer.is_percent else "loss"
     axes.set_xlabel(f"{quantity}, in the best epoch by {answer.choose}:\nruns, mean, 95 % interval")
     axes.grid(axis="x", alpha=0.3)
@@ -73,8 +73,8 @@ def curves(answer: Answer, labels: dict[str, str]) -> Figure:
                 axes.plot(x, list(map(np.mean, y)), style, color=color, label=name)
                 ends = list(map(min, y)), list(map(max, y))
                 axes.fill_between(x, *ends, color=color, alpha=0.2, linewidth=0)
-    for column, word in zip(grid.T, QUANTITIES.values(), strict=True):
-        column[0].set_title(word)
+    for column, title in zip(grid.T, QUANTITIES.values(), strict=True):
+        column[0].set_title(title)
         column[-1].set_xlabel("epoch")
     grid[0, 0].set_ylim(top=min(grid[0, 0].get_ylim()[1], 3 * GUESSING))
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)

@@ -88,7 +88,7 @@ class Question:
             for flag, space in self.search.items()
         }
         count = max(map(len, ends.values()), default=0)
-        return self.named({f: of[i % len(of)] for f, of in ends.items()} for i in range(count))
+        return self.named({f: v[i % len(v)] for f, v in ends.items()} for i in range(count))
 
     def named(self, settings: Iterable[Flags]) -> dict[str, Flags]:
         """Return settings by name."""
@@ -96,7 +96,7 @@ class Question:
 
     def name_of(self, flags: Flags) -> str:
         """Return the name of a setting: its variant's, or one built from its flags."""
-        return ",".join("=".join(filter(None, of)) for of in self.levels_of(flags).items())
+        return ",".join("=".join(filter(None, level)) for level in self.levels_of(flags).items())
 
     def levels_of(self, flags: Flags) -> dict[str, str]:
         """Return a setting's level of each factor. A grid's flags are factors; variants, or the
@@ -104,8 +104,8 @@ class Question:
         if self.variants:
             names = [name for name, own in self.variants.items() if _json(own) == _json(flags)]
             return {"": names[0] if names else ""}  # "" if this study no longer asks for it
-        every = [*self.grid, *self.search]
-        levels = {_short(flag, every): _text(flags.get(flag)) for flag in every}
+        factors = [*self.grid, *self.search]
+        levels = {_short(flag, factors): _text(flags.get(flag)) for flag in factors}
         return levels if self.grid else {"": ",".join(map("=".join, levels.items()))}
 
     def distributions(self) -> dict[str, distributions.BaseDistribution]:
@@ -114,13 +114,13 @@ class Question:
         Raises:
             MisconfigurationException: A range is invalid, e.g. empty.
         """
-        found: dict[str, distributions.BaseDistribution] = {}
+        spaces: dict[str, distributions.BaseDistribution] = {}
         for flag, space in self.search.items():
             try:
-                found[flag] = _distribution(space)
+                spaces[flag] = _distribution(space)
             except ValueError as error:
                 raise MisconfigurationException(f"search.{flag}: {error}") from error
-        return found
+        return spaces
 
     def files(self) -> list[str]:
         """Return the files of the recipe."""
@@ -136,14 +136,14 @@ class Question:
 
     def command(self, flags: Flags, seed: int, folder: Path) -> list[str]:
         """Return the command line of one run, without `python train.py`."""
-        asked = {**self.fixed, **flags}
+        given = {**self.fixed, **flags}
         settings = {
             "name": self.folder_of(flags, seed),
             "trainer.default_root_dir": str(folder),
             "checkpoint.monitor": self.choose,
             "data.test_curve": True,  # for display only: `choose` can't name it
             # Classes before their arguments, which they would reset.
-            **dict(sorted(asked.items(), key=lambda item: item[0].count("."))),
+            **dict(sorted(given.items(), key=lambda item: item[0].count("."))),
             "seed_everything": seed,
             **({"data.split_seed": seed} if "split" in self.vary else {}),
         }
@@ -197,10 +197,10 @@ def planned(question: Question, flags: Flags) -> Plan:
         MisconfigurationException: A flag belongs to the study, or the setting can't be run.
         SystemExit: `fit` rejects a flag or a value.
     """
-    ours = OURS | ({"data.split_seed": "vary"} if "split" in question.vary else {})
+    reserved = OURS | ({"data.split_seed": "vary"} if "split" in question.vary else {})
     for flag in (*question.fixed, *flags):
-        if flag in ours:
-            raise MisconfigurationException(f"{flag} belongs to the study: use {ours[flag]}")
+        if flag in reserved:
+            raise MisconfigurationException(f"{flag} belongs to the study: use {reserved[flag]}")
         if flag in question.fixed and flag in flags:
             raise MisconfigurationException(f"{flag} is fixed, and differs between settings")
     setting, seed = f"setting {question.name_of(flags)}", question.seeds[0]
@@ -216,8 +216,8 @@ def planned(question: Question, flags: Flags) -> Plan:
     config = cli.config.fit
     is_kept = config.checkpoint.save_last and config.checkpoint.save_top_k != 0
     kept = (config.checkpoint.monitor, config.trainer.default_root_dir, config.name)
-    asked = {**question.fixed, **flags}  # `--fixed.trainer.max_epochs 3` parses to {trainer: ...}
-    sections = [key for key in asked if "." not in key and isinstance(asked[key], dict)]
+    given = {**question.fixed, **flags}  # `--fixed.trainer.max_epochs 3` parses to {trainer: ...}
+    sections = [key for key in given if "." not in key and isinstance(given[key], dict)]
     _refuse({
         f"{setting}: data.val_size 0 leaves no validation": config.data.val_size == 0,
         f"{setting}: what is kept of a run, and where, belongs to the study": not is_kept
@@ -259,7 +259,7 @@ def check(question: Question) -> dict[str, Plan]:
     plans: dict[str, Plan] = {}
     for name, flags in (settings or question.extremes()).items():
         plan = planned(question, flags)
-        if settings and (same := [o for o, its in plans.items() if repr(its) == repr(plan)]):
+        if settings and (same := [other for other, p in plans.items() if repr(p) == repr(plan)]):
             raise MisconfigurationException(f"{same[0]} and {name} are the same setting")
         plans[name] = plan
     return plans

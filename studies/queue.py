@@ -93,12 +93,14 @@ class Queue:
         question, folder, self.space = self.question, self.folder, self.question.distributions()
         url, name = self.url or f"journal:{folder / 'journal.log'}", folder.name
         if self.space or question.pruner:  # they learn from all runs, so all must be comparable
-            its = list(map(vars, self.plans.values()))
+            basis = list(map(vars, self.plans.values()))
             if not self.space:  # a new value keeps the existing runs
-                its = [{"images": its[0]["images"], "device": its[0]["device"]}]
-                its += [{file: Path(file).read_text(encoding="utf-8")} for file in question.files()]
-            asked = [question.choose, question.fixed, its]
-            name += f" {hashlib.sha256(repr(asked).encode()).hexdigest()[:8]}"
+                basis = [{"images": basis[0]["images"], "device": basis[0]["device"]}]
+                basis += [
+                    {file: Path(file).read_text(encoding="utf-8")} for file in question.files()
+                ]
+            identity = [question.choose, question.fixed, basis]
+            name += f" {hashlib.sha256(repr(identity).encode()).hexdigest()[:8]}"
         # Beside a journal, which may be on a disk that several machines share.
         place = Path(url.removeprefix("journal:")).parent if url.startswith("journal:") else folder
         self.workers, self.turn = place / ".workers", place / ".lock"
@@ -156,20 +158,20 @@ class Queue:
         counts. A setting of a search gets its other seeds once its first run is complete."""
         settings, first = self.settings(), self.question.seeds[0]
         trials = self.study.get_trials(deepcopy=False)
-        whole = {self.key_of(trial) for trial in trials if trial.state == TrialState.COMPLETE}
-        found: dict[Key, FrozenTrial | None] = {
+        complete = {self.key_of(trial) for trial in trials if trial.state == TrialState.COMPLETE}
+        runs: dict[Key, FrozenTrial | None] = {
             (name, seed): None
             for seed, name in itertools.product(self.question.seeds, settings)
-            if seed == first or not self.space or (name, first) in whole
+            if seed == first or not self.space or (name, first) in complete
         }
-        ranks: dict[Key, float] = dict.fromkeys(found, 0)
+        ranks: dict[Key, float] = dict.fromkeys(runs, 0)
         for trial in trials:
             key, record = self.key_of(trial), trial.user_attrs.get("record")
-            if key in found and trial.state != TrialState.FAIL:
+            if key in runs and trial.state != TrialState.FAIL:
                 rank = self._rank(record, settings[key[0]], key[1]) if record else 0.5
                 if rank > ranks[key]:
-                    found[key], ranks[key] = trial, rank
-        return found
+                    runs[key], ranks[key] = trial, rank
+        return runs
 
     def _rank(self, record: Record, flags: Flags, seed: int) -> int:
         """Return 2 if a finished run has these flags and the same code, 1 if it counts despite
@@ -185,20 +187,20 @@ class Queue:
     def other(self) -> list[str]:
         """Say how many finished runs do not count for this answer, and why."""
         self.others[SETTINGS] = {}  # drop those that `take_over` tried and rejected
-        done, said = self.records(), []
+        done, messages = self.records(), []
         for words, others in self.others.items():
-            left = {key: names for key, names in others.items() if key not in done}
-            if left:
-                names = sorted(set[str]().union(*left.values()))
+            uncounted = {key: names for key, names in others.items() if key not in done}
+            if uncounted:
+                names = sorted(set[str]().union(*uncounted.values()))
                 more = ", ..." if len(names) > 4 else ""
-                said.append(f"{len(left)} runs {words} ({', '.join(names[:4])}{more})")
-        return said
+                messages.append(f"{len(uncounted)} runs {words} ({', '.join(names[:4])}{more})")
+        return messages
 
     def records(self) -> dict[Key, Record]:
         """Return the records of the finished runs, setting by setting."""
-        found = {key: trial.user_attrs.get("record") for key, trial in self.runs().items() if trial}
+        done = {key: trial.user_attrs.get("record") for key, trial in self.runs().items() if trial}
         order = itertools.product(self.settings(), sorted(self.question.seeds))
-        return {key: record for key in order if (record := found.get(key))}
+        return {key: record for key in order if (record := done.get(key))}
 
     def total(self) -> int:
         """Return the maximum total number of runs."""
@@ -215,11 +217,11 @@ class Queue:
         settings, done = self.settings(r["flags"] for r in records), self.records()
         taken = 0
         for (name, flags), seed in itertools.product(settings.items(), self.question.seeds):
-            its = [record for record in records if record["seed"] == seed]
-            ranks = [self._rank(record, flags, seed) for record in its]
+            candidates = [record for record in records if record["seed"] == seed]
+            ranks = [self._rank(record, flags, seed) for record in candidates]
             if not any(ranks) or (name, seed) in done:
                 continue
-            record = its[ranks.index(max(ranks))] | {"flags": flags}
+            record = candidates[ranks.index(max(ranks))] | {"flags": flags}
             best, choose = best_of(record, self.question.choose), self.question.choose
             rows = ranked(rows_of(record), choose, "")
             with contextlib.suppress(ValueError):  # outside this question's ranges
@@ -271,9 +273,9 @@ class Queue:
             trial.set_user_attr("flags", flags)
             trial.set_user_attr("seed", self.question.seeds[0])
         first = self.runs().get(self.key_of(trial))
-        if is_ours := first is not None and first.number == trial.number:
+        if is_accepted := first is not None and first.number == trial.number:
             self.tried.add(self.key_of(trial))
-        return is_ours
+        return is_accepted
 
     def _flags(self, params: dict[str, Any]) -> Flags:
         """Return the parameters that a search picked, as flags."""

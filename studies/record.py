@@ -71,10 +71,10 @@ def without_places(settings: dict[str, Any]) -> dict[str, Any]:
 
 def other_code(record: Record) -> list[str]:
     """Return the modules and packages that have changed since a run."""
-    now = {name: _module(name) for name in record["code"]}
-    now |= {name: package_version(name) for name in record["versions"]}
-    then = record["code"] | record["versions"]
-    return [name for name in then if now[name] != then[name]]
+    current = {name: _module(name) for name in record["code"]}
+    current |= {name: package_version(name) for name in record["versions"]}
+    recorded = record["code"] | record["versions"]
+    return [name for name in recorded if current[name] != recorded[name]]
 
 
 @functools.cache
@@ -114,8 +114,8 @@ def finished(
     unseen = {"machine": "", "parts": [{}], "code": code, "versions": versions, "epochs": {}}
     record = read_run(version) if version else {"seed": seed, **vars(plan), **unseen}
     rows = rows_of(record) or [{}]
-    before, loss = (rows[i].get("train/loss", 0.0) for i in (0, -1))
-    may_fall = before > loss or len(rows) == 1  # from a bad start, above guessing
+    first_loss, loss = (rows[i].get("train/loss", 0.0) for i in (0, -1))
+    may_fall = first_loss > loss or len(rows) == 1  # from a bad start, above guessing
     classes = record["settings"]["model"].get("classes")  # None: CIFAR-10's
     guessing = math.log(len(classes)) if classes else GUESSING
     if not (loss < 1.05 * guessing or (may_fall and loss < 3 * guessing)):  # NaN fails both

@@ -39,10 +39,10 @@ def corrected_p(differences: Floats) -> Floats:
     known = ~np.isnan(differences)
     values = np.where(known, differences, 0.0)
     scale = np.sqrt((values**2).sum(axis=0))
-    found = np.abs((1.0 - 2.0 * flipped) @ values) / np.where(scale > 0, scale, 1.0)
-    order = np.argsort(-found[0], kind="stable")  # row 0 flips nothing
-    others = np.maximum.accumulate(found[:, order[::-1]], axis=1)[:, ::-1]  # of it and all below
-    p = np.maximum.accumulate((others >= found[0, order] - 1e-9).mean(axis=0))
+    scores = np.abs((1.0 - 2.0 * flipped) @ values) / np.where(scale > 0, scale, 1.0)
+    order = np.argsort(-scores[0], kind="stable")  # row 0 flips nothing
+    maxima = np.maximum.accumulate(scores[:, order[::-1]], axis=1)[:, ::-1]  # of it and all below
+    p = np.maximum.accumulate((maxima >= scores[0, order] - 1e-9).mean(axis=0))
     return p[np.argsort(order)]
 
 
@@ -67,6 +67,6 @@ def detectable(seeds: int, pairs: list[tuple[int, int]]) -> float:
     low, high = 0.0, 8.0
     for _ in range(9):
         middle = (low + high) / 2
-        found = [corrected_p(sample + middle * sign)[0] < ALPHA for sample in noise]
-        low, high = (low, middle) if np.mean(found) >= POWER else (middle, high)
+        is_found = [corrected_p(sample + middle * sign)[0] < ALPHA for sample in noise]
+        low, high = (low, middle) if np.mean(is_found) >= POWER else (middle, high)
     return high * math.sqrt(simulated / seeds)

@@ -117,18 +117,18 @@ class Work:
         if self.stopped:
             return TrialState.FAIL, None
         record = finished(kept, plan, flags, choose, ended)
-        best, how = best_of(record, choose), record["ended"]
+        best, outcome = best_of(record, choose), record["ended"]
         seconds = sum(row["seconds"] for row in rows_of(record))
         result: tuple[TrialState, float | None] = TrialState.PRUNED, None
-        if best and not how:
+        if best and not outcome:
             result = TrialState.COMPLETE, best[choose]
             value = f"{best[choose]:.2%}" if choose.endswith("acc") else f"{best[choose]:.4f}"
             test = f", test/acc {best['test/acc']:.2%}" if "test/acc" in best else ""
-            how = f"{choose} {value} in epoch {best['epoch']:.0f}{test}, {seconds:.0f} s"
+            outcome = f"{choose} {value} in epoch {best['epoch']:.0f}{test}, {seconds:.0f} s"
         with self.queue.lock:  # so that the printed counts rise in order
             self.seconds.append(seconds)
             trial.set_user_attr("record", record)
-            self._say(folder, how)
+            self._say(folder, outcome)
         return result
 
     def _train(
@@ -143,13 +143,13 @@ class Work:
         seed = plan.settings["seed_everything"]
         parent = self.folder / self.question.folder_of(flags, seed)
         parent.mkdir(parents=True, exist_ok=True)
-        has_said = False
+        has_warned = False
         while not all(map(is_free, parent.glob("version_*/.lock"))):
             if self.stopped:
                 return None, ""
-            if not has_said:
+            if not has_warned:
                 print(f"waits for {parent}: its study was killed, but not the run", flush=True)
-            has_said = True
+            has_warned = True
             time.sleep(0.5)
         kept = _kept(parent, plan)
         if kept and _has_ended(kept):
@@ -159,16 +159,16 @@ class Work:
         command = self.question.command(flags, seed, self.folder)
         step, checkpoint = runs.newest(kept / "checkpoints") if kept else (-1, parent)
         if step >= 0:
-            here = [word for word in command if word.startswith("--data.root=")]
-            command = ["fit", f"--ckpt_path={checkpoint}", *here]
+            root = [word for word in command if word.startswith("--data.root=")]
+            command = ["fit", f"--ckpt_path={checkpoint}", *root]
         code, ended, last = self._run(trial, command, parent, plan, env)
         kept = _kept(parent, plan)
         if ended and not kept and not self.code.items() <= runs.code_version().items():
             raise MisconfigurationException("the code changed while it ran")
         if not (ended or self.stopped) and (code or not kept or not _has_ended(kept)):
-            why = f"exit code {code}" if code < 0 else last.removeprefix("error: ")
-            why = why if code else "the code or the recipe changed while it ran"
-            raise MisconfigurationException(f"{why}, see {parent / 'fit.log'}")
+            reason = f"exit code {code}" if code < 0 else last.removeprefix("error: ")
+            reason = reason if code else "the code or the recipe changed while it ran"
+            raise MisconfigurationException(f"{reason}, see {parent / 'fit.log'}")
         return kept, ended
 
     def _run(
@@ -183,7 +183,7 @@ class Work:
         last_epoch = plan.settings["trainer"]["max_epochs"] - 1
         reported, ended, log = -1, "", parent / "fit.log"
         with log.open("ab") as output:
-            before = output.tell()
+            offset = output.tell()
             process = subprocess.Popen(
                 [sys.executable, str(TRAIN), *command],
                 env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
@@ -201,8 +201,8 @@ class Work:
                     process.wait(timeout=1.0)
         finally:
             process.terminate()  # if the storage or the pruner failed; a no-op if it ended
-        said = log.read_bytes()[before:].decode(errors="replace")
-        last = said.strip().rpartition("\n")[2]
+        text = log.read_bytes()[offset:].decode(errors="replace")
+        last = text.strip().rpartition("\n")[2]
         diverged = re.search(r"error: training (diverged.*?), at ", last)
         return process.returncode, diverged[1] if diverged else ended, last
 
@@ -214,7 +214,7 @@ class Work:
                 trial.report(row[self.question.choose], after)
         return after
 
-    def _say(self, name: str, how: str) -> None:
+    def _say(self, name: str, outcome: str) -> None:
         """Print how a run ended, how many of all have ended, and about how long the rest takes."""
         count, total = len(self.queue.records()), self.queue.total()
         rest = ""
@@ -223,16 +223,16 @@ class Work:
             seconds = sum(self.seconds) / len(self.seconds) * (total - count)
             minutes = seconds / max(1, states.count(TrialState.RUNNING)) / 60
             rest = f"; {total - count} left, about {math.ceil(minutes)} min"
-        print(f"[{count}/{total}] {name}: {how}{rest}", flush=True)
+        print(f"[{count}/{total}] {name}: {outcome}{rest}", flush=True)
 
 
 def _kept(parent: Path, plan: Plan) -> Path | None:
     """Return the newest version of a run that matches the plan and the current code, preferring
     those that have ended."""
-    found = [
+    candidates = [
         (_has_ended(folder), number, folder) for number, folder in runs.versions(parent).items()
     ]
-    for _, _, version in sorted(found, reverse=True):
+    for _, _, version in sorted(candidates, reverse=True):
         if (version / "run.json").exists():  # otherwise training hasn't started
             record = read_run(version)
             if not plan.differs(record) and not other_code(record):

@@ -209,14 +209,14 @@ def broken(
     with empty_folder(packed) as folder:
         run = start(words, folder, deadly)
         codes = signalled(run, number, within) if within else {-signal.SIGKILL}
-        is_as_told = run.wait() in codes
-        reported, whole = run.epochs(), kept(folder)
-        lost = max(0, reported - len(whole))
-        again = go_on(words, folder)
-        survived = again.wait() == 0 and digest(folder) == expected and whole == sorted(set(whole))
-        if not survived or not is_as_told:
-            print(f"\n{fault}: {run.said()}\n{again.said()}")
-        table.add(fault, survived and is_as_told, lost)
+        is_expected = run.wait() in codes
+        reported, saved = run.epochs(), kept(folder)
+        lost = max(0, reported - len(saved))
+        rerun = go_on(words, folder)
+        survived = rerun.wait() == 0 and digest(folder) == expected and saved == sorted(set(saved))
+        if not survived or not is_expected:
+            print(f"\n{fault}: {run.said()}\n{rerun.said()}")
+        table.add(fault, survived and is_expected, lost)
 
 
 def signalled(run: Run, number: signal.Signals, within: float) -> set[int]:
@@ -241,10 +241,10 @@ def kill(times: int, packed: bytes, table: Table) -> None:
         for _ in range(times):
             fault = f"kill -9 at any moment, {name}"
             broken(fault, words, packed, expected, table, within=seconds)
-        for what, (pattern, count) in writing.items():
+        for moment, (pattern, count) in writing.items():
             for _ in range(max(1, times // 5)):
                 deadly = (pattern, CHOICE.randint(1, count))
-                fault = f"kill -9 {what}, {name}"
+                fault = f"kill -9 {moment}, {name}"
                 broken(fault, words, packed, expected, table, deadly=deadly)
 
 
@@ -276,11 +276,11 @@ def resume(times: int, packed: bytes, table: Table) -> None:
             (folder / "runs/run/version_0").rename(folder / "whole")
             for epoch in range(EPOCHS - 1):
                 path = f"whole/checkpoints/epoch_{epoch:02d}.ckpt"
-                again = start(["fit", "--ckpt_path", path], folder)
-                survived = again.wait() == 0 and digest(folder) == expected
+                rerun = start(["fit", "--ckpt_path", path], folder)
+                survived = rerun.wait() == 0 and digest(folder) == expected
                 if not survived:
-                    print(f"\n{again.said()}")
-                lost = max(0, again.epochs() - len(kept(folder)))
+                    print(f"\n{rerun.said()}")
+                lost = max(0, rerun.epochs() - len(kept(folder)))
                 table.add(f"resumed after any epoch, {name}", survived, lost)
                 shutil.rmtree(folder / "runs", ignore_errors=True)
 
@@ -305,17 +305,17 @@ def disk(times: int, packed: bytes, table: Table) -> None:
     """Fill a small disk that holds the runs; then make room and resume."""
     words = RECIPES["improved"]
     expected, _ = unbroken(words, packed)
-    for kilobytes in range(60, 60 + 30 * times, 30):
-        with empty_folder(packed) as folder, mounted(folder / "runs", f"size={kilobytes}k") as anew:
+    for size in range(60, 60 + 30 * times, 30):
+        with empty_folder(packed) as folder, mounted(folder / "runs", f"size={size}k") as remount:
             run = start(words, folder)
-            code, whole = run.wait(), kept(folder)
+            code, saved = run.wait(), kept(folder)
             is_told = code == 1 and len(run.errors()) == 1 and "free some space" in run.errors()[0]
-            anew("size=64m")
-            again = go_on(words, folder)
-            survived = is_told and again.wait() == 0 and digest(folder) == expected
+            remount("size=64m")
+            rerun = go_on(words, folder)
+            survived = is_told and rerun.wait() == 0 and digest(folder) == expected
             if not survived:
-                print(f"\n{kilobytes} kB, exit code {code}:\n{run.said()}\n{again.said()}")
-            table.add("disk full", survived, max(0, run.epochs() - len(whole)))
+                print(f"\n{size} kB, exit code {code}:\n{run.said()}\n{rerun.said()}")
+            table.add("disk full", survived, max(0, run.epochs() - len(saved)))
 
 
 def read_only(times: int, packed: bytes, table: Table) -> None:
@@ -324,24 +324,24 @@ def read_only(times: int, packed: bytes, table: Table) -> None:
     expected, _ = unbroken(words, packed)
     for is_unpacked in (False, True):
         for _ in range(max(1, times // 5)):
-            with empty_folder(b"") as folder, mounted(folder / "data", "size=64m") as anew:
+            with empty_folder(b"") as folder, mounted(folder / "data", "size=64m") as remount:
                 (folder / "data" / archive.ARCHIVE).write_bytes(packed)
                 if is_unpacked:
                     archive.load(folder / "data", verify=False)
-                anew("ro")
+                remount("ro")
                 run = start(words, folder)
                 survived = run.wait() == 0 and digest(folder) == expected
                 if not survived:
                     print(f"\n{run.said()}")
-                what = "unpacked" if is_unpacked else "the archive alone"
+                content = "unpacked" if is_unpacked else "the archive alone"
                 lost = max(0, run.epochs() - len(kept(folder)))
-                table.add(f"data folder read-only, {what}", survived, lost)
+                table.add(f"data folder read-only, {content}", survived, lost)
 
 
 def sick(times: int, packed: bytes, table: Table) -> None:
     """Resume with a learning rate that makes the loss infinite; then with the run's own."""
     for name, words in RECIPES.items():
-        bad = ["--model.optimizer." + ("groups.norms.lr" if name == "airbench94" else "lr"), "1e30"]
+        lr = ["--model.optimizer." + ("groups.norms.lr" if name == "airbench94" else "lr"), "1e30"]
         for epoch in range(1, EPOCHS):
             with empty_folder(packed) as folder:
                 assert start(words, folder).wait() == 0
@@ -351,16 +351,16 @@ def sick(times: int, packed: bytes, table: Table) -> None:
                 for file in checkpoints.iterdir():
                     if read_checkpoint(file)["epoch"] >= epoch:
                         file.unlink()
-                before = kept(folder)
+                previous = kept(folder)
                 command = ["fit", "--ckpt_path", f"{checkpoints}/epoch_{epoch - 1:02d}.ckpt"]
-                run = start([*command, *bad], folder)
+                run = start([*command, *lr], folder)
                 is_told = run.wait() == 1 and len(run.errors()) == 1
                 is_told &= f"in epoch {epoch}" in run.said() and command[-1] in run.said()
-                is_kept, lost = kept(folder) == before, len({*before} - {*kept(folder)})
-                again = start(command, folder)
-                survived = is_told and is_kept and again.wait() == 0 and digest(folder) == expected
+                is_kept, lost = kept(folder) == previous, len({*previous} - {*kept(folder)})
+                rerun = start(command, folder)
+                survived = is_told and is_kept and rerun.wait() == 0 and digest(folder) == expected
                 if not survived:
-                    print(f"\n{run.said()}\n{again.said()}")
+                    print(f"\n{run.said()}\n{rerun.said()}")
                 table.add(f"a learning rate of 1e30 from an epoch on, {name}", survived, lost)
 
 
@@ -397,8 +397,8 @@ def processes(times: int, packed: bytes, table: Table) -> None:
                 time.sleep(0.1)
             ended = time.monotonic() < deadline
             lost = max(0, run.epochs() - len(kept(folder)))
-            again = exit_code(["fit", "--ckpt_path", "last", "--name", "run"], folder)
-            survived = ended and again == 0 and digest(folder) == expected
+            code = exit_code(["fit", "--ckpt_path", "last", "--name", "run"], folder)
+            survived = ended and code == 0 and digest(folder) == expected
             if not survived:
                 print(f"\n{run.said()}")
             table.add(
