@@ -127,16 +127,16 @@ def main() -> None:
     )
     option, has_gpu = parser.add_argument, torch.cuda.is_available()
     option("--device", choices=["cpu", "cuda"], default="cuda" if has_gpu else "cpu")
-    option("--rounds", type=int, default=7, help="turns of each program (7)")
+    option("--rounds", type=int, default=7, help="turns per program (7)")
     # A GPU finishes queued work while its program is stopped, so turns must be long.
-    option("--seconds", type=float, help="shortest turn (1, on a GPU 10)")
+    option("--seconds", type=float, help="minimum seconds per turn (1, on a GPU 10)")
     option("--root", default="data", help="folder of the images (data)")
-    option("--synthetic", type=int, metavar="N", help="train on N made-up images")
-    option("--json", type=Path, default=Path("benchmarks.json"), help="receives all figures")
-    option("--minutes", type=float, help="measure all that a GPU can show in this time instead")
-    option("--reference", type=Path, help="airbench94_muon.py, to train in turn with fast94")
-    option("--only", nargs="+", help="names of steps of --minutes (all)")
-    option("--keep", type=Path, help="folder where runs and logs of --minutes stay")
+    option("--synthetic", type=int, metavar="N", help="train on N synthetic images")
+    option("--json", type=Path, default=Path("benchmarks.json"), help="file for all figures")
+    option("--minutes", type=float, help="run the GPU benchmarks instead, for this long")
+    option("--reference", type=Path, help="airbench94_muon.py, to alternate with fast94")
+    option("--only", nargs="+", help="steps of --minutes to run (all)")
+    option("--keep", type=Path, help="keep runs and logs of --minutes in this folder")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     console, result = Console(width=110), {"machine": common.machine(args.device)}
@@ -165,8 +165,8 @@ def main() -> None:
         images = (args.synthetic or 50_000) - args.val_size
         at_least = args.seconds or (1.0 if args.device == "cpu" else 10.0)
         for part, network, other, unit, title in (
-            ("epochs", "ConvNet", "e", 1.0, f"seconds an epoch of {images:,} images"),
-            ("steps", "Tiny", "c", 1000 / -(-images // 128), "milliseconds a step, tiny network"),
+            ("epochs", "ConvNet", "e", 1.0, f"seconds per epoch of {images:,} images"),
+            ("steps", "Tiny", "c", 1000 / -(-images // 128), "milliseconds per step, tiny network"),
         ):
             commands = programs(args, scratch / part, network)
             data = measure(commands, scratch / part, args.rounds, at_least, unit)

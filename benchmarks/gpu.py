@@ -54,7 +54,7 @@ ON_CPU = {
 def steps(is_real: bool, on_gpu: bool) -> list[tuple[str, float, str]]:
     """Return each step's name (also its folder's), time limit on a GPU in seconds, and command.
     Unless `is_real`, it is a small rehearsal."""
-    compiled = "--model.compile default" * on_gpu
+    compiled = "--model.compile default" if on_gpu else ""
     fast = "--trainer.benchmark true"
     if not on_gpu and optimization.bf16_is_slow():
         fast += " --trainer.precision 32-true"
@@ -105,7 +105,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         figures, log, began = results.setdefault(name, {}), folder / f"{name}.log", time.monotonic()
         limit = min(limit if args.device == "cuda" else 3600 * limit, end - began)
         if limit < 5:
-            figures.setdefault("failed", "left out: no time")
+            figures.setdefault("failed", "skipped: no time left")
             continue
         words = common.words(command, **values, name=name, out=runs / name)
         with common.running(words, log) as process:

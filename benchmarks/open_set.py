@@ -102,7 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, required=True, action="append")
     parser.add_argument("--splits", type=int, default=5)
-    parser.add_argument("--root", default="data", help="the images' folder")
+    parser.add_argument("--root", default="data", help="folder of the images")
     parser.add_argument("--json", type=Path, help="write the figures of every split to this file")
     args, more = parser.parse_known_args()
     if missing := [config for config in args.config if not config.is_file()]:

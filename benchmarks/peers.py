@@ -178,7 +178,7 @@ def lightning(args: argparse.Namespace, network: nn.Module, train: Loader, val: 
 def main() -> None:
     """Train until the epochs are done or the process is killed."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path, help="receives checkpoints and curves")
+    parser.add_argument("folder", type=Path, help="folder for checkpoints and curves")
     parser.add_argument("--way", choices="abcd", required=True)
     parser.add_argument("--root", default="data", help="folder of the images")
     parser.add_argument("--device", default="cpu")

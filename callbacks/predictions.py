@@ -155,7 +155,7 @@ class PredictionTable(Callback):
             focus = grad_cam(model.network, model.normalized(images / 255), predicted)
             if focus is None:
                 raise MisconfigurationException(
-                    "--explain needs a network with maps of at least 3 x 3 pixels"
+                    "--explain needs a network with feature maps of at least 3 x 3 pixels"
                 )
             if not self.has_drawn:
                 self._forget()
@@ -198,7 +198,9 @@ class PredictionTable(Callback):
                 print(f"and {more} more")
         if model.temperature_used and model.unsure_below:
             limit = f"{model.unsure_below:.1%}"
-            print(f"sure: at least {limit}, which 95 % of the validation images reach")
+            print(
+                f"sure: probability of at least {limit}, which 95 % of the validation images reach"
+            )
         print(f"written to {self.path}" + (f", {self.explained}/" if self.explain else ""))
 
 

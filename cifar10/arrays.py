@@ -47,8 +47,8 @@ def classes_in(folder: str | Path) -> tuple[str, ...] | None:
     if not file.is_file():
         if Path(folder, "train_images.npy").is_file():
             raise CIFAR10Error(
-                f'{folder} has arrays, but no {NAMES}: a list of their classes, such as ["cat", '
-                '"dog"] for the labels 0 and 1'
+                f"{folder} has arrays but no {NAMES}: add one that lists the classes by label, "
+                'e.g. ["cat", "dog"]'
             )
         return None
     try:
@@ -75,7 +75,7 @@ def read_arrays(folder: Path, mend: str = "") -> Arrays:
             array = np.load(file, mmap_mode="c", allow_pickle=False)
             tensors.append(torch.from_numpy(array))
         except (OSError, ValueError, EOFError, TypeError) as error:
-            reason = getattr(error, "strerror", None) or "truncated, or no array of numbers"
+            reason = getattr(error, "strerror", None) or "truncated, or not an array of numbers"
             raise CIFAR10Error(f"{folder} is damaged ({file.name}: {reason}){mend}") from error
     return Arrays(*tensors)
 

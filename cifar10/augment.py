@@ -321,17 +321,17 @@ def check_choices(augmentation: Augment, classes: int = 10) -> None:
             if labels.shape not in ((4,), (4, classes)):
                 raise ValueError(f"labels of {labels.shape[1]} classes, expected {classes}")
         except (TypeError, ValueError, RuntimeError) as error:
-            inputs = "float images [B, 3, 32, 32]" + (
-                f" and labels [B] of {classes} classes" * mixing
-            )
+            inputs = "float images [B, 3, 32, 32]"
+            if mixing:
+                inputs += f" and labels [B] of {classes} classes"
             raise MisconfigurationException(
-                f"data.augment does not take {inputs}: {error}"
+                f"data.augment does not accept {inputs}: {error}"
             ) from error
         for member in (member for step in steps for member in _members(step)):
             if _is_fixed(member, images, augmented):
                 raise MisconfigurationException(
                     f"data.augment: {type(member).__name__} changes all images in the same way, "
-                    "but runs in training only: make it the first part of the network"
+                    "but runs in training only: make it the network's first layer"
                 )
         for step in steps:
             if isinstance(step, ForEachImage) or _mixes_labels(step):
@@ -341,8 +341,8 @@ def check_choices(augmentation: Augment, classes: int = 10) -> None:
                 step(images)
             if not torch.equal(rng_state, torch.get_rng_state()):
                 print(
-                    f"data.augment: {type(step).__name__} makes one random choice a batch; for one "
-                    "an image, wrap it in cifar10.augment.ForEachImage"
+                    f"data.augment: {type(step).__name__} makes one random choice per batch; for "
+                    "one per image, wrap it in cifar10.augment.ForEachImage"
                 )
 
 

@@ -29,7 +29,8 @@ class Predictions(NamedTuple):
 def gathered(batches: list[Predictions]) -> Predictions | None:
     """Return the predictions of all batches on all ranks, on the CPU and in data set order; None if
     there are none."""
-    by_rank = [local := [torch.cat(parts).cpu() for parts in zip(*batches, strict=True)]]
+    local = [torch.cat(parts).cpu() for parts in zip(*batches, strict=True)]
+    by_rank = [local]
     if torch.distributed.is_initialized():
         by_rank *= torch.distributed.get_world_size()
         torch.distributed.all_gather_object(by_rank, local)

@@ -38,7 +38,7 @@ def find_pictures(images: str | Sequence[str]) -> list[Path]:
             matches = glob.glob(entry, recursive=True)  # noqa: PTH207  # Path refuses absolute ones
             inside = [path] if path.is_file() else [Path(match) for match in matches]
         if not (files := sorted(p for p in inside if p.is_file())):
-            raise CIFAR10Error(f"data.images {entry}: no such file, and no files in such a folder")
+            raise CIFAR10Error(f"data.images {entry}: no matching file, or an empty folder")
         pictures |= dict.fromkeys(files)
     return list(pictures)
 
@@ -95,8 +95,8 @@ def why_unreadable(path: Path) -> str:
             return error.strerror
         if not HAS_HEIF and path.suffix.lower() in (".heic", ".heif"):
             return "HEIC needs pip install pillow-heif"
-        return "not a picture, or damaged"
-    return "read at the second attempt: was it still being written?"
+        return "not an image, or damaged"
+    return "readable on the second attempt: was it still being written?"
 
 
 class Pictures(Dataset[tuple[int, Tensor | None]]):
@@ -155,7 +155,7 @@ def read_by_class(folder: Path, classes: Sequence[str]) -> tuple[Part, int]:
     for index in sorted({*range(len(files))} - {*indices.tolist()}):
         print(f"skipped {files[index]}: {why_unreadable(files[index])}", file=sys.stderr)
     if not len(indices):
-        raise CIFAR10Error(f"{folder}: no picture in any folder of a class")
+        raise CIFAR10Error(f"{folder}: no readable image in any class folder")
     images = torch.cat([part.images for part in parts])
     names = [str(files[index]) for index in indices.tolist()]
     part = Part(images, torch.tensor(labels, dtype=torch.uint8)[indices], names)

@@ -48,7 +48,7 @@ def read_test_sets(path: Path, classes: Sequence[str]) -> dict[str, TestSet]:
             raise refused(f"there is no {missing[0]}")
         return {"": _read(pair[0], pair[1], len(classes))}
     if path.is_file():
-        raise refused("expected a folder; of a pair, what both names begin with before _data.npy")
+        raise refused("expected a folder, or the common prefix of a pair *_data.npy, *_labels.npy")
     if not path.is_dir():
         raise refused(f"no such folder, and no {pair[0].name}")
     if names := classes_in(path):
@@ -61,18 +61,18 @@ def read_test_sets(path: Path, classes: Sequence[str]) -> dict[str, TestSet]:
     if labels in arrays:
         test_sets = {f.stem: _read(f, labels, len(classes)) for f in arrays if f != labels}
         if not test_sets:
-            raise refused("labels.npy, but no images")
+            raise refused("found labels.npy, but no images")
         if len(test_sets) == 1:
             return {"": next(iter(test_sets.values()))}
         if (count := len(next(iter(test_sets.values())).labels)) % SEVERITIES:
             raise refused(
-                f"{count} images a file, expected {SEVERITIES} severities of equally many"
+                f"{count} images per file, expected {SEVERITIES} severities of equal size"
             )
         return test_sets
     if arrays:
         raise refused(
-            "no labels.npy beside its arrays; of a pair, give what both names begin with, such as "
-            f"{path / 'cifar10.1_v6'}"
+            "no labels.npy next to the arrays; for a pair *_data.npy, *_labels.npy, give the "
+            f"common prefix, e.g. {path / 'cifar10.1_v6'}"
         )
     if unknown := [folder for folder in folders_in(path) if folder not in classes]:
         raise refused(f"{', '.join(unknown)}: not among the classes {', '.join(classes)}")
@@ -84,7 +84,7 @@ def other_classes(expected: Sequence[str], found: Sequence[str]) -> str:
     """Say how the images' classes differ from the model's; nothing if they are the same."""
     if len(expected) != len(found):
         sizes = (
-            f"{len(names)} classes ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+            f"{len(names)} classes ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
             for names in (expected, found)
         )
         return "the model has {}, the images have {}".format(*sizes)

@@ -82,7 +82,7 @@ def model_card(
     lines = {
         "Command": f"`{run['command']}`" if run["command"] else "",
         "Repeat": f"`python train.py fit --config {shlex.quote(str(folder / parts[0]['config']))}`"
-        + ", then resume" * (len(parts) > 1),
+        + (", then resume" if len(parts) > 1 else ""),
         "Code": f"commit {run['commit']}",
         "Files outside this project's commits": ", ".join(
             f"`{name}`, SHA-256 {version}..." for name, version in untracked(run["code"]).items()
@@ -95,29 +95,34 @@ def model_card(
         + f": SHA-256 of training images and labels {images['train']}, "
         f"of test images and labels {images['test']}",
         "Split": f"{held_out:,} of the training images held out for validation"
-        + f", as fold {data['fold']} of {data['folds']}" * bool(data["folds"])
+        + (f", as fold {data['fold']} of {data['folds']}" if data["folds"] else "")
         + f", split_seed {data['split_seed']}"
-        + ", stratified" * data["stratify"]
+        + (", stratified" if data["stratify"] else "")
         + ("" if data["train_size"] is None else f"; {data['train_size']:,} of the others trained")
         + "; the test set chose nothing",
         "Augmentation": ", ".join(_call(step) for step in data["augment"]),
         "Normalisation": model["normalize"] or "",
         "Epochs": f"{len(rows)} of {settings['trainer']['max_epochs']}"
-        + f", of {used} of {total} batches an epoch" * (used < total)
-        + f", the last one stopped after {done} of its batches" * (done < used)
+        + (f", of {used} of {total} batches an epoch" if used < total else "")
+        + (f", the last one stopped after {done} of its batches" if done < used else "")
         + "".join(f"; stopped early: {reason}" for reason in early_stops(trainer)),
         "Batches": f"{batch_size} images"
-        + ", found by BatchSizeFinder" * (batch_size != data["batch_size"]),
+        + (", found by BatchSizeFinder" if batch_size != data["batch_size"] else ""),
         "Weights": f"at first those of {weights}, SHA-256 {run['versions'].get(weights)}..."
-        * bool(weights),
+        if weights
+        else "",
         "Optimizer": _call(model["optimizer"])
         + (f", learning rate {module.lr:.3g} found by LearningRateFinder" if module.lr else "")
-        + ", weight decay of matrices only" * model["decay_matrices_only"],
+        + (", weight decay of matrices only" if model["decay_matrices_only"] else ""),
         "Schedule": _call(model["lr_scheduler"]) if model["lr_scheduler"] else "",
         "Loss": ", ".join(
-            [f"label smoothing {model['label_smoothing']}"] * bool(model["label_smoothing"])
-            + [f"class weights {model['class_weights']}"] * bool(model["class_weights"])
-            + ["softmax before the cross entropy"] * model["softmax_before_loss"]
+            text
+            for text, applies in (
+                (f"label smoothing {model['label_smoothing']}", model["label_smoothing"]),
+                (f"class weights {model['class_weights']}", model["class_weights"]),
+                ("softmax before the cross entropy", model["softmax_before_loss"]),
+            )
+            if applies
         ),
         "Seed": settings["seed_everything"],
         "Precision": trainer.precision_plugin.precision,
@@ -133,7 +138,7 @@ def model_card(
         "Versions": "".join(f"{n} {v}, " for n, v in run["versions"].items() if n != weights)
         + f"Python {platform.python_version()}, {platform.system()}",
         "Classes": ", ".join(module.classes) + "; it has no answer for anything else",
-        "Known flaws": FLAWS * is_cifar10,
+        "Known flaws": FLAWS if is_cifar10 else "",
     }
     if best is not None and "val/acc" in best:
         lines["Validation"] = f"accuracy {best['val/acc']:.2%} in the chosen epoch, {best['epoch']}"

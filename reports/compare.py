@@ -48,14 +48,14 @@ def comparison(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
 def main(args: list[str] | None = None) -> None:
     """Run the command line. A user error prints one line and exits with a non-zero code."""
     parser = ShortParser(prog="reports.compare", description="Compare two models.")
-    parser.add_argument("first", type=str, help="a run that was tested, or its test.npz")
-    parser.add_argument("second", type=str, help="another one")
+    parser.add_argument("first", type=str, help="folder of a tested run, or its test.npz")
+    parser.add_argument("second", type=str, help="another tested run")
     given = parser.parse_args(args)
     first, second = (read_saved(Path(path)) for path in (given.first, given.second))
     if first.images != second.images or not np.array_equal(first.indices, second.indices):
         raise MisconfigurationException(
-            f"not of the same images: {given.first} has {first.images}, "
-            f"{given.second} {second.images}"
+            f"different test images: {given.first} has {first.images}, "
+            f"{given.second} has {second.images}"
         )
     result = comparison(first.is_right, second.is_right)
     p = "< 0.0001" if result["p"] < 0.0001 else f"= {result['p']:.4f}"
@@ -67,8 +67,8 @@ def main(args: list[str] | None = None) -> None:
         f"difference  {100 * result['difference']:+.2f} points, 95 % interval "
         f"{100 * result['low']:+.2f} to {100 * result['high']:+.2f} (paired bootstrap), "
         f"p {p} (McNemar, exact)\n"
-        "two trained models, not two recipes: with other seeds the difference is another one, and "
-        "study.py compares recipes"
+        "this compares two trained models, not two recipes: other seeds give another difference; "
+        "to compare recipes, use study.py"
     )
 
 

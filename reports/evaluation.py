@@ -214,9 +214,9 @@ class Evaluation:
         if len(order) <= MANY:
             order.sort()
         else:
-            table.caption = f"the {MANY} classes found worst of {len(order)}"
+            table.caption = f"the {MANY} of {len(order)} classes with the lowest recall"
         if missing := len(counts) - len(order):
-            table.caption = f"{table.caption or ''} ({missing} classes have no image)".strip()
+            table.caption = f"{table.caption or ''} ({missing} classes have no images)".strip()
         for i in order[:MANY]:
             name, recall = self.classes[i], self._share(self.recall[i], i, dim=1)
             interval = f"{100 * recall['low']:.1f}-{100 * recall['high']:.1f}"

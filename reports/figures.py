@@ -148,6 +148,6 @@ def mistakes_figure(
         title = f"{guess} {confidence[place]:.0%}\nlabel: {true}"
         axes.text(column + 0.45, top - 0.03, title, fontsize=10, ha="center", va="bottom")
     axes.set(xlim=(0, 5.9), ylim=(1.25 * rows - 0.3, -0.35), aspect="equal")
-    note = "" if focus is None else ": what speaks for the class predicted (Grad-CAM)"
+    note = "" if focus is None else ": evidence for the predicted class (Grad-CAM)"
     figure.suptitle(f"The {len(images)} most confident mistakes{note}", fontsize=14)
     return figure

@@ -24,13 +24,13 @@ def joined(parts: list[Saved]) -> Saved:
         MisconfigurationException: The image sets differ, or two folds share an image.
     """
     if len({part.images for part in parts}) > 1:
-        raise MisconfigurationException("the folds are of different sets of images")
+        raise MisconfigurationException("the folds come from different image sets")
     logits, labels, indices = (
         np.concatenate(arrays) for arrays in zip(*(p[:3] for p in parts), strict=True)
     )
     order = indices.argsort()
     if len(np.unique(indices)) < len(indices):
-        raise MisconfigurationException("two folds have an image in common: of two splits?")
+        raise MisconfigurationException("two folds share an image: are they from different splits?")
     models = "; ".join(part.model for part in parts)
     return Saved(logits[order], labels[order], indices[order], parts[0].images, models)
 
@@ -38,9 +38,9 @@ def joined(parts: list[Saved]) -> Saved:
 @short_errors()
 def main(args: list[str] | None = None) -> None:
     """Run the command line. A user error prints one line and exits with a non-zero code."""
-    parser = ShortParser(prog="reports.folds", description="Put folds together.")
-    parser.add_argument("runs", nargs="+", type=str, help="runs that were validated")
-    parser.add_argument("--out", type=str, default="out_of_fold.npz", help="file for all of them")
+    parser = ShortParser(prog="reports.folds", description="Merge the folds of a cross-validation.")
+    parser.add_argument("runs", nargs="+", type=str, help="folders of validated runs")
+    parser.add_argument("--out", type=str, default="out_of_fold.npz", help="output file")
     given = parser.parse_args(args)
     parts = [read_saved(Path(path), "validation.npz") for path in given.runs]
     merged = joined(parts)
@@ -48,7 +48,7 @@ def main(args: list[str] | None = None) -> None:
         print(f"{path}: accuracy {part.is_right.mean():.2%} of {len(part.labels):,} images")
     right, count = int(merged.is_right.sum()), len(merged.labels)
     if missing := int(merged.indices.max()) + 1 - count:
-        print(f"at least {missing:,} images are in none of these folds: give all of them")
+        print(f"at least {missing:,} images are in none of these folds: pass all folds")
     low, high = wilson(right, count)
     print(
         f"together: accuracy {right / count:.2%} of {count:,} images of {merged.images}, 95 % "

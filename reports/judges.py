@@ -123,15 +123,15 @@ def summary_of(of: dict[str, Any]) -> str:
 @short_errors()
 def main(args: list[str] | None = None) -> None:
     """Run the command line. A user error prints one line and exits with a non-zero code."""
-    parser = ShortParser(prog="reports.judges", description="Fetch what people say.")
-    parser.add_argument("--root", type=str, default="data", help="the images' folder")
+    parser = ShortParser(prog="reports.judges", description="Download human judgements.")
+    parser.add_argument("--root", type=str, default="data", help="folder of the images")
     folder = Path(parser.parse_args(args).root, JUDGES)
     for name, source in SOURCES.items():
         try:
             pooch.retrieve(source.url, source.sha256, name, folder)
         except (OSError, ValueError) as error:  # requests' errors are OSErrors
             raise MisconfigurationException(
-                f"{source.url} can't be had ({type(error).__name__}): put it into {folder}"
+                f"could not download {source.url} ({type(error).__name__}): put it into {folder}"
             ) from error
         print(f"{folder / name}: {source.terms}")
 

@@ -44,5 +44,7 @@ def read_saved(path: Path, name: str = "test.npz") -> Saved:
             f"no {file}: python {command} --ckpt_path CHECKPOINT writes it"
         ) from None
     except (OSError, EOFError, KeyError, ValueError, TypeError, BadZipFile) as error:
-        raise MisconfigurationException(f"{file} is not what `{command}` writes") from error
+        raise MisconfigurationException(
+            f"{file} is damaged, or was not written by `{command}`"
+        ) from error
     return Saved(logits, labels, indices, str(images), str(model))

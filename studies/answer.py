@@ -332,15 +332,17 @@ class Answer:
         lines = self.conclusion()
         count, parts = len(self.differences), []
         if count:
-            said = (
+            comparisons = "comparisons" if count > 1 else "comparison"
+            note = (
                 "Paired over n seeds. p by all flips of the signs of these differences, corrected "
-                f"for {count} comparison{'s' * (count > 1)} by their maximum; significant means p "
+                f"for {count} {comparisons} by their maximum; significant means p "
                 f"< {ALPHA}. The intervals are not corrected. 80 % power at: the true difference "
                 "that four of five such studies would find, by the spread of these pairs; a dash: "
                 "none, with so few seeds or without a spread."
             )
-            of_grid = " A factor's levels are compared over all levels of the others."
-            parts = [_markdown(self.compared_columns()), said + of_grid * (len(self.factors) > 1)]
+            if len(self.factors) > 1:
+                note += " A factor's levels are compared over all levels of the others."
+            parts = [_markdown(self.compared_columns()), note]
         parts = [
             f"# {self.question.question}",
             f"```\n{self.command}\n```",

@@ -157,7 +157,7 @@ def _distribution(space: Range | list[Any]) -> distributions.BaseDistribution:
     if not (isinstance(space.low, int) and isinstance(space.high, int)):
         return distributions.FloatDistribution(space.low, space.high, space.log, space.step)
     if isinstance(space.step, float):
-        raise ValueError(f"step {space.step} between whole numbers")
+        raise ValueError(f"step {space.step} is not an integer, but low and high are")
     return distributions.IntDistribution(space.low, space.high, space.log, space.step or 1)
 
 
@@ -200,9 +200,11 @@ def planned(question: Question, flags: Flags) -> Plan:
     reserved = OURS | ({"data.split_seed": "vary"} if "split" in question.vary else {})
     for flag in (*question.fixed, *flags):
         if flag in reserved:
-            raise MisconfigurationException(f"{flag} belongs to the study: use {reserved[flag]}")
+            raise MisconfigurationException(f"{flag} is set by the study: use {reserved[flag]}")
         if flag in question.fixed and flag in flags:
-            raise MisconfigurationException(f"{flag} is fixed, and differs between settings")
+            raise MisconfigurationException(
+                f"{flag} is in fixed and also in the settings: remove one"
+            )
     setting, seed = f"setting {question.name_of(flags)}", question.seeds[0]
     try:
         cli = DryRun(question.command(flags, seed, Path("runs")))
@@ -219,8 +221,8 @@ def planned(question: Question, flags: Flags) -> Plan:
     given = {**question.fixed, **flags}  # `--fixed.trainer.max_epochs 3` parses to {trainer: ...}
     sections = [key for key in given if "." not in key and isinstance(given[key], dict)]
     _refuse({
-        f"{setting}: data.val_size 0 leaves no validation": config.data.val_size == 0,
-        f"{setting}: what is kept of a run, and where, belongs to the study": not is_kept
+        f"{setting}: data.val_size 0 leaves no validation set": config.data.val_size == 0,
+        f"{setting}: the study controls which checkpoints are kept, and where": not is_kept
         or kept != (question.choose, "runs", question.folder_of(flags, seed)),
         f"{setting}: write flags of {', '.join(sections)} by their dotted names, such as "
         "trainer.max_epochs": sections != [],
@@ -239,20 +241,23 @@ def check(question: Question) -> dict[str, Plan]:
     kinds = [kind for kind in ("grid", "variants", "search") if getattr(question, kind)]
     kind, seeds, baseline = " and ".join(kinds) or "none", question.seeds, question.baseline
     settings, values = question.settings(), (*question.grid.values(), *question.search.values())
-    variants = ", ".join(map(str, question.variants)) or "variants, of which this study has none"
+    variants = ", ".join(map(str, question.variants))
+    hint = f"name one of {variants}" if variants else "this study has no variants"
     folders = {str(name).replace(" ", "_") for name in settings}
     _refuse({
-        f"a study has grid, variants or search: this has {kind}": len(kinds) != 1,
-        f"seeds {seeds}: name each one once, at least one": len({*seeds}) < max(len(seeds), 1),
-        "vary: [seed] or [seed, split]": "seed" not in question.vary,
+        f"a study needs exactly one of grid, variants and search: this one has {kind}":
+            len(kinds) != 1,
+        f"seeds {seeds}: list at least one seed, without duplicates":
+            len({*seeds}) < max(len(seeds), 1),
+        "vary must be [seed] or [seed, split]": "seed" not in question.vary,
         f"choose is {question.choose}: choose by val/acc or val/loss, never by the test set":
             question.choose not in ("val/acc", "val/loss"),
-        f"baseline {baseline} is no variant: name one of {variants}":
+        f"baseline {baseline} is not a variant: {hint}":
             baseline not in (None, *question.variants),
         "sampler: to run every combination, use grid":
             isinstance(question.sampler, GridSampler | BruteForceSampler),
         f"{kind}: a flag has no values": [] in values,
-        "variants: a name is no text: quote it": not all(isinstance(n, str) for n in settings),
+        "variants: a name is not a string: quote it": not all(isinstance(n, str) for n in settings),
         f"{kind}: two names differ only in spaces": len(folders) < len(settings),
     })  # fmt: skip
     question.distributions()

@@ -35,7 +35,8 @@ from studies.record import Plan, Record, best_of, other_code, rows_of
 HEARTBEAT = 60  # seconds; a remote worker that is silent for twice as long is presumed dead
 DRAWS = 10_000  # at random; if all are known settings, the search is exhausted
 PRUNED = TrialState.PRUNED
-SETTINGS, CODE = "have other settings", "are by other code"  # reasons not to count a run
+# Reasons not to count a run.
+SETTINGS, CODE = "have different settings", "were made by different code"
 STORAGE_ERRORS = (
     sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, json.JSONDecodeError,
 )  # fmt: skip
@@ -177,7 +178,7 @@ class Queue:
         """Return 2 if a finished run has these flags and the same code, 1 if it counts despite
         other code, 0 if it does not count."""
         is_pruned = record["ended"].startswith("pruned") and not self.question.pruner
-        settings = self.plan(flags, seed).differs(record) or ["pruner"] * is_pruned
+        settings = self.plan(flags, seed).differs(record) or (["pruner"] if is_pruned else [])
         code = other_code(record)
         if settings or code:
             others = self.others[SETTINGS if settings else CODE]
@@ -273,7 +274,8 @@ class Queue:
             trial.set_user_attr("flags", flags)
             trial.set_user_attr("seed", self.question.seeds[0])
         first = self.runs().get(self.key_of(trial))
-        if is_accepted := first is not None and first.number == trial.number:
+        is_accepted = first is not None and first.number == trial.number
+        if is_accepted:
             self.tried.add(self.key_of(trial))
         return is_accepted
 

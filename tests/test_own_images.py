@@ -78,7 +78,7 @@ def test_pictures_become_arrays_that_train_and_predict_by_their_own_names(
     with pytest.raises(SystemExit, match="error: 1 files could not be read"):
         convert.main([str(photos), "--out", "own/pets"])
     printed = capsys.readouterr()
-    assert f"skipped {photos / 'cat' / 'notes.txt'}: not a picture" in printed.err
+    assert f"skipped {photos / 'cat' / 'notes.txt'}: not an image" in printed.err
     assert "3 classes (cat, sea lion, лиса), 240 training and 60 test images" in printed.out
     assert classes_in("own/pets") == ("cat", "sea lion", "лиса")
     labels = np.load("own/pets/test_labels.npy")
@@ -133,7 +133,9 @@ def test_what_is_not_a_folder_of_classes_is_refused(
     assert json.loads((tmp_path / "of_train" / NAMES).read_text()) == ["car", "train"]
     (two / "Val").mkdir()
     assert "has Val, test, train, and Val is not a class" in refused(two)
-    with pytest.raises(SystemExit, match=f"has pictures: python convert.py {photos} --out FOLDER"):
+    with pytest.raises(
+        SystemExit, match=f"image files: convert them with python convert.py {photos} --out FOLDER"
+    ):
         train.main(["fit", "--config", str(BASE), "--data.root", str(photos)])
 
 
@@ -210,7 +212,7 @@ def test_arrays_that_are_not_what_they_should_be_are_refused(
     assert "is damaged" in refused("test_images.npy", None)
     folder = tmp_path / "changed"
     (folder / NAMES).unlink()
-    assert "has arrays, but no classes.json" in fails("fit", "--config", BASE, data=folder)
+    assert "has arrays but no classes.json: add one" in fails("fit", "--config", BASE, data=folder)
 
 
 def test_a_model_and_images_of_other_classes_do_not_go_together(
@@ -339,12 +341,16 @@ def test_other_test_sets_are_tested_on_and_named(run: Run, fails: Run, tmp_path:
     np.save(corrupted / "labels.npy", np.arange(1999) % 10)
     for name in ("none", "gaussian_noise"):
         np.save(corrupted / f"{name}.npy", np.zeros((1999, 32, 32, 3), np.uint8))
-    assert "1999 images a file, expected 5 severities" in refused(corrupted)
+    assert "1999 images per file, expected 5 severities" in refused(corrupted)
     (corrupted / "labels.npy").unlink()
-    assert "no labels.npy beside its arrays; of a pair, give" in refused(corrupted)
+    assert "no labels.npy next to the arrays; for a pair *_data.npy, *_labels.npy, give" in refused(
+        corrupted
+    )
     (tmp_path / "new_v6_labels.npy").unlink()
     assert f"there is no {tmp_path / 'new_v6_labels.npy'}" in refused(tmp_path / "new_v6")
-    assert "expected a folder; of a pair" in refused(tmp_path / "new_v6_data.npy")
+    assert "expected a folder, or the common prefix of a pair" in refused(
+        tmp_path / "new_v6_data.npy"
+    )
     run("fit", "--ckpt_path", LAST, "--trainer.max_epochs", "3")
     assert "## On other test sets" in (folder / "model.md").read_text()
 
@@ -358,10 +364,10 @@ def test_a_report_of_many_classes_shows_those_found_worst() -> None:
     found = Evaluation(Predictions(logits, labels, torch.arange(3000)), classes=names)
     table = found.table()
     assert table.row_count == 20
-    assert table.caption == "the 20 classes found worst of 30"
+    assert table.caption == "the 20 of 30 classes with the lowest recall"
     few = Evaluation(Predictions(logits[:5], labels[:5], torch.arange(5)), classes=names)
     assert few.table().row_count == 5
-    assert few.table().caption == "(25 classes have no image)"
+    assert few.table().caption == "(25 classes have no images)"
     assert len(few.values()["classes"]) == 5
     shown = {str(cell) for cell in table.columns[0].cells}
     assert {f"class {i} of a long name" for i in range(25, 30)} <= shown

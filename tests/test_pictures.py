@@ -27,7 +27,7 @@ def unreadable(folder: Path, content: bytes) -> dict[str, str]:
     (folder / "phone.HEIC").write_bytes(heic)
     Image.new("1", (14_000, 14_000)).save(folder / "huge.png")
     (folder / os.fsdecode(b"worse\xff.png")).write_bytes(content[:100])
-    damaged = "not a picture, or damaged"
+    damaged = "not an image, or damaged"
     return {
         "cut.png": damaged,
         "empty.jpg": damaged,
@@ -72,7 +72,7 @@ def test_a_damaged_heic_file_is_called_so_where_heic_can_be_read(
 ) -> None:
     monkeypatch.setattr(pictures, "HAS_HEIF", True)
     (tmp_path / "a.heic").write_bytes(b"\0\0\0\x1cftypheic")
-    assert why_unreadable(tmp_path / "a.heic") == "not a picture, or damaged"
+    assert why_unreadable(tmp_path / "a.heic") == "not an image, or damaged"
 
 
 @pytest.mark.skipif(not pictures.HAS_HEIF, reason="pillow-heif is not installed")

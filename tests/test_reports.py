@@ -503,8 +503,8 @@ def test_two_models_are_compared_on_the_same_images(
 
     with np.load(first) as content:
         np.savez(tmp_path / "other.npz", **{**content, "images": "other images"})
-    for path, words in (("nowhere", "train.py test"), (LAST, "is not what `train.py test` writes"),
-                        (tmp_path / "other.npz", "not of the same images")):  # fmt: skip
+    for path, words in (("nowhere", "train.py test"), (LAST, "was not written by `train.py test`"),
+                        (tmp_path / "other.npz", "different test images")):  # fmt: skip
         with pytest.raises(SystemExit, match=words):
             compare.main([str(RUN_0), str(path)])
 
@@ -532,7 +532,7 @@ def test_folds_predict_every_training_image_once(
     assert "in none" not in printed
     folds.main(folders[:2])
     assert "at least 332 images are in none of these folds" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="two folds have an image in common"):
+    with pytest.raises(SystemExit, match="two folds share an image"):
         folds.main([*folders, folders[0]])
     with pytest.raises(SystemExit, match="train.py validate --ckpt_path CHECKPOINT writes it"):
         folds.main(["nowhere.npz"])
@@ -605,7 +605,7 @@ def test_pictures_are_predicted_as_the_test_images_they_are(
 def test_pictures_are_explained(run: Run, fails: Run, pictures: Path) -> None:
     run("fit", "--config", BASE, once=True)
     explain = ("predict", "--ckpt_path", LAST, "--data.images", pictures, "--explain", "true")
-    assert "maps of at least 3 x 3 pixels" in fails(*explain)
+    assert "feature maps of at least 3 x 3 pixels" in fails(*explain)
     run("fit", "--config", BASE, *CONVNET, "--name", "conv", "--trainer.max_epochs", "1")
     last = Path("runs/conv/version_0/checkpoints/last.ckpt")
     run("predict", "--ckpt_path", last, *explain[3:])
@@ -636,10 +636,12 @@ def test_a_file_that_is_no_picture_is_named_and_the_rest_is_done(
     with pytest.raises(SystemExit, match="error: 2 of 21 files skipped"):
         run("predict", "--ckpt_path", LAST, "--data.images", pictures)
     printed = capsys.readouterr()
-    assert "05.png: not a picture, or damaged" in printed.err
-    assert "notes [1].txt: not a picture" in printed.err
+    assert "05.png: not an image, or damaged" in printed.err
+    assert "notes [1].txt: not an image" in printed.err
     assert len(rows(RUN_0 / "predictions.csv")) == 19
-    assert "no such file" in fails("predict", "--ckpt_path", LAST, "--data.images", "nowhere.jpg")
+    assert "no matching file" in fails(
+        "predict", "--ckpt_path", LAST, "--data.images", "nowhere.jpg"
+    )
     assert "data.images is empty" in fails("predict", "--ckpt_path", LAST, "--data.images", "")
     assert not list(RUN_0.glob(".*"))
 

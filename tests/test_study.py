@@ -260,7 +260,10 @@ def test_a_record_by_other_code_is_taken_only_if_asked_and_the_answer_says_so(
     take = [str(file), "--jobs", "0", "--from", "record.jsonl"]
     study.main(take)
     said = capsys.readouterr().out
-    assert "record.jsonl: 3 runs added\n1 runs are by other code (tests.small) and are left" in said
+    assert (
+        "record.jsonl: 3 runs added\n1 runs were made by different code (tests.small) and are left"
+        in said
+    )
     assert len(table()) == 3
     assert "Not all runs" not in (FOLDER / "answer.md").read_text()
     study.main([*take, "--any_code", "true"])
@@ -284,7 +287,7 @@ def test_a_record_by_other_code_is_taken_only_if_asked_and_the_answer_says_so(
         with pytest.raises(SystemExit, match="no finished run counts yet"):
             study.main(take)
     Path("record.jsonl").write_text('{"seed": 0}\n')
-    with pytest.raises(SystemExit, match=r"--from record.jsonl is no runs.jsonl"):
+    with pytest.raises(SystemExit, match=r"--from record.jsonl is not a study's runs.jsonl"):
         study.main(take)
 
 
@@ -583,7 +586,7 @@ def test_what_a_result_depends_on_tells_settings_apart(
     # changed code restarts its runs, and only those
     Path("mynet.py").write_text(network.replace("pass", "changed = True"))
     said = command(file, "--jobs", "2").communicate()[0]
-    assert "2 runs are by other code (mynet) and restart" in said
+    assert "2 runs were made by different code (mynet) and restart" in said
     assert starts() == 4 + 2, "mynet's"
     Path("mynet.py").write_text(network)
     said = command(file, "--jobs", "2").communicate()[0]
@@ -690,7 +693,7 @@ def test_other_settings_in_the_same_folder_are_another_run(
     file = after({"trainer.max_epochs": 1}, grid={"model.optimizer.lr": [0.002, "2e-3"]})
     study.main([str(file)])
     said = capsys.readouterr().out
-    assert "have other settings (trainer.max_epochs) and restart" in said
+    assert "have different settings (trainer.max_epochs) and restart" in said
     assert "1 runs in runs/question: 0 done, 1 to do" in said
     assert "[1/1] lr=0.002,seed=0" in said, "it is one setting"
     assert "There is one setting only" in said
@@ -785,8 +788,8 @@ def test_two_processes_share_a_study_in_postgresql(ask: Callable[..., Path], pos
         ({"variants": {"a": {}, "b": {"model.optimizer.lr": "fast"}}}, "lr"),
         ({"search": {"model.optimizer.lr": {"low": 1, "high": 0}}}, "search.model.optimizer.lr"),
         ({"search": {"data.batch_size": {"low": 100, "hihg": 200}}}, "hihg: did you mean high"),
-        ({}, "a study has grid, variants or search"),
-        ({"grid": {"seed_everything": [1]}}, "seed_everything belongs to the study: use seeds"),
+        ({}, "a study needs exactly one of grid, variants and search"),
+        ({"grid": {"seed_everything": [1]}}, "seed_everything is set by the study: use seeds"),
         ({"grid": {"trainer.max_epochs": [1]}, "choose": "test/acc"}, "never by the test set"),
         ({"grid": {"trainer.max_epochs": [1]}, "sedes": [1]}, "sedes: did you mean seeds"),
         ({"grid": {"trainer.max_epochs": [1]}, "seeds": [1, 1]}, "seeds"),
@@ -799,19 +802,19 @@ def test_two_processes_share_a_study_in_postgresql(ask: Callable[..., Path], pos
         ),
         ({"grid": {"data.split_seed": [0, 1]}, "vary": ["seed", "split"]}, "use vary"),
         ({"variants": {"a": {}}, "vary": ["split"]}, "vary"),
-        ({"variants": {"a": {}}, "baseline": "c"}, "baseline c is no variant: name one of a"),
+        ({"variants": {"a": {}}, "baseline": "c"}, "baseline c is not a variant: name one of a"),
         (
             {"variants": {"a b": {}, "a_b": {"data.batch_size": 50}}},
             "two names differ only in spaces",
         ),
-        ({"grid": {"data.batch_size": [1]}, "baseline": "batch_size=1"}, "has none"),
+        ({"grid": {"data.batch_size": [1]}, "baseline": "batch_size=1"}, "has no variants"),
         ({"search": {"data.batch_size": []}}, "no values"),
         ({"search": {"data.batch_size": {"low": 1, "high": 9, "step": 0.5}}}, "step 0.5"),
         (
             {"search": {"data.batch_size": [1]}, "sampler": "optuna.samplers.BruteForceSampler"},
             "use grid",
         ),
-        ({"variants": {"a": {"checkpoint": {"monitor": "train/acc"}}}}, "belongs to the study"),
+        ({"variants": {"a": {"checkpoint": {"monitor": "train/acc"}}}}, "the study controls"),
         ({"grid": {"trainer.max_epoch": [1]}}, "did you mean trainer.max_epochs?"),
         ({"variants": {"a": {"trainer": {"max_epochs": 3}}}}, "by their dotted names"),
         ({"grid": {"trainer.max_epochs": [-1]}}, "trainer.max_epochs must be a number"),
