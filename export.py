@@ -34,11 +34,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import instantiate_module
 from torch import Tensor, nn
 
+from calibration import is_file, notes_on
 from cifar10 import archive
 from cifar10.arrays import classes_in
 from lightning_module import ImageClassifier
 from reports.card import parts_of, said_of_probabilities
-from runs import calibration_notes, named, read_checkpoint, run_of, settings_of, write_whole
+from runs import named, read_checkpoint, run_of, settings_of, write_whole
 from terminal import ShortParser, innermost, short_errors
 
 Card = dict[str, Any]
@@ -105,9 +106,9 @@ def load(
         "mean": mean.flatten().tolist(),
         "std": std.flatten().tolist(),
         "output": "logits [B, classes]; softmax of logits / temperature is the probabilities",
-        "temperature": model.temperature_used or 1.0,
-        "calibrated": model.temperature_used is not None,
-        "unsure_below": model.unsure_below if model.temperature_used else None,
+        "temperature": model.temperature or 1.0,
+        "calibrated": model.temperature is not None,
+        "unsure_below": model.calibration.unsure_below if model.temperature else None,
         "test_time_augmentation": model.tta,
         "recipe": settings.get("name"),
         "epoch": checkpoint["epoch"],
@@ -170,7 +171,7 @@ def export_safetensors(classifier: Classifier, card: Card) -> tuple[bytes, Predi
     arguments["classes"] = stored["classes"]
     model = instantiate_module(ImageClassifier, arguments)
     model.network.load_state_dict(load(content))
-    model.temperature = stored["temperature"]
+    model.calibration.temperature = stored["temperature"]
     return content, Classifier(model).eval()
 
 
@@ -385,8 +386,8 @@ def main(args: list[str] | None = None) -> None:
             "--format checkpoint keeps its run's calibration: give --model.calibrate when the file "
             "is tested or exported"
         )
-    if calibrate not in (None, "auto", True, False):
-        for note in calibration_notes(calibrate, settings_of(checkpoint)):
+    if calibrate is not None and is_file(calibrate):
+        for note in notes_on(calibrate, settings_of(checkpoint)):
             print(f"note: {note}")
     classifier, card, images = load(path, checkpoint, options.data.root, calibrate)
     classifier(EXAMPLE)  # a bug in the network shows its traceback here
@@ -395,7 +396,7 @@ def main(args: list[str] | None = None) -> None:
     if format_ == "checkpoint":
         content, precision = export_checkpoint(classifier, checkpoint, images)
         saved = settings_of(checkpoint)["model"].get("calibrate", "auto")
-        calibrated = said_of_probabilities(saved, classifier.model.temperature_used)
+        calibrated = said_of_probabilities(saved, classifier.model.temperature)
         described = card_of_file(path, out, content, precision, card, calibrated)
         write_whole(out, content)
         write_whole(out.with_suffix(".md"), described.encode())

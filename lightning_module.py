@@ -26,6 +26,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, CyclicLR, OneCycleLR, ReduceLROnPlateau
 from torchmetrics import Metric
 
+from calibration import Calibration
 from cifar10.archive import CLASSES
 from cifar10.augment import (
     MEAN,
@@ -35,7 +36,7 @@ from cifar10.augment import (
     TestTimeAugmentation,
     average_over_views,
 )
-from cifar10.batches import Batch, Batches, Predictions, gathered
+from cifar10.batches import Batch, Batches
 from cuda_graph import RecordableModule
 from networks import has_large_stem
 from runs import natural_mode, read_checkpoint, read_weights
@@ -44,7 +45,6 @@ CompileMode = Literal[
     "off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
 ]
 FINDERS = (BatchSizeFinder, LearningRateFinder)
-UNSURE = 0.05  # share of validation images below `unsure_below`
 INIT_IMAGES = 5000  # training images for a network's `init_from`
 
 
@@ -89,11 +89,11 @@ class ImageClassifier(RecordableModule):
         tta: Test-time augmentation in `validate`, `test` and `predict`, but not during `fit`: the
             views of an image whose logits are averaged (`average_over_views`).
         calibrate: `auto`: divide logits by a temperature to compute probabilities. Each validation
-            during `fit` fits it on the validation set (`fit_temperature`), and checkpoints of the
-            same weights save it. False: use the logits as they are. A checkpoint file: use its
+            during `fit` fits it on the validation set, and checkpoints of the same weights save it
+            (`calibration.py`). False: use the logits as they are. A checkpoint file: use its
             temperature, for a model that trains on all images. Predicted classes don't change.
-            With the temperature comes `unsure_below`: one validation image in twenty has its
-            largest probability below it.
+            With the temperature comes a threshold: one validation image in twenty has its largest
+            probability below it.
         proxy: A small network that sees each batch first and picks the images to train on, those
             with its largest losses (Jordan's `airbench96_faster.py`). It trains on them too, with
             the same optimizer, where its parameter names start with `proxy.`, and is unused after
@@ -164,15 +164,8 @@ class ImageClassifier(RecordableModule):
         self.starts_from = weights
         self.decay_matrices_only = decay_matrices_only
         self.tta = self.views = tta
-        self.calibrate = calibrate
-        self.temperature: float | None = None
-        self.unsure_below = 0.0
-        self.fits_temperature = calibrate in ("auto", True, False)
-        if not self.fits_temperature:
-            self.temperature, self.unsure_below = _calibration_in(str(calibrate))
-        self.collects = False
-        self.validated: list[Predictions] = []
-        self.fitted_on: dict[str, Tensor] = {}  # weights that `temperature` belongs to
+        self.calibrates = bool(calibrate)
+        self.calibration = Calibration(calibrate)
         for name, values in _normalization(normalize).items():
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
         self.is_normalizing = normalize is not None
@@ -271,8 +264,8 @@ class ImageClassifier(RecordableModule):
         """Return the logits [B, classes] of a batch of the validation set, or of the test set for
         its curve; update the metrics."""
         logits = self._evaluate(batch, self.test_metrics if dataloader_idx else self.val_metrics)
-        if self.collects and not dataloader_idx:
-            self.validated.append(Predictions(logits.float(), batch.labels, batch.indices))
+        if not dataloader_idx:
+            self.calibration.add(logits, batch.labels, batch.indices)
         return logits
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
@@ -297,12 +290,12 @@ class ImageClassifier(RecordableModule):
         """Map pixels uint8 [B, 3, 32, 32] to probabilities float32 [B, classes], with test-time
         augmentation; calibrated if `calibrate` is not false and a temperature is known."""
         logits = self._logits(pixels).float()
-        return (logits / (self.temperature_used or 1.0)).softmax(dim=1)
+        return (logits / (self.temperature or 1.0)).softmax(dim=1)
 
     @property
-    def temperature_used(self) -> float | None:
+    def temperature(self) -> float | None:
         """The temperature that logits are divided by, or None."""
-        return self.temperature if self.calibrate else None
+        return self.calibration.temperature if self.calibrates else None
 
     # ------------------------------------------------------------------ optimizer and schedule
 
@@ -545,23 +538,14 @@ class ImageClassifier(RecordableModule):
     def on_validation_epoch_start(self) -> None:
         """During `fit`, collect predictions to fit the temperature on."""
         is_training = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
-        self.collects, self.validated = is_training and self.fits_temperature, []
-        if self.collects:  # copy now: callbacks may swap the weights during validation
-            self.validating = _of_network(self.state_dict())
+        self.calibration.begin(self.state_dict() if is_training else None)
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the evaluated sets; fit the temperature."""
         for stage, metrics in (("val", self.val_metrics), ("test", self.test_metrics)):
             if metrics.update_called:
                 self._log_epoch(stage, metrics)
-        validated, self.validated = self.validated, []
-        if self.collects and (predictions := gathered(validated)) is not None:
-            self.fitted_on, self.temperature = self.validating, None
-            if (predictions.logits.argmax(dim=1) == predictions.labels).all():
-                return  # the best temperature would be 0, and every probability 1
-            self.temperature = fit_temperature(predictions.logits, predictions.labels)
-            largest = (predictions.logits / self.temperature).softmax(dim=1).max(dim=1).values
-            self.unsure_below = float(largest.quantile(UNSURE))
+        self.calibration.end()
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_epoch_end = on_validation_epoch_end
@@ -592,15 +576,14 @@ class ImageClassifier(RecordableModule):
         earlier weights."""
         self._unfreeze()
         self._refuse_divergence("a weight", *self.network.parameters())
-        self.temperature = self._temperature_of(self.state_dict())
+        self.calibration.temperature = self.calibration.temperature_of(self.state_dict())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the temperature of these weights, and the metric that `ReduceLROnPlateau` will see
         next. Raise `Diverged` if the training loss or a weight is NaN or infinite."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["found_lr"] = self.lr
-        checkpoint["temperature"] = self._temperature_of(checkpoint["state_dict"])
-        checkpoint["unsure_below"] = self.unsure_below
+        self.calibration.save(checkpoint)
         for key in self.augment.state_dict(prefix="augment."):  # belongs to the data module
             checkpoint["state_dict"].pop(key, None)
         if self.train_metrics.update_called:
@@ -615,24 +598,12 @@ class ImageClassifier(RecordableModule):
                 if config.reduce_on_plateau and is_due and metric is not None:
                     state["pending"] = float(metric)
 
-    def _temperature_of(self, weights: dict[str, Tensor]) -> float | None:
-        """Return the temperature if it belongs to these weights or comes from a file."""
-        current, fitted_on = _of_network(weights), self.fitted_on
-        is_same = current.keys() == fitted_on.keys() and all(
-            torch.equal(weight, fitted_on[name].to(weight.dtype))
-            for name, weight in current.items()
-        )  # an exported checkpoint may have 16-bit weights
-        return self.temperature if is_same or not self.fits_temperature else None
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the temperature. Drop schedulers' lengths and learning rates: OneCycleLR may now
         end elsewhere, and the optimizer's groups may be in another order."""
         super().on_load_checkpoint(checkpoint)
         self.lr = checkpoint.get("found_lr")
-        if self.fits_temperature or self.temperature is None:
-            self.temperature = checkpoint.get("temperature")
-            self.fitted_on = _of_network(checkpoint["state_dict"])
-            self.unsure_below = checkpoint.get("unsure_below", 0.0)
+        self.calibration.load(checkpoint)
         if self.proxy is None:  # the run may have had one
             for key in [key for key in checkpoint["state_dict"] if key.startswith("proxy.")]:
                 del checkpoint["state_dict"][key]
@@ -693,40 +664,6 @@ class Means(Metric):
     def compute(self) -> dict[str, Tensor]:
         """Return `loss` [] and `acc` [], a fraction, over all ranks."""
         return {"loss": self.loss / self.images, "acc": self.correct.float() / self.images}
-
-
-def _of_network(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return CPU copies of the network's weights in a module's state dict."""
-    return {
-        name: tensor.detach().cpu().clone()
-        for name, tensor in weights.items()
-        if name.startswith("network.")
-    }
-
-
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """Return the temperature T, from e^-3 to e^3, that minimises the cross entropy of logits
-    [N, classes] / T with labels int64 [N].
-
-    Guo et al., "On Calibration of Modern Neural Networks" (arXiv 1706.04599, section 4.2).
-    """
-    from scipy.optimize import minimize_scalar  # slow to import
-
-    def loss(log_temperature: float) -> float:
-        return float(F.cross_entropy(logits.double() / math.exp(log_temperature), labels))
-
-    return math.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x)
-
-
-def _calibration_in(file: str) -> tuple[float, float]:
-    """Return a checkpoint's temperature and `unsure_below`; raise if it has none."""
-    checkpoint = read_checkpoint(file)
-    if checkpoint.get("temperature") is None:
-        raise MisconfigurationException(
-            f"model.calibrate: {file} has no temperature: it was not validated before saving, was "
-            "right on every validation image, or is from an earlier version"
-        )
-    return checkpoint["temperature"], checkpoint["unsure_below"]
 
 
 def _monitor(scheduler: Any) -> str:

@@ -37,10 +37,6 @@ WHERE = {  # locations: no result depends on them; the device is recorded separa
 }  # fmt: skip
 OFF = {"null", "false", "0", "0.0", '"off"', '"none"', '"auto"', '""', "[]", "{}"}  # as JSON
 LATER = {("num_classes", "10")}  # arguments added later, with the value implied before, as JSON
-# Hyperparameters that affect a model's temperature.
-CALIBRATED = (
-    "network", "normalize", "label_smoothing", "class_weights", "softmax_before_loss",
-)  # fmt: skip
 RUN_SETTINGS = ("seed_everything", "name", "trainer", "checkpoint")
 LARGE = 1e9  # bytes of checkpoints above which to print a note
 
@@ -447,24 +443,6 @@ def settings_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
     if not Path(root).is_dir() and original.is_dir():  # run from another folder
         settings["data"]["root"] = str(original)
     return settings
-
-
-def calibration_notes(file: str, settings: dict[str, Any]) -> list[str]:
-    """List how the run that `file` comes from differs from `settings` in ways that affect
-    calibration. Raise if the networks differ."""
-    configs = settings_of(read_checkpoint(file)), settings
-    saved, current = ({key: config["model"].get(key) for key in CALIBRATED} for config in configs)
-    changed = differences(saved, current)
-    networks = {*changed.get("network.class_path", ())}  # both classes, if they differ
-    if networks and not networks & {None, "networks.default_network"}:
-        raise MisconfigurationException(
-            f"model.calibrate {file} has another network ({' and '.join(sorted(networks))}): "
-            "use a run of the same recipe"
-        )
-    notes = [f"with {key} {old}, not {new}" for key, (old, new) in changed.items()]
-    if len({str(config["model"].get("classes")) for config in configs}) > 1:
-        notes.append("on images of other classes")
-    return [f"model.calibrate {file} was trained {difference}" for difference in notes]
 
 
 def flat(settings: Any, prefix: str = "") -> dict[str, Any]:

@@ -50,6 +50,7 @@ from rich.console import Console
 from torch import Tensor
 
 import runs
+from calibration import UNKNOWN, is_file, notes_on
 from callbacks import Board, History, LayerTable, PredictionsKeeper, PredictionTable, SaveSettings
 from cifar10.archive import CLASSES
 from cifar10.arrays import classes_in
@@ -317,7 +318,7 @@ class CLI(LightningCLI):
             if str(config.checkpoint.monitor).startswith("val/"):
                 config.checkpoint.monitor = None  # there is nothing to monitor
         saved = runs.settings_of(self.checkpoint)["model"].get("calibrate", "auto")
-        if saved not in ("auto", True, False) and config.model.calibrate in ("auto", True):
+        if is_file(saved) and config.model.calibrate in ("auto", True):
             config.model.calibrate = saved  # a file; the checkpoint has its temperature
         self._name_classes()
         self._check_origin()
@@ -396,17 +397,17 @@ class CLI(LightningCLI):
         if self.checkpoint:  # it has the weights, and a file's temperature
             model.weights = None
             saved = runs.settings_of(self.checkpoint)["model"].get("calibrate", "auto")
-            has_temperature = model.calibrate == saved and saved not in ("auto", True, False)
+            has_temperature = model.calibrate == saved and is_file(saved)
             model.calibrate = "auto" if has_temperature else model.calibrate
-        if (file := model.calibrate) not in ("auto", True, False):
-            for note in runs.calibration_notes(file, self.config_dump):
+        if is_file(model.calibrate):
+            for note in notes_on(model.calibrate, self.config_dump):
                 _note(note)
         try:
             super().instantiate_classes()
         except (ValueError, OSError, ImportError) as error:
             raise refused(error) from error
         if has_temperature:
-            self.model.fits_temperature = False
+            self.model.calibration.is_fitted = False
 
     def after_instantiate_classes(self) -> None:
         """Save the hyperparameters of model and data to loggers and checkpoints.
@@ -664,7 +665,7 @@ class CLI(LightningCLI):
         terminal = Console(highlight=False, markup=False)
         if test := tests.get(""):
             people = self.judgements if is_cifar10 and is_whole else None
-            evaluation = Evaluation(test, model.temperature_used, people, model.classes)
+            evaluation = Evaluation(test, model.temperature, people, model.classes)
             summary = evaluation.summary()
             terminal.print(summary, evaluation.table(), sep="\n", soft_wrap=True)
             if is_cifar10 and people is None:
@@ -718,10 +719,9 @@ class CLI(LightningCLI):
         return {"checkpoint": self.path.name, "epoch": epoch, **values}
 
     def _say_if_not_calibrated(self) -> None:
-        if self.model.calibrate and self.model.temperature is None:
+        if self.model.calibrates and self.model.temperature is None:
             print(
-                "probabilities are not calibrated: the checkpoint has no temperature (not "
-                "validated when saved,\nno validation mistakes, or an earlier version); "
+                f"probabilities are not calibrated: {self.path} {UNKNOWN};\n"
                 "--model.calibrate CHECKPOINT uses another one's"
             )
 

@@ -124,7 +124,7 @@ class PredictionTable(Callback):
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int, *_: Any
     ) -> None:
         """Keep the probabilities [B, classes]; print the files that could not be read."""
-        limit = pl_module.unsure_below if pl_module.temperature_used else None
+        limit = pl_module.calibration.unsure_below if pl_module.temperature else None
         names, best, indices = pl_module.classes, outputs.topk(2), batch.indices.tolist()
         columns = indices, outputs.tolist(), best.indices.tolist(), batch.labels.tolist()
         for index, values, (first, second), label in zip(*columns, strict=True):
@@ -196,8 +196,8 @@ class PredictionTable(Callback):
             terminal.print(table)
             if (more := len(self.rows) - SHOWN) > 0:
                 print(f"and {more} more")
-        if model.temperature_used and model.unsure_below:
-            limit = f"{model.unsure_below:.1%}"
+        if model.temperature and model.calibration.unsure_below:
+            limit = f"{model.calibration.unsure_below:.1%}"
             print(
                 f"sure: probability of at least {limit}, which 95 % of the validation images reach"
             )

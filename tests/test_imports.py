@@ -11,13 +11,17 @@ MAY = {
     "callbacks": {"cifar10", "runs", "reports"},
     "cuda_graph": {"cifar10"},
     "datamodule": {"cifar10", "runs"},
-    "lightning_module": {"cifar10", "cuda_graph", "networks", "runs"},
-    "train": {*LOW, "callbacks", "datamodule", "lightning_module", "optimization", "reports"},
+    "calibration": {"cifar10", "runs"},
+    "lightning_module": {"calibration", "cifar10", "cuda_graph", "networks", "runs"},
+    "train": {
+        *LOW, "calibration", "callbacks", "datamodule", "lightning_module", "optimization",
+        "reports",
+    },
     "convert": {"cifar10", "terminal"},
-    "export": {*LOW, "lightning_module", "reports"},
+    "export": {*LOW, "calibration", "lightning_module", "reports"},
     "studies": {"train", "runs", "reports", "terminal"},
     "study": {"studies", "runs", "terminal"},
-}
+}  # fmt: skip
 
 
 def room(file: Path) -> str:

@@ -21,11 +21,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import train
+from calibration import fit_temperature
 from cifar10 import archive
 from cifar10.batches import Batch, Predictions
 from cifar10.pictures import read_picture
 from datamodule import CIFAR10DataModule
-from lightning_module import ImageClassifier, fit_temperature
+from lightning_module import ImageClassifier
 from networks import ConvNet
 from reports import compare, folds, judges
 from reports.card import flops
@@ -265,13 +266,13 @@ def test_probabilities_are_calibrated_by_what_validation_says(
     assert model.temperature == pytest.approx(temperature, rel=1e-4)
     assert abs(temperature - 1) > 0.05
     largest = (validated / temperature).softmax(dim=1).max(dim=1).values
-    assert (largest < model.unsure_below).sum() == 10, "a twentieth of 200"
+    assert (largest < model.calibration.unsure_below).sum() == 10, "a twentieth of 200"
     for flags, divisor in (((), temperature), (("--model.calibrate", "false"), 1)):
         run("predict", "--ckpt_path", LAST, *flags)
         expected = (logits / divisor).softmax(dim=1).max(dim=1).values.tolist()
         found = [float(row["probability"]) for row in rows(RUN_0 / "predictions.csv")[:20]]
         assert found == pytest.approx(expected, abs=2e-4)
-        least = model.unsure_below
+        least = model.calibration.unsure_below
         sure = ["" if divisor == 1 else "yes" if p >= least else "no" for p in expected]
         assert [row["sure"] for row in rows(RUN_0 / "predictions.csv")[:20]] == sure
 
@@ -315,7 +316,7 @@ def test_a_model_that_is_right_everywhere_has_no_temperature(run: Run, fails: Ru
     (row,) = (r for r in checkpoint["callbacks"]["History"]["rows"] if r["epoch"] == 5)
     assert row["val/acc"] == 1
     assert checkpoint["temperature"] is None
-    assert "no validation mistakes" in run("predict", "--ckpt_path", LAST)
+    assert "was right on every validation image" in run("predict", "--ckpt_path", LAST)
 
 
 def test_a_temperature_is_of_the_weights_that_it_is_saved_with(run: Run, arrays: Path) -> None:
