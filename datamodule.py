@@ -206,7 +206,7 @@ class CIFAR10DataModule(LightningDataModule):
         ranks = self.trainer.world_size if self.trainer else 1
         if 0 < len(val) < ranks:
             raise MisconfigurationException(
-                f"data.val_size {self.val_size}: each of {ranks} processes needs at least one image"
+                f"{len(val)} images for validation: each of {ranks} processes needs at least one"
             )
         if len(train) < (self.train_size or 0):
             raise MisconfigurationException(

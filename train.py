@@ -549,8 +549,8 @@ class CLI(LightningCLI):
             remaining = [seconds for c in timers if (seconds := c.time_remaining()) is not None]
             if min(remaining, default=1.0) <= 0:
                 self.trainer.print(
-                    "stopped at the time limit; to resume, raise trainer.max_time, which includes "
-                    "the time already spent"
+                    "stopped at the time limit; to resume, raise it (it includes the time already "
+                    "spent): --trainer.max_time, or the Timer's duration"
                 )
             for reason in early_stops(self.trainer):
                 self.trainer.print(f"stopped early: {reason}")
@@ -568,11 +568,11 @@ class CLI(LightningCLI):
 
     def _resume(self, hint: str = "") -> str:
         """Return the command that resumes from the last checkpoint, or say that there is none."""
-        last = self.run_folder / "checkpoints" / "last.ckpt"
-        newest = last if last.exists() else self.path
-        if newest is None:
-            return f"nothing was saved, as no epoch has finished; start again{hint}"
-        return f"to resume{hint}: python train.py fit --ckpt_path {shlex.quote(str(newest))}"
+        step, newest = runs.newest(self.run_folder / "checkpoints")
+        path = newest if step >= 0 else self.path
+        if path is None:
+            return f"no checkpoint was saved; start again{hint}"
+        return f"to resume{hint}: python train.py fit --ckpt_path {shlex.quote(str(path))}"
 
     def _finish(self, code: str) -> None:
         weights = io.BytesIO()

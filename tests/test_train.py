@@ -852,11 +852,15 @@ def test_a_run_without_a_number_for_its_loss_stops_and_keeps_nothing_of_it(
     ]
     if kept:
         assert f"lower learning rate: python train.py fit --ckpt_path {files[-1]}" in message
-        assert all(tensor.isfinite().all() for tensor in weights(files[-1]).values())
+        files[-1].unlink()  # as with checkpoint.save_last false
+        start[1] = files[1]
+        message = fails("fit", *start, "--model.optimizer.lr", "1e30")
+        assert f"lower learning rate: python train.py fit --ckpt_path {files[1]}" in message
+        assert all(tensor.isfinite().all() for tensor in weights(files[1]).values())
         run("fit", *start, "--trainer.max_epochs", "3")
         assert [row["epoch"] for row in rows(RUN_0)] == [0, 1, 2]
     else:
-        assert "nothing was saved, as no epoch has finished; start again with a lower" in message
+        assert "no checkpoint was saved; start again with a lower" in message
 
 
 @pytest.mark.parametrize(
