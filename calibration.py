@@ -39,7 +39,7 @@ class Calibration:
 
     def __init__(self, source: bool | str) -> None:
         self.temperature: float | None = None
-        self.unsure_below = 0.0  # largest probability below which a prediction is not sure
+        self.unsure_below = 0.0  # a largest probability below it is "not sure"
         self.is_fitted = not is_file(source)
         self.fitted_on: dict[str, Tensor] = {}  # weights that the temperature belongs to
         self.batches: list[Predictions] | None = None  # of the validation that runs

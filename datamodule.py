@@ -41,7 +41,7 @@ class CIFAR10DataModule(LightningDataModule):
         verify: Raise if images or labels are not CIFAR-10's, by checksum.
         batch_size: Images per step, over all devices.
         val_size: Number of training images held out for validation.
-        split_seed: Seed that picks them.
+        split_seed: Seed that picks the validation images.
         stratify: Hold out the same share of each class.
         folds: Cross-validation: split the training images into this many folds, and hold out one of
             them instead of `val_size` images.

@@ -34,7 +34,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import instantiate_module
 from torch import Tensor, nn
 
-from calibration import is_file, notes_on
+from calibration import UNKNOWN, is_file, notes_on
 from cifar10 import archive
 from cifar10.arrays import classes_in
 from lightning_module import ImageClassifier
@@ -392,7 +392,9 @@ def main(args: list[str] | None = None) -> None:
     classifier, card, images = load(path, checkpoint, options.data.root, calibrate)
     classifier(EXAMPLE)  # a bug in the network shows its traceback here
     if not card["calibrated"]:
-        print("probabilities are not calibrated: no temperature is applied")
+        is_off = not classifier.model.calibrates
+        reason = "model.calibrate is false" if is_off else f"{path} {UNKNOWN}"
+        print(f"probabilities are not calibrated: {reason}")
     if format_ == "checkpoint":
         content, precision = export_checkpoint(classifier, checkpoint, images)
         saved = settings_of(checkpoint)["model"].get("calibrate", "auto")

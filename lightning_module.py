@@ -490,7 +490,7 @@ class ImageClassifier(RecordableModule):
             self._check_networks(size)
         if resizes and self._has(BatchSizeFinder):
             raise MisconfigurationException(
-                "BatchSizeFinder would only see GrowingResize's smallest images: remove one of them"
+                "BatchSizeFinder would only see GrowingResize's smallest images: remove either"
             )
         if self.class_weights is not None and any(self.augment.mixes):
             raise MisconfigurationException("model.class_weights needs labels that are not mixed")

@@ -82,7 +82,7 @@ COMMANDS = {
     "predict": "Classify your own images, or the test set, with a checkpoint.",
 }
 HELP = {
-    "trainer.max_epochs": "Number of epochs; -1: unlimited, except by max_steps or max_time.",
+    "trainer.max_epochs": "Number of epochs; -1: no limit other than max_steps or max_time.",
     "ckpt_path": "A checkpoint; or `last` or `best` of the newest run of --name.",
     "model.optimizer": "Builds the optimizer from the parameters. The class's arguments are flags "
     "too: --model.optimizer SGD --model.optimizer.lr 0.05; --model.optimizer.help SGD lists them.",

@@ -722,7 +722,7 @@ class CLI(LightningCLI):
         if self.model.calibrates and self.model.temperature is None:
             print(
                 f"probabilities are not calibrated: {self.path} {UNKNOWN};\n"
-                "--model.calibrate CHECKPOINT uses another one's"
+                "--model.calibrate CHECKPOINT uses another checkpoint's temperature"
             )
 
     def before_predict(self) -> None:

@@ -161,7 +161,8 @@ def _say(line: str) -> None:
 
 
 def _measured(trainer: Trainer, *stages: str) -> Row:
-    """Return the metrics of these stages, and the monitored one if it is among theirs."""
+    """Return the metrics of these stages, and the monitored one: with `train` if its name starts
+    with `train/`, otherwise with the others."""
     metrics = trainer.callback_metrics
     monitor = str(getattr(keeper(trainer), "monitor", None))
     keys = [f"{stage}/{name}" for stage in stages for name in NAMES]

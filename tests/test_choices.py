@@ -167,7 +167,7 @@ def test_weights_alone_do_not_say_which_epoch_was_best(run: Run, fails: Run) -> 
 def test_epochs_are_compared_on_the_same_images(run: Run, fails: Run) -> None:
     run(*FLAT)
     longer = ("fit", "--ckpt_path", LAST, "--trainer.max_epochs", "3")
-    assert "keep its 200" in fails(*longer, "--data.val_size", "10")
+    assert "keep 200, or use 0" in fails(*longer, "--data.val_size", "10")
     run(*longer, "--data.val_size", "0")
     assert "val/acc" not in rows(RUN_0)[2]
 
@@ -210,7 +210,7 @@ def test_a_run_can_start_from_weights(run: Run, fails: Run, printed: list[str], 
     run(*FLAT, "--model.weights", "thousand.pth", "--trainer.max_epochs", "1")
     for told in (
         "not loaded because the shapes differ: 1.weight",
-        "which images thousand.pth was trained",
+        "thousand.pth does not record its training images",
     ):
         assert any(told in line for line in printed)
     other = ("--model.network", "ConvNet", "--model.weights", RUN_0 / "model.pth")

@@ -509,7 +509,7 @@ def test_wrong_calls_are_refused_in_one_line_and_leave_nothing(
     refused("--out .: name a new folder", "page", ".")
     refused("--out .: name a file that ends in .safetensors", "safetensors", ".")
     refused("name a file that ends in .pt2", "torch", "m.torch")
-    refused("mine exists", "page", "mine")
+    refused("mine exists: add --overwrite", "page", "mine")
     refused("--format keras: expected onnx", "keras", "m")
     refused("link.ckpt exists and is not an export", "checkpoint", "link.ckpt", *always)
     refused("exists and is not an export", "checkpoint", str(CHECKPOINT), *always)
@@ -593,7 +593,7 @@ def test_the_page_in_a_browser_says_what_the_network_says(out: Out, arrays: Path
         assert server.stdout is not None
         port = server.stdout.readline().split(" port ")[1].split()[0]
         browser.get(f"http://127.0.0.1:{port}")
-        says("Choose a picture.")
+        says("Choose an image.")
         for i, probabilities in enumerate(expected(images)):
             browser.find_element(By.ID, "file").send_keys(str(Path(f"{i}.png").resolve()))
             says_of(probabilities)
@@ -610,4 +610,4 @@ def test_the_page_in_a_browser_says_what_the_network_says(out: Out, arrays: Path
             assert (pixels == read_picture(Path(name)).numpy()).all(), name
         Path("notes.txt").write_text("no picture")
         browser.find_element(By.ID, "file").send_keys(str(Path("notes.txt").resolve()))
-        says("notes.txt is no picture")
+        says("notes.txt is not an image")
