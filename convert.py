@@ -173,7 +173,9 @@ def main(args: list[str] | None = None) -> None:
     """Run the command line. A user's mistake prints one line and exits with a non-zero code."""
     parser = ShortParser(prog="convert.py", description="Convert images to a folder of arrays.")
     parser.add_argument("source", type=str, help="a folder, or torchvision:NAME")
-    parser.add_argument("--out", type=str, required=True, help="a new folder, for --data.root")
+    parser.add_argument(
+        "--out", type=str, required=True, help="the folder to create, for --data.root"
+    )
     text = "share of each class to hold out for testing, if there is no test folder"
     parser.add_argument("--test_share", type=OpenUnitInterval, default=0.2, help=text)
     parser.add_argument("--seed", type=NonNegativeInt, default=0, help="picks the held-out images")

@@ -27,8 +27,9 @@ EVAL_BATCH_SIZES = {"cpu": 500, "cuda": 2500, "mps": 2500}
 
 
 class CIFAR10DataModule(LightningDataModule):
-    """CIFAR-10, with a validation set held out from the 50,000 training images; or other 32 x 32
-    images, if `root` has them as arrays with class names (`cifar10.arrays`).
+    """CIFAR-10, or other 32 x 32 images, with a validation set held out from the training images.
+
+    Other images are arrays with class names in `root` (`cifar10.arrays`).
 
     A batch is pixels uint8 [B, 3, 32, 32], labels int64 [B] and indices int64 [B]. In the model's
     step, `augmentation` turns the pixels into float images and may mix the labels.
@@ -42,12 +43,12 @@ class CIFAR10DataModule(LightningDataModule):
         batch_size: Images per step, over all devices.
         val_size: Number of training images held out for validation.
         split_seed: Seed that picks the validation images.
-        stratify: Hold out the same share of each class.
+        stratify: Hold out the same share of each class for validation.
         folds: Cross-validation: split the training images into this many folds, and hold out one of
             them instead of `val_size` images.
         fold: The fold to hold out, from 0.
-        train_size: Train on only this many of the other images, the same share of each class.
-            Smaller sets are subsets of larger ones.
+        train_size: Train on only this many of the images that are not held out, with the same
+            share of each class. Smaller sets are subsets of larger ones.
         augment: Data augmentation: modules applied in order to float images [B, 3, 32, 32] in
             [0, 1], in training only (`cifar10.augment`).
         test_curve: Also evaluate the test set after every epoch, only to plot it.

@@ -368,13 +368,15 @@ def main(args: list[str] | None = None) -> None:
     parser = ShortParser(prog="export.py", description="Export a checkpoint.")
     parser.add_argument("--ckpt_path", type=str, required=True, help="the checkpoint")
     parser.add_argument(
-        "--name", type=str, default="default", help="with --ckpt_path best or last: the recipe"
+        "--name", type=str, default="default", help="the run's name, for --ckpt_path best or last"
     )
     parser.add_argument("--format", type=str, required=True, help=" | ".join(SUFFIXES))
     parser.add_argument("--out", type=str, required=True, help="a file, or a folder for page")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
-    parser.add_argument("--data.root", type=str | None, default=None, help="the data folder")
-    text = "false: don't calibrate; a checkpoint: use its temperature (default: as in the run)"
+    parser.add_argument(
+        "--data.root", type=str | None, default=None, help="images to compare on; null: the run's"
+    )
+    text = "false: don't calibrate; a checkpoint: use its temperature; null: as in the run"
     parser.add_argument("--model.calibrate", type=bool | str | None, default=None, help=text)
     options = parser.parse_args(args)
     out, format_ = Path(options.out), options.format
@@ -402,7 +404,7 @@ def main(args: list[str] | None = None) -> None:
         described = card_of_file(path, out, content, precision, card, calibrated)
         write_whole(out, content)
         write_whole(out.with_suffix(".md"), described.encode())
-        print(f"{precision}\nwritten to {out} and {out.with_suffix('.md').name}")
+        print(f"{precision}\nwritten to {out} and {out.with_suffix('.md')}")
         return
     with _exporting(format_, classifier.model.network):
         exported, predict = FORMATS[format_](classifier, card)
@@ -413,7 +415,10 @@ def main(args: list[str] | None = None) -> None:
         write_folder(out, page_files(exported, card))
     else:
         write_whole(out, exported)
-    print(f"the same classes for {len(images)} test images, probabilities within {difference:.1e}")
+    print(
+        f"compared with the checkpoint on {len(images):,} test images: same classes, probabilities "
+        f"within {difference:.1e}"
+    )
     print(f"written to {out}")
     if format_ == "page":
         server = f"python -m http.server --directory {shlex.quote(str(out))}"

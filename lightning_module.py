@@ -87,13 +87,13 @@ class ImageClassifier(RecordableModule):
             CPU; raise if a step can't be recorded.
         log_steps: Also log `train/loss_step`, every `trainer.log_every_n_steps` steps.
         tta: Test-time augmentation in `validate`, `test` and `predict`, but not during `fit`: the
-            views of an image whose logits are averaged (`average_over_views`).
+            views of an image whose logits are averaged; `mirror` has two, `mirror-shift` six.
         calibrate: `auto`: divide logits by a temperature to compute probabilities. Each validation
-            during `fit` fits it on the validation set, and checkpoints of the same weights save it
-            (`calibration.py`). False: use the logits as they are. A checkpoint file: use its
-            temperature, for a model that trains on all images. Predicted classes don't change.
-            With the temperature comes a threshold: one validation image in twenty has its largest
-            probability below it.
+            during `fit` fits one, and checkpoints of the same weights save it. False: use the
+            logits as they are. A checkpoint file: use its temperature, for a model without a
+            validation set. Predicted classes don't change. A threshold is saved with it: the
+            largest probability of one validation image in twenty is below, and such predictions are
+            "not sure".
         proxy: A small network that sees each batch first and picks the images to train on, those
             with its largest losses (Jordan's `airbench96_faster.py`). It trains on them too, with
             the same optimizer, where its parameter names start with `proxy.`, and is unused after

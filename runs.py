@@ -487,7 +487,11 @@ def named(path: str, parent: Path) -> Path:
         if step >= 0:
             return last if path == "last" else best(last)
     others = sorted(p.name for p in parent.parent.glob("*") if versions(p) and p != parent)
-    hint = f"the runs have --name {' or '.join(others)}" if others else "train one, or give a file"
+    hint = (
+        f"there are runs with --name {' or '.join(others)}"
+        if others
+        else "train one, or give a file"
+    )
     raise MisconfigurationException(f"no run in {parent} has a checkpoint: {hint}")
 
 

@@ -44,11 +44,15 @@ def main(args: list[str] | None = None) -> None:
     args = _with_file_first(sys.argv[1:] if args is None else args)
     parser = ShortParser(prog="study.py", description="Answer a question with many runs.")
     add = parser.add_argument
-    add("--file", action=ActionConfigFile, help="the study's YAML file (positional)")
+    add(
+        "--file",
+        action=ActionConfigFile,
+        help="the study's YAML file; the flag's name may be left out",
+    )
     parser.add_class_arguments(Question)
     add("--jobs", type=NonNegativeInt, default=1, help="runs at a time; 0: the answer so far")
     add("--storage", type=str | None, help="journal:FILE or a database's URL")
-    add("--folder", type=str | None, help="default: runs/<name of the file>")
+    add("--folder", type=str | None, help="null: runs/<name of the file>")
     add("--from", action="append", default=[], help="count the runs of a runs.jsonl as done")
     add("--any_code", type=bool, default=False, help="also count runs by other code")
     given = parser.parse_args(args)

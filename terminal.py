@@ -62,6 +62,7 @@ VALUES = (
      r"YAML one item per line, on the command line one += per item"),
     (r"Expected a <class '(?:\w+\.)*(\w+)'>\. Got value: ", r"expected \1, not "),
     (r"Expected a typing\.Literal\[(.*)\]\. Got value: ", r"expected one of \1, not "),
+    (r"File does not exist: '?(.*?)'?$", r"no such file: \1"),
     (r"invalid literal for int\(\) with base 10: ", "expected int, not "),
     (r"could not convert string to float: ", "expected float, not "),
     (r"(\S+) does not conform to restriction (v\S+(?: and v\S+)*)", r"expected a value \2, not \1"),

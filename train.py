@@ -222,7 +222,7 @@ class CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add `--name`, `predict --explain` and the ModelCheckpoint; set the default network."""
-        text = "Run folder: runs/<name>/version_<n>/ (default: the config file's name)."
+        text = "Run folder: runs/<name>/version_<n>/ (default: the last config's name)."
         parser.add_argument("--name", type=str | None, default=None, help=text)
         if self.args[:1] == ["predict"]:
             text = "Draw a Grad-CAM map of each image into explained/."
@@ -232,7 +232,7 @@ class CLI(LightningCLI):
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the seed."""
-        text = "Seed of all random numbers; true: draw one; false: leave PyTorch's alone."
+        text = "Seed of everything but the split; true: draw one; false: none."
         parser.add_argument("--seed_everything", type=bool | Seed, default=0, help=text)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -241,10 +241,10 @@ class CLI(LightningCLI):
         if args and args[0] in self.subcommands():
             self.path = _find_checkpoint(args)
         elif not {"--help", "-h"} & {*args}:
-            raise MisconfigurationException(
-                f"name the subcommand first: {' or '.join(self.subcommands())}"
-                + (f", not {args[0]}" if args and args[0][0] != "-" else "")
-            )
+            known = ", ".join(self.subcommands())
+            if args and args[0][0] != "-":
+                raise MisconfigurationException(f"unknown subcommand {args[0]}: use one of {known}")
+            raise MisconfigurationException(f"name the subcommand first, one of {known}")
         if self.path is not None:
             self.checkpoint = runs.read_checkpoint(self.path)
             settings = runs.settings_of(self.checkpoint)
@@ -532,7 +532,7 @@ class CLI(LightningCLI):
             _note(f"epoch {done - 1} stopped before its last batch: the remaining ones are skipped")
         if self.checkpoint and done == max_epochs:
             self.trainer.print(
-                f"all {done} epochs are done: to train for longer, raise --trainer.max_epochs"
+                f"{done} of {done} epochs are done: to train for longer, raise --trainer.max_epochs"
             )
             if (self.run_folder / "model.md").exists():
                 return
@@ -670,8 +670,9 @@ class CLI(LightningCLI):
             terminal.print(summary, evaluation.table(), sep="\n", soft_wrap=True)
             if is_cifar10 and people is None:
                 print(
-                    "not reported: near-duplicates, doubtful labels, mistakes that people make "
-                    f"too; python -m reports.judges --root {shlex.quote(data.root)} fetches them"
+                    "not reported: accuracy without near-duplicates and doubtful labels, mistakes "
+                    "that people make too;\nto fetch the judgements: "
+                    f"python -m reports.judges --root {shlex.quote(data.root)}"
                 )
             if is_whole:
                 figures = evaluation.figures(data.test_set.images, self._focus)
@@ -749,7 +750,7 @@ class CLI(LightningCLI):
         if (done := len(self.table.rows) + skipped) < total:
             print(f"only the first {done} of {total}: trainer.limit_predict_batches is set")
         if skipped:
-            sys.exit(f"error: {skipped} of {total} files skipped")
+            sys.exit(f"error: {skipped} of {total} files could not be read and were skipped")
         self._exit_if_skipped(data.skipped)
 
 

@@ -198,9 +198,7 @@ class PredictionTable(Callback):
                 print(f"and {more} more")
         if model.temperature and model.calibration.unsure_below:
             limit = f"{model.calibration.unsure_below:.1%}"
-            print(
-                f"sure: probability of at least {limit}, which 95 % of the validation images reach"
-            )
+            print(f'"sure": at least {limit}, which 95 % of the validation images reach')
         print(f"written to {self.path}" + (f", {self.explained}/" if self.explain else ""))
 
 

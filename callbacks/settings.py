@@ -119,7 +119,7 @@ class SaveSettings(Callback):
                 if key == "model.optimizer":
                     pl_module.lr = None  # found for the previous one
                 if trainer.is_global_zero:
-                    print(f"{key} has changed: optimizer and schedule state are reset")
+                    print(f"{key} has changed: the optimizer's state is reset")
                 return
 
 

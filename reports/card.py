@@ -24,8 +24,8 @@ LIMITS = (  # trainer arguments that the card names unless they are the defaults
 FLAWS = (
     "CIFAR-10 (Krizhevsky, 2009) comes without a licence. Its images are from Tiny Images, which "
     "was withdrawn in 2020 for offensive labels. "
-    "3.25 % of the test images have near-duplicates (ciFAIR), and about 0.5 % of the test labels "
-    "are wrong (Northcutt et al., 2021)"
+    "3.25 % of the test images have near-duplicates in the training or test set (ciFAIR), and "
+    "about 0.5 % of the test labels are wrong (Northcutt et al., 2021)"
 )
 RESULT, OTHERS = "\n## On the test set\n", "\n## On other test sets\n"
 
@@ -103,7 +103,7 @@ def model_card(
         "Augmentation": ", ".join(_call(step) for step in data["augment"]),
         "Normalisation": model["normalize"] or "",
         "Epochs": f"{len(rows)} of {settings['trainer']['max_epochs']}"
-        + (f", of {used} of {total} batches an epoch" if used < total else "")
+        + (f", each with {used} of {total} batches" if used < total else "")
         + (f", the last one stopped after {done} of its batches" if done < used else "")
         + "".join(f"; stopped early: {reason}" for reason in early_stops(trainer)),
         "Batches": f"{batch_size} images"

@@ -463,6 +463,6 @@ def test_predictions_stay_if_nothing_can_be_read(run: Run, tmp_path: Path) -> No
     run("predict", "--ckpt_path", LAST)
     before = (RUN_0 / "predictions.csv").read_text()
     (tmp_path / "notes.txt").write_text("no picture")
-    with pytest.raises(SystemExit, match="1 of 1 files skipped"):
+    with pytest.raises(SystemExit, match="1 of 1 files could not be read"):
         run("predict", "--ckpt_path", LAST, "--data.images", tmp_path / "notes.txt")
     assert (RUN_0 / "predictions.csv").read_text() == before

@@ -100,7 +100,7 @@ def test_a_card_tells_how_a_run_was_resumed_and_trained(
 ) -> None:
     run("fit", "--config", BASE, "--trainer.limit_train_batches", "5")
     card = (RUN_0 / "model.md").read_text()
-    assert "5 of 16 batches an epoch" in card
+    assert "each with 5 of 16 batches" in card
     (started,) = re.findall(r"\*\*Command\*\*: `(python train.py fit --config .*)`\n", card)
     run("fit", "--ckpt_path", LAST, "--trainer.max_epochs", "3", "--model.optimizer.lr", "0.001")
     card = (RUN_0 / "model.md").read_text()
@@ -212,7 +212,7 @@ def test_a_schedule_by_epoch_resumes_and_one_that_is_added_is_told(run: Run) -> 
     decay = ["--model.lr_scheduler", "LinearDecay", "--model.lr_interval", "epoch"]
     run("fit", "--config", BASE, "--trainer.max_epochs", "1", once=True)
     out = run("fit", "--ckpt_path", LAST, "--trainer.max_epochs", "3", *decay)
-    assert "model.lr_scheduler has changed: optimizer and schedule state are reset" in out
+    assert "model.lr_scheduler has changed: the optimizer's state is reset" in out
     assert "lr_scheduler.class_path optimization.LinearDecay" in (RUN_0 / "model.md").read_text()
     first = (RUN_0 / "config_1.yaml").read_text()
     run("fit", "--ckpt_path", RUN_0 / "checkpoints/epoch_01.ckpt", "--name", "again")

@@ -634,7 +634,7 @@ def test_a_file_that_is_no_picture_is_named_and_the_rest_is_done(
     run("fit", "--config", BASE, "--trainer.max_epochs", "1", once=True)
     (pictures / "05.png").write_bytes((pictures / "05.png").read_bytes()[:200])
     (pictures / "notes [1].txt").write_text("no picture")
-    with pytest.raises(SystemExit, match="error: 2 of 21 files skipped"):
+    with pytest.raises(SystemExit, match="error: 2 of 21 files could not be read"):
         run("predict", "--ckpt_path", LAST, "--data.images", pictures)
     printed = capsys.readouterr()
     assert "05.png: not an image, or damaged" in printed.err

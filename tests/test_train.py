@@ -271,7 +271,7 @@ def test_the_last_epoch_is_kept_however_few_others_are(run: Run, thin: list[str]
     last = RUN_0 / "checkpoints/last.ckpt"
     assert torch.load(last, weights_only=True)["epoch"] == 1
     assert f"{RUN_0}/checkpoints/" in out
-    assert "all 2 epochs are done" in run("fit", "--ckpt_path", last)
+    assert "2 of 2 epochs are done" in run("fit", "--ckpt_path", last)
 
 
 def test_checkpoint_builds_the_model_in_python_too(run: Run) -> None:
@@ -414,7 +414,7 @@ def test_another_name_begins_another_run(run: Run) -> None:
 def test_a_finished_run_says_how_to_train_it_for_longer(run: Run) -> None:
     run("fit", "--config", BASE, once=True)
     out = run("fit", "--ckpt_path", RUN_0 / "checkpoints/last.ckpt")
-    assert "all 2 epochs are done: to train for longer, raise --trainer.max_epochs" in out
+    assert "2 of 2 epochs are done: to train for longer, raise --trainer.max_epochs" in out
     assert len(rows(RUN_0)) == 2
 
 
