@@ -241,10 +241,11 @@ class CLI(LightningCLI):
         if args and args[0] in self.subcommands():
             self.path = _find_checkpoint(args)
         elif not {"--help", "-h"} & {*args}:
-            known = ", ".join(self.subcommands())
-            if args and args[0][0] != "-":
-                raise MisconfigurationException(f"unknown subcommand {args[0]}: use one of {known}")
-            raise MisconfigurationException(f"name the subcommand first, one of {known}")
+            is_other = args and args[0][0] != "-"
+            problem = (
+                f"unknown subcommand {args[0]}: use" if is_other else "name the subcommand first,"
+            )
+            raise MisconfigurationException(f"{problem} one of {', '.join(self.subcommands())}")
         if self.path is not None:
             self.checkpoint = runs.read_checkpoint(self.path)
             settings = runs.settings_of(self.checkpoint)
