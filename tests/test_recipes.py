@@ -425,7 +425,7 @@ def test_a_recipe_trains_in_two_processes_and_is_exported(
     assert "test/acc" in run("test", "--ckpt_path", path, "--trainer.devices", "1")
     assert rows(Path(f"runs/{recipe}/version_0"))[-1]["val/acc"] > 0.4
     export.main(["--ckpt_path", str(path), "--format", "onnx", "--out", "model.onnx"])
-    assert "the same classes" in capsys.readouterr().out
+    assert "test images: same classes" in capsys.readouterr().out
 
 
 def test_a_group_whose_time_is_over_costs_no_gradient(arrays: Path) -> None:
