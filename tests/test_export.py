@@ -382,7 +382,7 @@ def test_a_page_is_replaced_as_a_whole(out: Out, monkeypatch: pytest.MonkeyPatch
 
 def test_a_network_of_ones_own_is_exported(out: Out) -> None:
     tiny = Path("runs/tiny/version_0/checkpoints/last.ckpt")
-    assert "the same classes" in out("onnx", "tiny.onnx", tiny)
+    assert "images: same classes" in out("onnx", "tiny.onnx", tiny)
     out("safetensors", "tiny.safetensors", tiny)
     card = card_of("tiny.safetensors")
     assert card["network"]["init_args"] == {"width": 5}
