@@ -358,7 +358,7 @@ def test_a_signal_stops_a_run_that_can_go_on(
     assert stopped.value.code == 128 + number
     out = capsys.readouterr().out
     if epoch == 0:
-        assert "nothing was saved" in out
+        assert "no checkpoint was saved" in out
         assert not Path("runs").exists()
     else:
         last = RUN_0 / "checkpoints/last.ckpt"
