@@ -189,6 +189,10 @@ def _about(key: str, root: str, whole: str) -> str:
     """Return the message for a key's value, from the root cause and the whole message."""
     if name := root.partition("dot import path string: ")[2]:
         return f"{key}: {_no_class(name)}"
+    if missing := re.fullmatch(r"module '([\w.]+)' has no attribute '(\w+)'", root):
+        module, name = missing.groups()
+        near = difflib.get_close_matches(name, dir(sys.modules[module]), n=1, cutoff=0.75)
+        root += f": did you mean {module}.{near[0]}?" if near else ""
     if names := root.partition("arguments are required: ")[2]:
         return f"{key} needs {', '.join(f'--{key}.{name}' for name in names.split(', '))}"
     kinds, value = KINDS.findall(whole), whole.partition("Given value: ")[2]

@@ -122,7 +122,7 @@ def test_the_notebook_runs_from_end_to_end(arrays: Path, tmp_path: Path) -> None
     folder = str(tmp_path / "notebooks")
     NotebookClient(notebook, resources={"metadata": {"path": folder}}).execute()
     assert len(rows(tmp_path / "runs" / "tour" / "version_0")) == 3
-    assert (tmp_path / "pretrained" / "airbench94" / "predictions.csv").exists()
+    assert (tmp_path / "pretrained" / "fast94" / "predictions.csv").exists()
 
 
 def small(command: str) -> str:

@@ -12,7 +12,7 @@ import train
 from lightning_module import ImageClassifier
 
 FOLDER = Path(__file__).parents[1] / "pretrained"
-NAMES = ("base", "improved", "airbench94")
+NAMES = ("base", "improved", "fast94")
 LARGEST = 5_000_000  # bytes
 
 

@@ -554,6 +554,7 @@ def test_a_wrong_yaml_is_refused(fails: Run, tmp_path: Path, text: str, message:
         (["--model.lr_scheduler", "Cosine"], "did you mean CosineAnnealing"),
         (["--trainer.epochs", "2"], "did you mean trainer.max_epochs?"),
         (["--model.optimizer", "Adma"], "model.optimizer: no class Adma: did you mean Adam"),
+        (["--model.network", "networks.ConvNt"], "did you mean networks.ConvNet?"),
         (
             ["--model.lr_scheduler", "CosineAnnealingLR"],
             "model.lr_scheduler needs --model.lr_scheduler.T_max",
